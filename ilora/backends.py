@@ -1,0 +1,79 @@
+"""Which implementation runs a call: an explicit choice, or one rule. Nothing falls back silently."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+NAMES = ("reference", "native", "triton")
+_MODULES = {"reference": "ilora.reference", "native": "ilora.native", "triton": "ilora.kernels"}
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+@cache
+def why_not(name: str, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """None if the backend runs tensors of this device type and dtype here, else the reason as a sentence."""
+    if name == "native":
+        from . import native
+
+        if device_type != "cpu":
+            return f"the native backend runs on the CPU, not on {device_type}"
+        if dtype is not None and dtype not in native.DTYPES:
+            return f"the native backend takes {', '.join(map(str, native.DTYPES))}, not {dtype}"
+        return native.unavailable()
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if importlib.util.find_spec("ilora.kernels") is None:
+            return "ilora.kernels is not importable: install the package (pip install -e .), a bare checkout lacks it"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton needs a GPU (or TRITON_INTERPRET=1 in the environment, to run its kernels slowly on the CPU)"
+        if dtype == torch.float64:
+            return "the Triton kernels take float32, float16 and bfloat16, not torch.float64"
+    return None
+
+
+def available_backends(device: str | torch.device | None = None) -> tuple[str, ...]:
+    """The backends that work here: on `device` ("cpu", "cuda", ...), or on any device of this machine when None."""
+    if device is not None:
+        types = [torch.device(device).type]
+    else:
+        types = ["cpu"] + [t for t in ("cuda", "xpu") if getattr(torch, t).is_available()]
+    return tuple(name for name in NAMES if any(why_not(name, t) is None for t in types))
+
+
+def select(backend: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:
+    """The backend's namespace: `backend`, else ILORA_BACKEND, else the fastest that takes this device and dtype.
+
+    Raises ValueError for an unknown name and BackendUnavailable for a named backend that cannot run this call.
+    """
+    name, source = backend, "backend="
+    if not name:
+        name, source = os.environ.get("ILORA_BACKEND"), "ILORA_BACKEND="
+    if not name:
+        return _module(_fastest(device_type, dtype))
+    if name not in NAMES:
+        raise ValueError(f"{source}{name!r}: expected one of {', '.join(NAMES)}")
+    reason = why_not(name, device_type, dtype)
+    if reason is not None:
+        raise BackendUnavailable(f"{source}{name!r} cannot run {dtype} on {device_type}: {reason}")
+    return _module(name)
+
+
+@cache
+def _fastest(device_type: str, dtype: torch.dtype) -> str:
+    first = {"cpu": "native", "cuda": "triton", "xpu": "triton"}.get(device_type)
+    return first if first and why_not(first, device_type, dtype) is None else "reference"
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])

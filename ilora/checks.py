@@ -1,0 +1,125 @@
+"""What a call may look like. Every bad argument is refused here, by name, with what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .reference import as_seed
+
+MAX_RANK = 256
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor,
+    segments: Tensor | None,
+) -> None:
+    """Kinds, devices and shapes. Reads no values, so it costs no synchronisation and traces under torch.compile."""
+    _check_kinds(x, weight, bias, base, A, B, gate, segments)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected [..., d_in] with d_in >= 1, got {_shape(x)}")
+    d_in, M = x.shape[-1], rows(x)
+    if A.dim() != 2 or A.shape[1] != d_in:
+        raise ValueError(f"A: expected [R, d_in={d_in}] to go with x {_shape(x)}, got {_shape(A)}")
+    R = A.shape[0]
+    if not 1 <= R <= MAX_RANK:
+        raise ValueError(f"A: expected a rank of 1 to {MAX_RANK}, got R={R} from {_shape(A)}")
+    if B.dim() != 2 or B.shape[1] != R:
+        raise ValueError(f"B: expected [d_out, R={R}] to go with A {_shape(A)}, got {_shape(B)}")
+    d_out = B.shape[0]
+    if weight is not None and tuple(weight.shape) != (d_out, d_in):
+        raise ValueError(f"weight: expected [d_out={d_out}, d_in={d_in}] from B and x, got {_shape(weight)}")
+    if bias is not None and tuple(bias.shape) != (d_out,):
+        raise ValueError(f"bias: expected [d_out={d_out}], got {_shape(bias)}")
+    if base is not None and tuple(base.shape) != (*x.shape[:-1], d_out):
+        raise ValueError(f"base: expected {[*x.shape[:-1], d_out]} to go with x {_shape(x)}, got {_shape(base)}")
+    _check_gate(gate, segments, M, R)
+
+
+def _check_gate(gate: Tensor, segments: Tensor | None, M: int, R: int) -> None:
+    if gate.dim() != 2 or gate.shape[1] < 1:
+        raise ValueError(f"gate: expected [N, E], one row of expert weights an instance, got {_shape(gate)}")
+    N, E = gate.shape
+    if R % E:
+        raise ValueError(f"gate: its E={E} experts must divide the rank R={R}; gate is {_shape(gate)}")
+    if segments is None:
+        if (N == 0 and M > 0) or (N > 0 and M % N):
+            raise ValueError(
+                f"gate: its N={N} rows do not divide the M={M} rows of x evenly; "
+                "pass segments=[N+1] row offsets where instances differ in length"
+            )
+    elif tuple(segments.shape) != (N + 1,):
+        raise ValueError(
+            f"segments: expected [N+1={N + 1}] row offsets to go with gate {_shape(gate)}, got {_shape(segments)}"
+        )
+
+
+def _check_kinds(x: Tensor, *others: Tensor | None) -> None:
+    for name, tensor in zip(("x", "weight", "bias", "base", "A", "B", "gate", "segments"), (x, *others), strict=True):
+        if tensor is None and name in ("weight", "bias", "base", "segments"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected it on x's device {x.device}, got {tensor.device}")
+        if name == "segments":
+            if tensor.dtype != torch.int32:
+                raise TypeError(f"segments: expected torch.int32, got {tensor.dtype}")
+        elif tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, _FLOATS))}, got {tensor.dtype}")
+
+
+def check_dtypes(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor, gate: Tensor
+) -> None:
+    """The combinations that are defined: the layer in one dtype; A and B in it too, or float32 beside 16 bits."""
+    for name, tensor in (("weight", weight), ("bias", bias), ("base", base)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    if A.dtype != B.dtype:
+        raise TypeError(f"B: expected A's dtype {A.dtype}, got {B.dtype}")
+    if A.dtype not in (x.dtype, torch.float32) or (x.dtype == torch.float64) != (A.dtype == torch.float64):
+        raise TypeError(f"A, B: expected x's dtype {x.dtype}, or torch.float32 beside a 16-bit x, got {A.dtype}")
+
+
+def check_segments(segments: Tensor | None, M: int) -> None:
+    """The offsets rise from 0 to M. On a GPU the values stay unread: that would stop the stream on every call."""
+    if segments is None or segments.device.type != "cpu":
+        return
+    if segments[0] != 0 or segments[-1] != M or bool((segments[1:] < segments[:-1]).any()):
+        raise ValueError(f"segments: expected offsets rising from 0 to M={M}, got {segments.tolist()[:16]}")
+
+
+def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """None without dropout, else one int64 on the device."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed: expected one torch.int64 on {device}, got {seed.dtype} {_shape(seed)} on {seed.device}"
+            )
+    elif seed is not None:
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, a tensor or None, got {type(seed).__name__}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: expected 64 bits, got {seed}")
+    return as_seed(seed, device) if dropout_p > 0.0 else None
+
+
+def rows(x: Tensor) -> int:
+    """M: the leading dimensions of x [..., d], flattened."""
+    return math.prod(x.shape[:-1])
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

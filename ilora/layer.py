@@ -1,0 +1,135 @@
+"""ILoRALinear: a frozen linear layer with a gated low-rank update."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .gate import GateState
+from .ops import ilora_linear, ilora_update
+
+
+class ILoRALinear(nn.Module):
+    """Wraps a linear layer: y = base(x) + ((dropout(x) lora_Aᵀ) ⊙ γ) lora_Bᵀ, γ from the gate of each instance.
+
+    Args:
+        base_layer: nn.Linear or transformers' Conv1D, whose product and update are then computed together; or any
+            module that maps [..., d_in] to [..., d_out] and has in_features and out_features (a quantised linear, one
+            with hooks or with a tensor-subclass weight), whose output the update is added to. It is frozen in place.
+        r: total rank R, split evenly over the experts.
+        num_experts: E, which divides r.
+        lora_alpha: scaling = lora_alpha / (r / num_experts).
+        lora_dropout: 0 <= p < 1, on the low-rank path, in training mode only.
+        adapter_dtype: dtype of lora_A and lora_B; None means the base weight's, or float32 where that is no float.
+        backend: as in `ilora.ilora_linear`.
+    lora_A [R, d_in] starts Kaiming-uniform and lora_B [d_out, R] zero, so a fresh layer equals its base.
+    Raises: TypeError, ValueError for a base or settings that do not fit.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int = 8,
+        num_experts: int = 4,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        *,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = _features(base_layer)
+        if r < 1 or num_experts < 1 or r % num_experts:
+            raise ValueError(f"r={r}, num_experts={num_experts}: expected a rank that the experts divide evenly")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: expected 0 <= p < 1, got {lora_dropout}")
+        self.r, self.num_experts, self.lora_alpha, self.lora_dropout = r, num_experts, lora_alpha, lora_dropout
+        self.scaling = lora_alpha / (r // num_experts)
+        self.backend = backend
+        self.base_layer = base_layer.requires_grad_(False)
+        self.gate_state = GateState()
+        like = _adapter_like(base_layer, adapter_dtype)
+        self.lora_A = nn.Parameter(like.new_empty(r, self.in_features))
+        self.lora_B = nn.Parameter(like.new_empty(self.out_features, r))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """lora_A Kaiming-uniform (as nn.Linear's own), lora_B zero."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's own weight, for code that reads its dtype or device."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base_layer, "bias", None)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """y [..., d_out] from x [..., d_in], gate [N, E] and segments int32 [N+1] (see `ilora.ilora_linear`)."""
+        if gate is None:
+            gate, segments = self.gate_state.gate, self.gate_state.segments
+        if gate is None:
+            raise RuntimeError(
+                f"ILoRALinear({self.in_features}->{self.out_features}) has no gate: pass layer(x, gate=g) with g "
+                f"[N, {self.num_experts}], or run the model inside `with ilora.gated(model, g):`"
+            )
+        if gate.shape[-1] != self.num_experts:
+            raise ValueError(f"gate: expected [N, num_experts={self.num_experts}], got {list(gate.shape)}")
+        dropout_p = self.lora_dropout if self.training else 0.0
+        adapter = (self.lora_A, self.lora_B, gate, self.scaling, segments, dropout_p, None, self.backend)
+        weight = _plain_weight(self.base_layer)
+        if weight is None:
+            return ilora_update(x, self.base_layer(x), *adapter)
+        return ilora_linear(x, weight, self.base_layer.bias, *adapter)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"num_experts={self.num_experts}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        )
+
+
+def _is_conv1d(base: nn.Module) -> bool:
+    # By name, so that transformers need not be there; its weight is [d_in, d_out].
+    return (type(base).__module__, type(base).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _features(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, ILoRALinear):
+        raise TypeError("base_layer: it is an ILoRALinear already")
+    if _is_conv1d(base):
+        d_in, d_out = cast(Tensor, base.weight).shape
+        return d_in, d_out
+    sizes = tuple(getattr(base, name, None) for name in ("in_features", "out_features"))
+    if not all(isinstance(size, int) for size in sizes):
+        raise TypeError(
+            "base_layer: expected nn.Linear, transformers' Conv1D or a module with integer in_features and "
+            f"out_features, got {type(base).__name__} with in_features={sizes[0]!r}, out_features={sizes[1]!r}"
+        )
+    return sizes  # type: ignore[return-value]
+
+
+def _adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
+    """An empty tensor on the base's device, in the adapter's dtype."""
+    tensor = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
+    if dtype is None:
+        dtype = tensor.dtype if tensor.is_floating_point() and tensor.itemsize > 1 else torch.float32
+    return torch.empty(0, dtype=dtype, device=tensor.device)
+
+
+def _plain_weight(base: nn.Module) -> Tensor | None:
+    """[d_out, d_in] if computing x Wᵀ + b is all that calling the base does; None where it must be called itself."""
+    conv1d = _is_conv1d(base)
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    if hooked or not (conv1d or type(base) is nn.Linear):
+        return None
+    weight = cast(Tensor, base.weight)
+    if type(weight) not in (Tensor, nn.Parameter):
+        return None
+    return weight.T if conv1d else weight

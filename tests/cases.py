@@ -1,0 +1,104 @@
+"""Cases: random problems, their exact answer in float64, and the rule that a backend's answer is held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import ilora
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+OUTPUTS = ("y", "dx", "dA", "dB", "dgate")
+
+
+@dataclass
+class Case:
+    """One problem. lengths: rows of each instance, or None for N equal ones."""
+
+    M: int = 24
+    N: int = 3
+    E: int = 4
+    R: int = 8
+    d_in: int = 20
+    d_out: int = 12
+    dtype: torch.dtype = F32
+    adapter_dtype: torch.dtype | None = None
+    lengths: tuple[int, ...] | None = None
+    bias: bool = True
+    dropout_p: float = 0.0
+    strided: bool = False
+    device: str = "cpu"
+    seed: int = 5
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """x, weight, bias, A, B, gate, segments, dy: random, of the scale that a trained layer has."""
+        rng = torch.Generator().manual_seed(self.seed + 1000 * self.M + self.R)
+        wide = self.adapter_dtype or self.dtype
+        N = self.N if self.lengths is None else len(self.lengths)
+        M = self.M if self.lengths is None else sum(self.lengths)
+
+        def draw(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.randn(*shape, generator=rng, dtype=F64).to(dtype).to(self.device)
+
+        x, dy = draw(M, self.d_in), draw(M, self.d_out)
+        if self.strided:  # columns far apart, rows with a gap
+            x = draw(self.d_in, M + 3).T[1 : M + 1]
+            dy = draw(M, 2 * self.d_out + 1)[:, 1 : self.d_out + 1]
+        segments = None
+        if self.lengths is not None:
+            ends = torch.tensor((0, *self.lengths)).cumsum(0)
+            segments = ends.to(torch.int32).to(self.device)
+        return {
+            "x": x,
+            "weight": draw(self.d_out, self.d_in) / self.d_in**0.5,
+            "bias": draw(self.d_out) if self.bias else None,
+            "A": draw(self.R, self.d_in, dtype=wide) / self.d_in**0.5,
+            "B": draw(self.d_out, self.R, dtype=wide) / 4,
+            "gate": torch.rand(N, self.E, generator=rng, dtype=F64)
+            .to(F64 if self.dtype is F64 else F32)
+            .to(self.device),
+            "segments": segments,
+            "dy": dy,
+        }
+
+
+def run(case: Case, backend: str | None, wide: bool = False, squared: bool = False) -> dict[str, torch.Tensor]:
+    """y and the gradients: by a backend, or by the definition (backend None), on inputs cast to float64 when wide."""
+    tensors = case.tensors()
+    if wide:
+        tensors = {k: v if v is None or k == "segments" else v.to(F64) for k, v in tensors.items()}
+    if squared:
+        tensors = {k: v if v is None or k == "segments" else v * v for k, v in tensors.items()}
+    dy, segments = tensors.pop("dy"), tensors.pop("segments")
+    leaves = [tensors[k].detach().requires_grad_() for k in ("x", "A", "B", "gate")]
+    x, A, B, gate = leaves
+    weight, bias = tensors["weight"], tensors["bias"]
+    settings = (A, B, gate, 4.0 if squared else 2.0, segments, case.dropout_p, 77)
+    if backend is None:
+        y = ilora.reference.ilora_linear(x, weight, bias, *settings)
+    else:
+        y = ilora.ilora_linear(x, weight, bias, *settings, backend=backend)
+    grads = torch.autograd.grad(y, leaves, dy)
+    return dict(zip(OUTPUTS, (y.detach(), *grads), strict=True))
+
+
+def check(case: Case, backend: str) -> None:
+    """The rule: max error below twice that of the definition in the same dtype, give or take one rounding.
+
+    "One rounding" is taken at the size that the result has without cancellation, √Σ terms², which is the definition
+    on squared inputs: where terms happen to cancel, torch's own error can happen to be zero.
+    """
+    ours, torchs, exact = run(case, backend), run(case, None), run(case, None, wide=True)
+    sizes = run(case, None, wide=True, squared=True)
+    for name in OUTPUTS:
+        got, want = ours[name], exact[name]
+        assert got.shape == want.shape, f"{name}: {tuple(got.shape)} for {tuple(want.shape)}"
+        assert got.dtype == torchs[name].dtype, f"{name}: {got.dtype} for {torchs[name].dtype}"
+        if not want.numel():
+            continue
+        error = (got.double() - want).abs().max().item()
+        # In float64 the definition is the yardstick itself, so its own error reads as zero.
+        rounding = 1e-13 if case.dtype is F64 else torch.finfo(case.dtype).eps
+        allowed = 2 * (torchs[name].double() - want).abs().max().item() + rounding * sizes[name].max().sqrt().item()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} ({case})"

@@ -1,0 +1,145 @@
+"""Every backend against the definition, over shapes, dtypes, strides, segments and dropout."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import BF16, F16, F32, F64, OUTPUTS, Case, check, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ilora
+
+# (dtype of the layer, dtype of A and B). Triton's interpreter computes bfloat16 wrongly, so there it is left to a GPU.
+DTYPES = {
+    "reference": [(F32, F32), (F16, F16), (BF16, BF16), (F64, F64), (BF16, F32)],
+    "native": [(F32, F32), (BF16, BF16), (F64, F64), (BF16, F32)],
+    "triton": [(F32, F32), (F16, F16), (F16, F32)],
+}
+if torch.cuda.is_available():
+    DTYPES["triton"] += [(BF16, BF16), (BF16, F32)]
+
+EDGES = {
+    "one row": Case(M=1, N=1),
+    "no rows": Case(M=0, N=2),
+    "no rows, no instances": Case(M=0, N=0),
+    "one expert": Case(E=1, R=8),
+    "an expert a rank": Case(E=8, R=8),
+    "rank one": Case(E=1, R=1),
+    "rank not a power of two": Case(E=3, R=12),
+    "rank 64": Case(R=64, M=69, d_in=65),
+    "the largest rank": Case(R=256, E=4, M=36),
+    "token gates": Case(M=50, N=50),
+    "one gate": Case(M=50, N=1),
+    "segments": Case(lengths=(5, 1, 17, 30)),
+    "empty segments": Case(lengths=(0, 5, 0, 0, 7, 0)),
+    "segments with no rows": Case(lengths=(0, 0)),
+    "features of one": Case(d_in=1, d_out=1),
+    "odd features": Case(M=67, N=1, d_in=131, d_out=97),
+    "wide": Case(M=9, d_in=1030, d_out=517),
+    "tall": Case(M=1100, N=2, d_in=9, d_out=7),
+    "no bias": Case(bias=False),
+    "strided": Case(strided=True),
+    "dropout": Case(M=66, N=2, d_in=77, dropout_p=0.3),
+    "dropout, strided, segments": Case(lengths=(9, 0, 20), dropout_p=0.5, strided=True),
+}
+
+
+def on(target, case, dtypes):
+    return replace(case, dtype=dtypes[0], adapter_dtype=dtypes[1], device=target[1])
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(target, edge):
+    for dtypes in DTYPES[target[0]]:
+        check(on(target, EDGES[edge], dtypes), target[0])
+
+
+@st.composite
+def cases(draw):
+    E = draw(st.integers(1, 5))
+    N = draw(st.integers(1, 6))
+    lengths = draw(st.none() | st.lists(st.integers(0, 20), min_size=1, max_size=6).map(tuple))
+    return Case(
+        M=N * draw(st.integers(0, 20)),
+        N=N,
+        E=E,
+        R=E * draw(st.integers(1, 6)),
+        d_in=draw(st.integers(1, 90)),
+        d_out=draw(st.integers(1, 90)),
+        lengths=lengths,
+        bias=draw(st.booleans()),
+        strided=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.6])),
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape(target, data):
+    dtypes = data.draw(st.sampled_from(DTYPES[target[0]]))
+    check(on(target, data.draw(cases()), dtypes), target[0])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_the_same_bits_every_time(target, dropout_p):
+    case = replace(Case(M=300, N=3, d_in=130, d_out=70, dropout_p=dropout_p), device=target[1])
+    first, second = run(case, target[0]), run(case, target[0])
+    assert all(torch.equal(first[name], second[name]) for name in OUTPUTS)
+
+
+@pytest.mark.skipif(ilora.backends.why_not("native", "cpu") is not None, reason="the native module is not built")
+def test_native_bits_do_not_depend_on_threads():
+    """The low-rank part, that is: the product with W is the BLAS's, so W is left out."""
+    case = Case(M=3000, N=3, d_in=64, d_out=48, dropout_p=0.1)
+    t = case.tensors()
+    threads = torch.get_num_threads()
+
+    def outputs():
+        leaves = [t[k].detach().requires_grad_() for k in ("x", "A", "B", "gate")]
+        y = ilora.ilora_update(leaves[0], None, *leaves[1:], 2.0, None, 0.1, 77, backend="native")
+        return y, *torch.autograd.grad(y, leaves, t["dy"])
+
+    try:
+        torch.set_num_threads(1)
+        one = outputs()
+        torch.set_num_threads(3)
+        three = outputs()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_update_alone_and_upon_a_base(target):
+    backend, device = target
+    t = Case(M=24, N=3, device=device).tensors()
+    leaves = [t[k].requires_grad_() for k in ("x", "A", "B", "gate")]
+    base = torch.randn_like(t["dy"]).requires_grad_()
+    untouched = base.detach().clone()
+    zero = torch.zeros_like(t["weight"])
+    want = ilora.reference.ilora_linear(leaves[0], zero, None, *leaves[1:], 2.0)
+    alone = ilora.ilora_update(leaves[0], None, *leaves[1:], 2.0, backend=backend)
+    upon = ilora.ilora_update(leaves[0], base, *leaves[1:], 2.0, backend=backend)
+    torch.testing.assert_close(alone, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(upon, want + base, rtol=1e-4, atol=1e-4)
+    assert torch.equal(base, untouched)
+    got = torch.autograd.grad(upon, [*leaves, base], t["dy"])
+    exact = torch.autograd.grad(want + base, [*leaves, base], t["dy"])
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_expanded_dy_and_inputs_left_as_they_were(target):
+    backend, device = target
+    t = Case(M=24, N=3, device=device).tensors()
+    before = {k: v.clone() for k, v in t.items() if v is not None}
+    leaves = [t[k].requires_grad_() for k in ("x", "A", "B", "gate")]
+    y = ilora.ilora_linear(leaves[0], t["weight"], t["bias"], *leaves[1:], 2.0, backend=backend)
+    got = torch.autograd.grad(y.sum(), leaves)
+    want = torch.autograd.grad(
+        ilora.reference.ilora_linear(leaves[0], t["weight"], t["bias"], *leaves[1:], 2.0).sum(), leaves
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(t[k], v) for k, v in before.items())

@@ -1,0 +1,236 @@
+"""The op layer: registration, compile, autocast, the choice of backend, and every refusal."""
+
+import shutil
+
+import pytest
+import torch
+from cases import BF16, F32, F64, Case
+
+import ilora
+
+SAMPLE = {"M": 24, "N": 3}
+
+
+def arguments(**changes):
+    t = Case(**SAMPLE).tensors()
+    known = {k: t[k] for k in ("x", "weight", "bias", "A", "B", "gate", "segments")} | {"scaling": 2.0}
+    return known | changes
+
+
+def leaves_of(arguments):
+    for name in ("x", "A", "B", "gate"):
+        arguments[name].requires_grad_()
+    return [arguments[name] for name in ("x", "A", "B", "gate")]
+
+
+def test_opcheck(target):
+    backend, device = target
+    t = Case(**SAMPLE, lengths=(10, 0, 14), device=device).tensors()
+    seed = torch.tensor([3], device=device)
+    names = ("x", "weight", "bias", "A", "B", "gate", "segments")
+    x, weight, bias, A, B, gate, segments = (t[k] for k in names)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for base in (None, torch.randn_like(t["dy"])):
+        frozen = (None, None, base) if base is not None else (weight, bias, None)
+        args = (x, *frozen, A, B, gate, segments, 2.0, 0.1, seed, backend)
+        torch.library.opcheck(torch.ops.ilora.forward, args, test_utils=tests)
+    _, xa = torch.ops.ilora.forward(*args)
+    for need_dx in (True, False):
+        args = (t["dy"], x, xa, weight, A, B, gate, segments, 2.0, 0.1, seed, need_dx, backend)
+        torch.library.opcheck(torch.ops.ilora.backward, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_in_one_graph_forward_and_backward(target, compiler):
+    backend, device = target
+    if compiler == "inductor" and (backend == "triton" and device == "cpu"):
+        pytest.skip("one inductor run a device is enough; the interpreter is no target of inductor")
+    if compiler == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    t = Case(**SAMPLE, device=device).tensors()
+    leaves = [t[k].requires_grad_() for k in ("x", "A", "B", "gate")]
+
+    def f(x, A, B, gate):
+        return ilora.ilora_linear(x, t["weight"], t["bias"], A, B, gate, 2.0, None, 0.2, 5, backend=backend).sin()
+
+    eager, compiled = f(*leaves), torch.compile(f, fullgraph=True, backend=compiler)(*leaves)
+    torch.testing.assert_close(compiled, eager)
+    got = torch.autograd.grad(compiled, leaves, t["dy"])
+    want = torch.autograd.grad(eager, leaves, t["dy"])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_dropout_draws_anew_each_call():
+    torch._dynamo.reset()
+    kwargs = arguments(dropout_p=0.5)
+    f = torch.compile(lambda: ilora.ilora_linear(**kwargs), fullgraph=True, backend="aot_eager")
+    assert not torch.equal(f(), f())
+
+
+def test_compiles_with_dynamic_shapes_without_recompiling():
+    torch._dynamo.reset()
+    kwargs = arguments()
+    compiled = torch.compile(lambda x: ilora.ilora_linear(**{**kwargs, "x": x}), dynamic=True, backend="aot_eager")
+    compiled(torch.randn(24, 20))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for M in (30, 48):
+            x = torch.randn(M, 20)
+            torch.testing.assert_close(compiled(x), ilora.ilora_linear(**{**kwargs, "x": x}))
+
+
+def test_autocast_casts_as_a_linear_does(target):
+    backend, device = target
+    if backend == "triton" and device == "cpu":
+        pytest.skip("CPU autocast is bfloat16, which Triton's interpreter computes wrongly")
+    t = Case(**SAMPLE, device=device).tensors()
+    leaves = [t[k].requires_grad_() for k in ("x", "A", "B", "gate")]
+    with torch.autocast(device, dtype=BF16):
+        y = ilora.ilora_linear(leaves[0], t["weight"], t["bias"], *leaves[1:], 2.0, backend=backend)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert y.dtype == BF16
+    assert [g.dtype for g in grads] == [F32] * 4
+    want = ilora.reference.ilora_linear(leaves[0], t["weight"], t["bias"], *leaves[1:], 2.0)
+    torch.testing.assert_close(y.float(), want, rtol=0.05, atol=0.05)
+    for a, b in zip(grads, torch.autograd.grad(want.sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * b.abs().max().item())
+
+
+def test_autocast_leaves_float64_alone():
+    t = Case(**SAMPLE, dtype=F64).tensors()
+    with torch.autocast("cpu", dtype=BF16):
+        y = ilora.ilora_linear(t["x"], t["weight"], t["bias"], t["A"], t["B"], t["gate"], 2.0)
+    assert y.dtype == F64
+
+
+def test_double_backward_is_refused_and_only_then(target):
+    backend, device = target
+    t = Case(**SAMPLE, device=device).tensors()
+    leaves = [t[k].requires_grad_() for k in ("x", "A", "B", "gate")]
+    y = ilora.ilora_linear(leaves[0], t["weight"], t["bias"], *leaves[1:], 2.0, backend=backend)
+    with_graph = torch.autograd.grad(y.sum(), leaves, create_graph=True)
+    plain = torch.autograd.grad(
+        ilora.ilora_linear(leaves[0], t["weight"], t["bias"], *leaves[1:], 2.0, backend=backend).sum(), leaves
+    )
+    assert all(torch.equal(a, b) for a, b in zip(with_graph, plain, strict=True))
+    with pytest.raises(RuntimeError, match=r"double backward is not supported.*ilora\.reference"):
+        with_graph[0].square().sum().backward()
+
+
+def test_only_the_gradients_asked_for():
+    kwargs = arguments()
+    kwargs["B"].requires_grad_()
+    kwargs["weight"].requires_grad_()
+    ilora.ilora_linear(**kwargs).sum().backward()
+    want = ilora.reference.ilora_linear(**kwargs).sum()
+    for name in ("B", "weight"):
+        torch.testing.assert_close(kwargs[name].grad, torch.autograd.grad(want, kwargs[name], retain_graph=True)[0])
+    assert all(kwargs[name].grad is None for name in ("x", "A", "gate", "bias"))
+
+
+def test_the_output_may_be_changed_in_place():
+    kwargs = arguments()
+    leaves = leaves_of(kwargs)
+    got = torch.autograd.grad(ilora.ilora_linear(**kwargs).relu_().sum(), leaves)
+    want = torch.autograd.grad(ilora.reference.ilora_linear(**kwargs).relu().sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(20,), (24, 20), (2, 3, 4, 20), (0, 20), (3, 0, 20)])
+def test_leading_dimensions(shape):
+    x = torch.randn(shape)
+    kwargs = arguments(x=x, gate=torch.rand(1, 4))
+    y = ilora.ilora_linear(**kwargs)
+    assert y.shape == (*shape[:-1], 12)
+    torch.testing.assert_close(y, ilora.reference.ilora_linear(**kwargs))
+
+
+def test_saves_x_xa_and_the_arguments_and_nothing_else():
+    kwargs = arguments(dropout_p=0.1)
+    leaves_of(kwargs)
+    saved = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        ilora.ilora_linear(**kwargs)
+    known = {kwargs[k].untyped_storage().data_ptr() for k in ("x", "weight", "A", "B", "gate")}
+    rest = [size for pointer, size in saved.items() if pointer not in known]
+    assert sorted(rest) == [8, 24 * 8 * 4]  # the seed; xa [24, 8] float32
+
+
+BAD = [
+    ("x", "text", TypeError, r"x: expected a torch\.Tensor, got str"),
+    ("x", torch.ones(24, 20, dtype=torch.int64), TypeError, r"x: expected one of .* got torch\.int64"),
+    ("x", torch.tensor(1.0), ValueError, r"x: expected \[\.\.\., d_in\]"),
+    ("x", torch.ones(24, 0), ValueError, r"d_in >= 1, got \[24, 0\]"),
+    ("x", torch.ones(24, 20, dtype=F64), TypeError, r"weight: expected x's dtype torch\.float64, got torch\.float32"),
+    ("x", torch.ones(24, 20, device="meta"), ValueError, r"weight: expected it on x's device meta, got cpu"),
+    ("weight", torch.ones(11, 20), ValueError, r"weight: expected \[d_out=12, d_in=20\].* got \[11, 20\]"),
+    ("bias", torch.ones(11), ValueError, r"bias: expected \[d_out=12\], got \[11\]"),
+    ("A", torch.ones(8, 21), ValueError, r"A: expected \[R, d_in=20\].* got \[8, 21\]"),
+    ("A", torch.ones(0, 20), ValueError, r"rank of 1 to 256, got R=0"),
+    ("A", torch.ones(257, 20), ValueError, r"rank of 1 to 256, got R=257"),
+    ("A", torch.ones(8, 20, dtype=BF16), TypeError, r"B: expected A's dtype torch\.bfloat16, got torch\.float32"),
+    ("B", torch.ones(12, 7), ValueError, r"B: expected \[d_out, R=8\].* got \[12, 7\]"),
+    ("gate", torch.ones(4), ValueError, r"gate: expected \[N, E\].* got \[4\]"),
+    ("gate", torch.ones(3, 3), ValueError, r"E=3 experts must divide the rank R=8"),
+    ("gate", torch.ones(5, 4), ValueError, r"N=5 rows do not divide the M=24 rows of x evenly; pass segments"),
+    ("gate", torch.ones(0, 4), ValueError, r"N=0 rows"),
+    ("segments", torch.tensor([0, 24], dtype=torch.int32), ValueError, r"expected \[N\+1=4\] row offsets"),
+    ("segments", torch.tensor([0, 5, 9, 24]), TypeError, r"segments: expected torch\.int32, got torch\.int64"),
+    (
+        "segments",
+        torch.tensor([0, 9, 5, 24], dtype=torch.int32),
+        ValueError,
+        r"rising from 0 to M=24, got \[0, 9, 5, 24\]",
+    ),
+    ("segments", torch.tensor([0, 5, 9, 23], dtype=torch.int32), ValueError, r"rising from 0 to M=24"),
+    ("segments", torch.tensor([1, 5, 9, 24], dtype=torch.int32), ValueError, r"rising from 0 to M=24"),
+    ("dropout_p", 1.0, ValueError, r"dropout_p: expected 0 <= p < 1, got 1\.0"),
+    ("dropout_p", -0.1, ValueError, r"dropout_p"),
+    ("dropout_p", float("nan"), ValueError, r"dropout_p"),
+    ("seed", 2**63, ValueError, r"seed: expected 64 bits"),
+    ("seed", "1", TypeError, r"seed: expected an int, a tensor or None, got str"),
+    ("seed", torch.tensor([1.0]), ValueError, r"seed: expected one torch\.int64"),
+    ("backend", "cuda", ValueError, r"backend='cuda': expected one of reference, native, triton"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), BAD, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD)])
+def test_bad_arguments_are_named(name, value, error, message):
+    with pytest.raises(error, match=message):
+        ilora.ilora_linear(**arguments(**{name: value}))
+
+
+def test_a_base_of_the_wrong_shape_is_named():
+    k = arguments()
+    with pytest.raises(ValueError, match=r"base: expected \[24, 12\].* got \[12, 12\]"):
+        ilora.ilora_update(k["x"], torch.ones(12, 12), k["A"], k["B"], k["gate"], 2.0)
+
+
+def test_environment_chooses_and_names_itself(monkeypatch):
+    kwargs = arguments()
+    monkeypatch.setenv("ILORA_BACKEND", "fastest")
+    with pytest.raises(ValueError, match=r"ILORA_BACKEND='fastest'"):
+        ilora.ilora_linear(**kwargs)
+    ilora.ilora_linear(**kwargs, backend="reference")  # the argument goes first
+    monkeypatch.setenv("ILORA_BACKEND", "reference")
+    ilora.ilora_linear(**kwargs)
+
+
+def test_a_backend_that_cannot_run_says_why():
+    t = Case(**SAMPLE, dtype=torch.float16).tensors()
+    names = ("x", "weight", "bias", "A", "B", "gate")
+    with pytest.raises(ilora.BackendUnavailable, match=r"native.*float16"):
+        ilora.ilora_linear(*(t[k] for k in names), 2.0, backend="native")
+
+
+def test_available_backends():
+    everywhere = ilora.available_backends()
+    assert "reference" in everywhere
+    assert set(ilora.available_backends("cpu")) <= set(everywhere) <= set(ilora.backends.NAMES)
