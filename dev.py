@@ -19,7 +19,7 @@ VENV = Path(os.environ.get("ILORA_VENV", ROOT / ".venv"))
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 JOBS = {
     "bench": ("bench", ["benchmarks/bench_moe_lora.py"]),
-    "test": ("test", ["-m", "pytest"]),
+    "test": ("test", ["-m", "pytest", "-n", "auto"]),
     "lint": ("test,lint", ["-c", "import sys; from dev import lint; sys.exit(lint())"]),
     "example": ("bench", ["examples/smollm2_text.py"]),
     "shell": ("test", []),

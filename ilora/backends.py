@@ -34,6 +34,8 @@ def why_not(name: str, device_type: str, dtype: torch.dtype | None = None) -> st
             return "the package triton is not installed"
         if importlib.util.find_spec("ilora.kernels") is None:
             return "ilora.kernels is not importable: install the package (pip install -e .), a bare checkout lacks it"
+        if device_type not in ("cpu", "cuda"):
+            return f"the Triton kernels run on CUDA and ROCm GPUs, not on {device_type}"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton needs a GPU (or TRITON_INTERPRET=1 in the environment, to run its kernels slowly on the CPU)"
         if dtype == torch.float64:
@@ -70,7 +72,7 @@ def select(backend: str | None, device_type: str, dtype: torch.dtype) -> ModuleT
 
 @cache
 def _fastest(device_type: str, dtype: torch.dtype) -> str:
-    first = {"cpu": "native", "cuda": "triton", "xpu": "triton"}.get(device_type)
+    first = {"cpu": "native", "cuda": "triton"}.get(device_type)
     return first if first and why_not(first, device_type, dtype) is None else "reference"
 
 

@@ -9,6 +9,9 @@ import torch
 import ilora
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# In float64 the definition is the yardstick itself, so its own error reads as zero; in float32 the order of the sums
+# is what is left of the error, and the few elements of a small gradient do not average it out.
+ROUNDING = {F64: 1e-13, F32: 4 * 2.0**-23, F16: 2.0**-10, BF16: 2.0**-7}
 OUTPUTS = ("y", "dx", "dA", "dB", "dgate")
 
 
@@ -98,7 +101,6 @@ def check(case: Case, backend: str) -> None:
         if not want.numel():
             continue
         error = (got.double() - want).abs().max().item()
-        # In float64 the definition is the yardstick itself, so its own error reads as zero.
-        rounding = 1e-13 if case.dtype is F64 else torch.finfo(case.dtype).eps
+        rounding = ROUNDING[case.dtype]
         allowed = 2 * (torchs[name].double() - want).abs().max().item() + rounding * sizes[name].max().sqrt().item()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} ({case})"

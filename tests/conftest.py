@@ -29,6 +29,9 @@ def target(request):
     return request.param
 
 
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads())
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

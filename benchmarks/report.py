@@ -1,0 +1,102 @@
+"""What a benchmark run shows and keeps: the machine it ran on, a table for each case, a JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import PARTS
+
+import ilora
+
+PACKAGES = ("torch", "triton", "peft", "transformers")
+LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # at import: before this program's own work
+
+
+def table(title: object, rows: list[dict[str, Any]]) -> str:
+    """The rows of one case, one table for each way of timing; × is the ratio to the frozen layer."""
+    head = "".join(f"{part + ' ms':>13}{'×':>7}" for part in PARTS) + f"{'peak MB':>10}{'saved MB':>10}{'check':>9}"
+    lines = []
+    for variant in ("eager", "graph"):
+        timed = [row for row in rows if variant in row]
+        if timed:
+            rounds = f"{timed[0][variant]['rounds']} rounds"
+            lines += ["", f"{title}; {variant}, {rounds}", f"{'':18}{head}"]
+        for row in timed:
+            times = "".join(f"{row[variant][part]['ms']:13.3f}{row[variant][part]['ratio']:7.2f}" for part in PARTS)
+            memory = f"{row['peak_bytes'] / 1e6:10.1f}{row['saved_bytes'] / 1e6:10.1f}"
+            lines.append(f"{row['peer']:18}{times}{memory}{row['error_of_check']:9.0e}")
+    lines += [f"{row['peer']:18}WRONG, not timed: {row['error']}" for row in rows if "error" in row]
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "cpu": _cpu(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_before": LOAD_BEFORE,
+        "python": platform.python_version(),
+        "ilora": ilora.__version__,
+        **{package: _version(package) for package in PACKAGES},
+        "git_commit": _git("rev-parse", "--verify", "HEAD"),
+        "git_changed": None if changes is None else bool(changes),
+    }
+
+
+def heading(machine: dict[str, Any]) -> str:
+    """The machine in one line."""
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("ilora", *PACKAGES))
+    return f"{machine['device']}, {machine['threads']} threads, {machine['cpu_capability']}; {versions}"
+
+
+def busy(machine: dict[str, Any]) -> str | None:
+    """A warning where other work would spoil the times, else None."""
+    load, cores = machine["load_before"], machine["cores"]
+    if load is None or load <= cores / 2:
+        return None
+    return f"the machine was busy before the start (load {load:.1f} on {cores} cores): do not trust these times"
+
+
+def write_json(results: dict[str, Any], file: Path) -> None:
+    """Whole or not at all: to a temporary file beside it, which is then renamed."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(file)
+
+
+def _cpu() -> str:
+    """The processor's name as Linux gives it, or what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """The answer of git, or None: no git, no checkout, no commit yet."""
+    try:
+        folder = Path(__file__).parent
+        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None

@@ -1,0 +1,120 @@
+"""The native backend: C++ kernels for the low-rank term on the CPU, torch's matrix multiplication on top of it.
+
+A backend as `ilora.reference` is one: `forward` and `backward` below take 2-D tensors that `ilora.ops` has checked.
+The library is built when the package is installed (see setup.py) and found here; nothing is compiled at run time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from .reference import dropout_threshold
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def _load() -> str | None:
+    """Registers torch.ops.ilora_native; returns the reason when that cannot be done."""
+    spec = importlib.util.find_spec("ilora._native")
+    if spec is None or spec.origin is None:
+        return (
+            "it was not built when ilora was installed, for want of torch or of a C++ compiler (gcc or clang); "
+            "to build it, and see what fails: ILORA_BUILD_EXT=1 pip install --no-build-isolation ."
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"{spec.origin} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+_UNAVAILABLE = _load()
+
+
+def unavailable() -> str | None:
+    """None if the native backend works here, else why not."""
+    return _UNAVAILABLE
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor,
+    segments: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y [M, d_out] in x's dtype and xa [M, R]: the update (plus bias or base) first, then x Wᵀ accumulated onto it."""
+    x = _unit_columns(x)
+    if weight is None:
+        bias, base = None, None if base is None else _unit_columns(base)
+    else:
+        bias, base = None if bias is None else bias.contiguous(), None
+    wide = weight is not None and _through_float32(x)
+    y, xa = torch.ops.ilora_native.forward.default(
+        x, bias, base, A, B, _compute_gate(gate, x), segments, scaling, dropout_threshold(dropout_p), seed, wide
+    )
+    return _add_product(y, x, None if weight is None else weight.t()), xa
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor,
+    segments: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """dx [M, d_in] in x's dtype (None unless need_dx), dA, dB and dgate: as the forward, dy W goes on top of the update."""
+    dy, x = _unit_columns(dy), _unit_columns(x)
+    wide = need_dx and weight is not None and _through_float32(dy)
+    threshold, gate_c = dropout_threshold(dropout_p), _compute_gate(gate, x)
+    dx, dA, dB, dgate = torch.ops.ilora_native.backward.default(
+        dy, x, xa, A, B, gate_c, segments, scaling, threshold, seed, need_dx, wide
+    )
+    return _add_product(dx, dy, weight) if need_dx else None, dA, dB, dgate.to(gate.dtype)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
+    """out + a b in a's dtype. beta = 1 saves the pass that adding afterwards takes, but for a few rows MKL then rounds
+    at every term of the sum, to ten times the error, and the pass costs nothing."""
+    if b is not None and a.shape[0] < 16:
+        out += a.to(out.dtype) @ b.to(out.dtype)
+    elif b is not None:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+    return out.to(a.dtype)
+
+
+def _through_float32(a: Tensor) -> bool:
+    """Whether the frozen product of these rows is taken in float32 and rounded once.
+
+    Without bfloat16 instructions torch multiplies bfloat16 matrices with a naive loop, up to hundreds of times slower
+    than in float32, temporary float32 copies included; only for a few rows those copies cost more than they save.
+    """
+    return a.dtype == torch.bfloat16 and a.shape[0] >= 4 and not _HARDWARE_BFLOAT16
+
+
+_HARDWARE_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _compute_gate(gate: Tensor, x: Tensor) -> Tensor:
+    return gate.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _unit_columns(t: Tensor) -> Tensor:
+    """Rows of consecutive elements, as the kernels read them; an expanded gradient has stride 0, for one."""
+    return t if t.stride(1) == 1 or t.shape[1] < 2 else t.contiguous()

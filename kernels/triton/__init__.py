@@ -1,0 +1,12 @@
+"""The Triton backend of ilora: `forward` and `backward`, see update.py.
+
+x̃ = x ⊙ keep,  xa = x̃ Aᵀ,  h = γ ⊙ xa,  y = h Bᵀ + …          shrink → gate → expand → the frozen product on top
+dh = dy B,  dxa = γ ⊙ dh,  dB = dyᵀ h,  dA = dxaᵀ x̃,  dx = keep ⊙ (dxa A) + …   outer (+ shrink) → gate → outer → expand
+
+Four matrix kernels' worth of jobs, each written once: `shrink` reads a wide matrix and leaves a narrow one, `outer`
+reads a wide matrix and leaves a weight gradient, `expand` writes a wide matrix, `gate_ranks` is everything between.
+"""
+
+from .update import backward, forward
+
+__all__ = ["backward", "forward"]

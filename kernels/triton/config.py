@@ -1,0 +1,140 @@
+"""Block sizes, splits and dot types: pure functions of shapes and dtypes, so that results repeat bit for bit."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton.language as tl
+
+from .launch import Device
+
+ONE_PROGRAM, TWO_PROGRAMS = 150 * 1024, 96 * 1024  # shared memory for programs alone, or two, on a multiprocessor
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def pow2(n: int, low: int, high: int) -> int:
+    """The power of two not below n, clamped to [low, high]."""
+    return min(max(1 << (n - 1).bit_length(), low), high)
+
+
+class Dots(NamedTuple):
+    """How tiles are multiplied: wide tiles in type `wide` against narrow ones in `pieces` of it; narrow against narrow
+    (in expand) in type `narrow`; float32 dots with `precision`."""
+
+    wide: tl.dtype
+    narrow: tl.dtype
+    pieces: int
+    precision: str
+
+
+def dots(device: Device, x: torch.dtype, a: torch.dtype) -> Dots:
+    """x: the activations' dtype; a: that of A and B, x's or float32."""
+    for dtype in (x, a):
+        if dtype not in TYPES:
+            raise ValueError(f"the triton backend computes in float16, bfloat16 and float32, not {dtype}")
+    if device.interpret:
+        return Dots(tl.float32, tl.float32, 1, "ieee")
+    if x == a and x != torch.float32:
+        return Dots(TYPES[x], TYPES[x], 1, "ieee")
+    tf32 = torch.backends.cuda.matmul.allow_tf32 and not device.hip
+    if x == a:
+        return Dots(tl.float32, tl.float32, 1, "tf32" if tf32 else "ieee")
+    # Mixed: x is exact in tf32 (and in itself), so only the float32 side needs more than one term to stay float32.
+    precision = "ieee" if device.hip else "tf32" if tf32 else "tf32x3"
+    if x == torch.bfloat16:
+        return Dots(tl.bfloat16, tl.float32, 3, precision)
+    return Dots(tl.float32, tl.float32, 1, precision)
+
+
+class Tile(NamedTuple):
+    """A program's block of rows and of columns, and the launch options it was sized for."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+def unit(stride: int) -> int:
+    """The largest power of two, at most 16, that divides a stride."""
+    return math.gcd(stride, 16)
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether x's rows can be read 16 bytes at a time, by what Triton's launcher notices."""
+    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.storage_offset() * x.element_size() % 16 == 0
+
+
+def _stages(device: Device, stage: int, budget: int) -> int:
+    """As many stages of loads (2 to 4) as fit the budget of shared memory."""
+    return 2 if device.hip else min(max(min(budget, device.smem) // stage, 2), 4)
+
+
+def _sizes(R: int, dot: Dots) -> tuple[int, int, int]:
+    """Bytes of an element of the wide tile and of the narrow one; ranks rounded up to a block."""
+    size = dot.wide.primitive_bitwidth // 8
+    return size, 4 if dot.pieces > 1 else size, pow2(R, 16, 256)
+
+
+def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
+    """m rows × n columns of x a step, beside n columns of the [R, D] operand, which every m rows read again."""
+    size, narrow, r = _sizes(R, dot)
+    heavy = dot.pieces > 1 and r > 64  # three pieces of so many ranks take registers, as an address an element does
+    full = 32 if (heavy and r == 256) or (size == 4 and r > 32) else 64 if r <= 32 or heavy or not aligned(x) else 128
+    m = pow2(len(x), 16, full)
+    n = (256 if r <= 32 else 128) // size // (2 if heavy or not aligned(x) else 1)
+    budget = ONE_PROGRAM if r > 32 else TWO_PROGRAMS
+    warps = 4 if r <= 32 and aligned(x) else 8
+    return Tile(m, n, warps, _stages(device, n * (m * size + r * narrow), budget))
+
+
+def outer_tile(device: Device, x: Tensor, R: int, dot: Dots, with_dh: bool) -> Tile:
+    """m rows × n columns of x a step; the [n, R] accumulator lives in registers."""
+    size, narrow, r = _sizes(R, dot)
+    m = pow2(len(x), 16, 64 if size == narrow == 2 else 16 if (size == 4 and r > 32) or r == 256 else 32)
+    n = 512 // size if with_dh else 128 if size == 2 and 32 < r <= 256 // narrow else 64
+    fixed, budget = (n * r * size, ONE_PROGRAM) if with_dh else (0, ONE_PROGRAM if r > 32 else TWO_PROGRAMS)
+    warps = 4 if r <= 32 and size == 2 and aligned(x) else 8
+    return Tile(m, n, warps, _stages(device, m * (n * size + r * narrow), budget - fixed))
+
+
+def expand_tile(M: int, R: int, dot: Dots) -> Tile:
+    """An m × n tile of y."""
+    if dot.narrow.primitive_bitwidth == 32:  # float32 without tensor cores keeps its operands in registers
+        return Tile(pow2(M, 16, 32 if dot.precision == "ieee" else 64), 64, 4, 2)
+    m = pow2(M, 16, 128 if R > 32 else 64)
+    return Tile(m, 128, 8 if m == 128 else 4, 2)
+
+
+def expand_step(R: int, dot: Dots) -> int:
+    """Ranks a step of expand's loop; float32 dots hold them in registers."""
+    return pow2(R, 16, 64 if dot.narrow.primitive_bitwidth == 16 else 16)
+
+
+def per_sm(R: int, with_dh: bool = False) -> int:
+    """Programs a multiprocessor is given by shrink and outer: one large, or two small ones."""
+    return 1 if with_dh or R > 32 else 2
+
+
+def one_pass(R: int) -> bool:
+    """Whether dh and dB share a pass over dy: their partial sums cost 4R/n of that pass, and registers."""
+    return R <= 32
+
+
+def splits(device: Device, tiles: int, length: int, block: int, programs: int) -> tuple[int, int]:
+    """(parts, chunk): cut `length` so that tiles × parts programs fill the multiprocessors once, `programs` on each.
+
+    chunk is a multiple of block, and no part is empty.
+    """
+    blocks = ceil_div(length, block)
+    parts = max(1, min(programs * device.sms // tiles, blocks))
+    chunk = ceil_div(blocks, parts)
+    return ceil_div(blocks, chunk), chunk * block

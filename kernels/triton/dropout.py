@@ -1,0 +1,36 @@
+"""The dropout mask, recomputed wherever it is needed: a hash of (seed, row, column), never of the tile."""
+
+import triton
+import triton.language as tl
+
+GOLDEN = tl.constexpr(0x9E3779B9)
+MUL1 = tl.constexpr(0x7FEB352D)
+MUL2 = tl.constexpr(0x846CA68B)
+
+
+@triton.jit
+def _mix(v):
+    """A bijection of uint32 words."""
+    v = (v ^ (v >> 16)) * MUL1
+    v = (v ^ (v >> 15)) * MUL2
+    return v ^ (v >> 16)
+
+
+@triton.jit
+def row_keys(seed_ptr, rows):
+    """Two uint32 keys for each row, from the int64 at seed_ptr: (k1, k2), each of rows' shape."""
+    seed = tl.load(seed_ptr)
+    lo = seed.to(tl.uint32)
+    hi = (seed >> 32).to(tl.uint32)
+    k1 = _mix(rows.to(tl.uint32) ^ _mix(_mix(hi ^ GOLDEN) ^ lo))
+    k2 = _mix(k1 + _mix(_mix(lo ^ GOLDEN) ^ hi))
+    return k1, k2
+
+
+@triton.jit
+def keep(k1, k2, columns, threshold):
+    """True where (row, column) is kept: bool [rows, columns]. threshold: round(p · 2**32) in the bits of an int32."""
+    v = k1[:, None] + (columns.to(tl.uint32) * GOLDEN)[None, :]
+    v = (v ^ (v >> 16)) * MUL1
+    v = ((v ^ (v >> 15)) + k2[:, None]) * MUL2
+    return v >= threshold.to(tl.uint32)

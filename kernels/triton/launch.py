@@ -1,0 +1,66 @@
+"""What a launch is, and the facts about the device that launches are cut to."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+
+from .shrink import shrink
+
+
+class Device(NamedTuple):
+    """sms: multiprocessors to fill; smem: bytes of shared memory a program may use; hip: an AMD GPU;
+    interpret: the kernels run on the CPU, where bfloat16 arithmetic is meaningless and float32 takes its place."""
+
+    sms: int
+    smem: int
+    hip: bool = False
+    interpret: bool = False
+
+
+INTERPRETER = Device(sms=4, smem=227 * 1024, interpret=True)  # few multiprocessors: small tests split too
+
+
+@cache
+def _gpu(device: torch.device) -> Device:
+    facts = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip is not None
+    return Device(facts.multi_processor_count, 64 * 1024 if hip else facts.shared_memory_per_block_optin, hip)
+
+
+def device_of(x: Tensor) -> Device:
+    """The device x is on; raises where no Triton kernel can run."""
+    if not isinstance(shrink, triton.JITFunction):  # TRITON_INTERPRET was set when the kernels were defined
+        return INTERPRETER
+    if x.device.type != "cuda":
+        raise ValueError(f"the triton backend needs a GPU (or TRITON_INTERPRET=1 before import), not {x.device}")
+    return _gpu(x.device)
+
+
+class Launch(NamedTuple):
+    """One kernel launch: calling it launches; benchmarks/kernel_report.py compiles and counts it instead."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]  # in the order of the kernel's signature, constants included
+    warps: int = 4
+    stages: int = 2
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
+
+
+def run(launches: list[Launch], device: torch.device) -> None:
+    """Launches in order on device's current stream; nothing here waits for it."""
+    if device.type != "cuda":
+        for launch in launches:
+            launch()
+        return
+    with torch.cuda.device(device):
+        for launch in launches:
+            launch()

@@ -1,0 +1,43 @@
+"""From wide to narrow: xa = x̃ Aᵀ, and dh = dy B."""
+
+import triton
+import triton.language as tl
+
+from .dropout import keep, row_keys
+from .tiles import accumulate
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def shrink(
+    x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, w_rank, w_col,
+    R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """parts[s, m, r] = Σ_k x̃[m, k] · w[r, k] over the s-th chunk of columns.
+
+    Reads x [M, D] once (masked by the dropout hash if DROPOUT) and w [R, D], both of any strides.
+    Writes parts [S, M, R] float32, contiguous: to be summed over s, in order, by gate_ranks.
+    Work: program (i, s) owns BLOCK_M rows and `chunk` columns, a multiple of BLOCK_K.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    ranks = tl.arange(0, BLOCK_R)
+    columns = tl.arange(0, BLOCK_K)
+    first = split * chunk
+    start = (first + columns).to(tl.int64)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_row + start[None, :] * x_col
+    w_ptrs = w_ptr + start[:, None] * w_col + ranks.to(tl.int64)[None, :] * w_rank
+    if DROPOUT:
+        k1, k2 = row_keys(seed_ptr, rows)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for k in range(first, tl.minimum(first + chunk, D), BLOCK_K):
+        inside = k + columns < D
+        x = tl.load(x_ptrs, mask=(rows < M)[:, None] & inside[None, :], other=0.0).to(DOT)
+        w = tl.load(w_ptrs, mask=inside[:, None] & (ranks < R)[None, :], other=0.0)
+        if DROPOUT:
+            x = tl.where(keep(k1, k2, k + columns, threshold), x, 0.0)
+        acc = accumulate(x, w, acc, PIECES, PRECISION)
+        x_ptrs += tl.cast(x_col, tl.int64) * BLOCK_K
+        w_ptrs += tl.cast(w_col, tl.int64) * BLOCK_K
+    out = (split.to(tl.int64) * M + rows)[:, None] * R + ranks[None, :]
+    tl.store(parts_ptr + out, acc, mask=(rows < M)[:, None] & (ranks < R)[None, :])

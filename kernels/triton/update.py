@@ -1,0 +1,194 @@
+"""forward and backward of the low-rank update: plans of launches, then the frozen product by cuBLAS on top (beta = 1).
+
+Names as everywhere: M rows, N gate rows, E experts, R ranks, x [M, d_in], A [R, d_in], B [d_out, R], gate [N, E].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import config
+from .config import ceil_div, pow2
+from .expand import expand
+from .gates import gate_ranks, sum_segments
+from .launch import Device, Launch, device_of, run
+from .outer import outer, sum_parts
+from .shrink import shrink
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
+    segments: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [M, d_out], xa [M, R]): y = x Wᵀ + bias + h Bᵀ, or base + h Bᵀ without a weight; h = γ ⊙ xa, xa = x̃ Aᵀ."""
+    if weight is None:
+        bias = None
+    else:
+        base = None
+    update = Update(device_of(x), x, A, B, gate, segments, scaling, dropout_p, seed)
+    y, xa = update.forward(bias, base)
+    run(update.launches, x.device)
+    if weight is not None and y.numel():
+        y.addmm_(x, weight.t())
+    return y, xa
+
+
+def backward(
+    dy: Tensor, x: Tensor, xa: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
+    segments: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None, need_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx [M, d_in] or None, dA, dB, dgate); dx = dy W + keep ⊙ (dxa A), without a weight its second part only."""
+    update = Update(device_of(x), x, A, B, gate, segments, scaling, dropout_p, seed)
+    dx, dA, dB, dgate = update.backward(dy, xa, need_dx)
+    run(update.launches, x.device)
+    if dx is not None and weight is not None and dx.numel():
+        dx.addmm_(dy, weight)
+    return dx, dA, dB, dgate
+
+
+class Update:
+    """Allocates results and workspaces and lists the launches that fill them; launches nothing itself.
+
+    The tensors may be on the meta device: that is how the kernel report sees what would be launched.
+    """
+
+    def __init__(
+        self, device: Device, x: Tensor, A: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None,
+        scaling: float, dropout_p: float, seed: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.device, self.x, self.A, self.B, self.gate, self.segments = device, x, A, B, gate, segments
+        self.scaling, self.M, self.R, (self.N, self.E) = scaling, x.shape[0], A.shape[0], gate.shape
+        threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+        self.dropout = {"seed_ptr": seed, "threshold": (threshold + 2**31) % 2**32 - 2**31, "DROPOUT": dropout_p > 0.0}
+        self.plain = {"seed_ptr": None, "threshold": 0, "DROPOUT": False}
+        self.dots = config.dots(device, x.dtype, A.dtype)
+        self.block_r = pow2(self.R, 16, 256)
+        self.launches: list[Launch] = []
+
+    def forward(self, bias: Tensor | None, base: Tensor | None) -> tuple[Tensor, Tensor]:
+        xa, h = self._ranks(), self._ranks()
+        y = self.x.new_empty(self.M, self.B.shape[0])
+        if self.M:
+            self._gate(self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=h, raw=xa)
+            self._expand(y, h, self.B, self.B.stride(), self.plain, bias, base)
+        return y, xa
+
+    def backward(self, dy: Tensor, xa: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        dA, dB = torch.empty_like(self.A, memory_format=torch.contiguous_format), self.B.new_empty(self.B.shape)
+        dgate = self.gate.new_empty(self.gate.shape)
+        dx = self.x.new_empty(self.x.shape) if need_dx else None
+        if self.M == 0:
+            return dx, dA.zero_(), dB.zero_(), dgate.zero_()
+        h, dxa = self._ranks(), self._ranks()
+        one_row_each = self.segments is None and self.N == self.M  # then the scores are the gradient already
+        scores = dgate if one_row_each else self._buffer(self.M, self.E)
+        self._gate(xa[None], gated=h)
+        if config.one_pass(self.R):
+            dh = self._outer(dy, h, dB, (self.R, 1), self.plain, with_dh=True)
+        else:
+            dh = self._shrink(dy, self.B, self.B.stride()[::-1], self.plain)
+            self._outer(dy, h, dB, (self.R, 1), self.plain)
+        self._gate(dh, gated=dxa, xa=xa, scores=scores)
+        if not one_row_each:
+            self._sum_segments(scores, dgate)
+        self._outer(self.x, dxa, dA, (1, self.A.shape[1]), self.dropout)
+        if dx is not None:
+            self._expand(dx, dxa, self.A, self.A.stride()[::-1], self.dropout)
+        return dx, dA, dB, dgate
+
+    def _ranks(self) -> Tensor:
+        return self.x.new_empty(self.M, self.R, dtype=torch.promote_types(self.x.dtype, self.A.dtype))
+
+    def _buffer(self, *shape: int) -> Tensor:
+        return self.x.new_empty(shape, dtype=torch.float32)
+
+    def _shrink(self, x: Tensor, w: Tensor, strides: tuple[int, int], mask: dict) -> Tensor:
+        """w's (rank, column) strides. Returns the partial sums [S, M, R]."""
+        M, D = x.shape
+        tile = config.shrink_tile(self.device, x, self.R, self.dots)
+        S, chunk = config.splits(self.device, ceil_div(M, tile.m), D, tile.n, config.per_sm(self.R))
+        parts = self._buffer(S, M, self.R)
+        args = {
+            "x_ptr": x, "w_ptr": w, "seed_ptr": mask["seed_ptr"], "parts_ptr": parts,
+            "M": M, "D": D, "chunk": chunk, "threshold": mask["threshold"],
+            "x_row": x.stride(0), "x_col": x.stride(1), "w_rank": strides[0], "w_col": strides[1],
+            "R": self.R, "DROPOUT": mask["DROPOUT"], "DOT": self.dots.wide, "PIECES": self.dots.pieces,
+            "PRECISION": self.dots.precision, "BLOCK_M": tile.m, "BLOCK_K": tile.n, "BLOCK_R": self.block_r,
+        }  # fmt: skip
+        self.launches.append(Launch(shrink, (ceil_div(M, tile.m), S), args, tile.warps, tile.stages))
+        return parts
+
+    def _outer(
+        self, x: Tensor, h: Tensor, out: Tensor, strides: tuple[int, int], mask: dict, with_dh: bool = False
+    ) -> Tensor | None:
+        """out's (column, rank) strides. Returns the partial sums of x B [C, M, R] if with_dh."""
+        M, D = x.shape
+        tile = config.outer_tile(self.device, x, self.R, self.dots, with_dh)
+        C = ceil_div(D, tile.n)
+        G, chunk = config.splits(self.device, C, M, tile.m, config.per_sm(self.R, with_dh))
+        parts = out if G == 1 else self._buffer(G, *out.shape)
+        dh = self._buffer(C, M, self.R) if with_dh else None
+        args = {
+            "x_ptr": x, "h_ptr": h, "w_ptr": self.B if with_dh else None, "seed_ptr": mask["seed_ptr"],
+            "parts_ptr": parts, "dh_ptr": dh, "M": M, "D": D, "chunk": chunk,
+            "threshold": mask["threshold"], "x_row": x.stride(0), "x_col": x.stride(1),
+            "w_col": self.B.stride(0), "w_rank": self.B.stride(1), "out_col": strides[0], "out_rank": strides[1],
+            "R": self.R, "UNIT": config.unit(self.B.stride(0)), "DROPOUT": mask["DROPOUT"],
+            "DOT": self.dots.wide, "PIECES": self.dots.pieces,
+            "PRECISION": self.dots.precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_R": self.block_r,
+        }  # fmt: skip
+        self.launches.append(Launch(outer, (C, G), args, tile.warps, tile.stages))
+        if G > 1:
+            args = {"parts_ptr": parts, "out_ptr": out, "size": out.numel(), "G": G, "BLOCK": 256}
+            self.launches.append(Launch(sum_parts, (ceil_div(out.numel(), 256),), args))
+        return dh
+
+    def _expand(
+        self, y: Tensor, h: Tensor, w: Tensor, strides: tuple[int, int], mask: dict,
+        bias: Tensor | None = None, base: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """w's (column, rank) strides."""
+        M, D = y.shape
+        tile = config.expand_tile(M, self.R, self.dots)
+        base_strides = (0, 0) if base is None else base.stride()
+        args = {
+            "h_ptr": h, "w_ptr": w, "bias_ptr": bias, "base_ptr": base,
+            "seed_ptr": mask["seed_ptr"], "y_ptr": y, "M": M, "D": D, "threshold": mask["threshold"],
+            "w_col": strides[0], "w_rank": strides[1], "base_row": base_strides[0], "base_col": base_strides[1],
+            "R": self.R, "UNIT": config.unit(strides[0]), "DROPOUT": mask["DROPOUT"],
+            "DOT": self.dots.narrow, "PRECISION": self.dots.precision,
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": config.expand_step(self.R, self.dots),
+        }  # fmt: skip
+        self.launches.append(
+            Launch(expand, (ceil_div(M, tile.m) * ceil_div(D, tile.n),), args, tile.warps, tile.stages)
+        )
+
+    def _gate(
+        self, parts: Tensor, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        rank = self.R // self.E
+        block_e, block_j = pow2(self.E, 1, 256), pow2(rank, 1, 256)
+        block_m = max(1, 2048 // (block_e * block_j))
+        args = {
+            "parts_ptr": parts, "gate_ptr": self.gate, "segments_ptr": self.segments, "xa_ptr": xa, "raw_ptr": raw,
+            "gated_ptr": gated, "scores_ptr": scores, "M": self.M, "N": self.N, "S": parts.shape[0], "run": self._run(),
+            "steps": self.N.bit_length(), "scaling": self.scaling,
+            "gate_row": self.gate.stride(0), "gate_col": self.gate.stride(1),
+            "E": self.E, "RANK": rank, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j,
+        }  # fmt: skip
+        self.launches.append(Launch(gate_ranks, (ceil_div(self.M, block_m),), args))
+
+    def _sum_segments(self, scores: Tensor, dgate: Tensor) -> None:
+        block_e = pow2(self.E, 1, 256)
+        block_m = pow2(ceil_div(self.M, self.N), 8, min(256, 4096 // block_e))  # short chains of additions
+        args = {
+            "scores_ptr": scores, "segments_ptr": self.segments, "dgate_ptr": dgate, "M": self.M, "N": self.N,
+            "run": self._run(), "E": self.E, "BLOCK_M": block_m, "BLOCK_E": block_e,
+        }  # fmt: skip
+        self.launches.append(Launch(sum_segments, (self.N,), args))
+
+    def _run(self) -> int:
+        """Rows an instance has where there are no segments."""
+        return max(self.M // self.N, 1)

@@ -1,0 +1,160 @@
+"""The benchmark: its peers compute one function, a wrong one is not timed, its files hold what they promise."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_moe_lora as bench  # noqa: E402
+import measure  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+from memory import peak_bytes, saved_bytes  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = ["--device=cpu", "--shapes=24x40", "--batch=2", "--length=8", "--ranks=4", "--experts=2", "--dtypes=float32"]
+TINY += ["--seconds=0", "--repeats=4", "--threads=1"]
+
+
+def case_of(**changes):
+    values = {"d_in": 24, "d_out": 40, "batch": 3, "length": 64, "rank": 4, "experts": 2, "dropout": 0.0}
+    return peers.make_case(peers.Settings(**{**values, "dtype": torch.float32, "device": CPU, **changes}))
+
+
+@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "compile"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_peer_equals_the_reference(name, dtype, dropout):
+    if reason := peers.unavailable(name, CPU, dtype):
+        pytest.skip(reason)
+    case = case_of(dropout=dropout, dtype=dtype)
+    assert measure.check(peers.PEERS[name](case), peers.PEERS[name], case) <= measure.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_peer_equals_the_reference(dropout, monkeypatch):
+    traced = torch.compile(peers._algebraic, backend="eager", fullgraph=True)  # inductor itself would take 15 seconds
+    monkeypatch.setattr(peers, "_compiled_algebraic", lambda: traced)
+    case = case_of(dropout=dropout)
+    assert measure.check(peers.compiled(case), peers.compiled, case) <= measure.TOLERANCE[torch.float32]
+
+
+def wrong_scaling(case):
+    return peers.eager(replace(case, scaling=case.scaling * 1.01))
+
+
+def wrong_gate(case):
+    return replace(peers.eager(replace(case, gate=case.gate.roll(1, 0))), gate=case.gate)
+
+
+def no_dropout(case):
+    return replace(peers.eager(replace(case, settings=replace(case.settings, dropout=0.0))), mask=None)
+
+
+def dropout_not_inverted(case):
+    peer = peers.eager(replace(case, scaling=case.scaling * (1.0 - case.settings.dropout)))
+    return peer if case.settings.dropout == 0.0 else replace(peer, mask=None)
+
+
+def gradient_of_another_mask(case):
+    peer = peers.eager(case)
+
+    def call(x):
+        y, other = peer.call(x), peer.call(x)
+        return other + (y - other).detach()
+
+    return replace(peer, call=call)
+
+
+@pytest.mark.parametrize(
+    "build", [wrong_scaling, wrong_gate, no_dropout, dropout_not_inverted, gradient_of_another_mask]
+)
+def test_check_refuses(build):
+    case = case_of(dropout=0.3)
+    with pytest.raises(measure.WrongPeer):
+        measure.check(build(case), build, case)
+
+
+def test_sweep_writes_rows_table_and_plot(tmp_path, capsys):
+    file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    names = ["peft", "published", "loop", "eager", "ilora[reference]"]
+    assert bench.main([*TINY, f"--peers={','.join(names)}", f"--json={file}", f"--plot={plot}"]) == 0
+    results = json.loads(file.read_text())
+    wanted = {"device", "cpu", "threads", "torch", "triton", "peft", "transformers", "ilora", "git_commit"}
+    assert wanted <= results["machine"].keys()
+    assert results["settings"]["shapes"] == [[24, 40]]
+    assert [(row["peer"], row["dropout"]) for row in results["rows"]] == [
+        (name, p) for p in (0.0, 0.1) for name in ["frozen", *names]
+    ]
+    for row in results["rows"]:
+        assert row["eager"]["rounds"] == 3  # no time: the fewest
+        assert row["eager"]["both"]["ms"] >= row["eager"]["forward"]["ms"] > 0
+        assert row["peak_bytes"] >= 2 * 8 * (24 + 40) * 4  # dx and y at least
+    frozen, published = results["rows"][0], results["rows"][2]
+    assert frozen["eager"]["both"]["ratio"] == 1.0
+    assert published["saved_bytes"] > frozen["saved_bytes"] == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "rows.json"]
+    shown = capsys.readouterr().out
+    assert "24→40, R=4, E=2, p=0.1" in shown
+    assert all(name in shown for name in names)
+
+
+def test_sweep_does_not_time_a_wrong_peer(monkeypatch, capsys):
+    monkeypatch.setitem(peers.PEERS, "eager", wrong_scaling)
+    assert bench.main([*TINY, "--peers=eager", "--dropout=0"]) == 1
+    assert "WRONG, not timed: the gradient of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes=5x"], "--shapes 5x"),
+        (["--ranks=6", "--experts=4"], "divide the rank"),
+        (["--dropout=1"], "0 <= p < 1"),
+        (["--dtypes=float64"], "float64"),
+        (["--peers=nobody"], "nobody"),
+        (["--peers=ilora[triton]", "--device=cpu"], "Triton needs a GPU"),
+        (["--device=tpu"], "tpu"),
+        (["--batch=0"], "--batch"),
+        (["--json=/no/such/folder/x.json"], "does not exist"),
+    ],
+)
+def test_unusable_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse([*TINY, *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_quick_is_small_and_options_still_rule():
+    options = bench.parse(["--device=cpu", "--quick", "--length=7", "--peers=eager"])
+    assert (options.length, options.dtypes) == (7, [torch.float32])
+    assert {case.d_in * case.d_out <= 576 * 1536 for case in bench.cases(options)} == {True}
+
+
+def test_peak_and_saved_bytes_of_a_known_function():
+    x, w = torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
+    size = 256 * 256 * 4
+    assert 2 * size <= peak_bytes(lambda: (x @ w).exp().sum(), CPU) < 2.1 * size
+    assert saved_bytes(lambda: (x @ w).exp(), [w]) == size  # exp keeps its result, the product keeps w
+
+
+def test_busy_machine_is_reported():
+    assert report.busy({"load_before": 0.3, "cores": 2}) is None
+    assert report.busy({"load_before": None, "cores": 2}) is None
+    assert "load 1.7 on 2 cores" in report.busy({"load_before": 1.7, "cores": 2})
+
+
+def test_interleave_stops_by_time_and_by_repeats():
+    case = case_of()
+    programs = {"frozen": measure.Eager([peers.frozen(case)], [case])}
+    assert len(measure.interleave(programs, CPU, 0.0, 50)["frozen"]) == 3
+    assert len(measure.interleave(programs, CPU, 60.0, 5)["frozen"]) == 5
+    summary = measure.summarise([(2.0, 4.0), (2.0, 8.0), (1.0, 5.0)], [(1.0, 2.0), (2.0, 2.0), (1.0, 1.0)])
+    assert summary["both"] == {"ms": 6.0, "ratio": 2.5, "low": 2.25, "high": 2.75}
