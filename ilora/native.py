@@ -58,11 +58,12 @@ def forward(
         bias, base = None, None if base is None else _unit_columns(base)
     else:
         bias, base = None if bias is None else bias.contiguous(), None
-    wide = weight is not None and _through_float32(x)
+    w_t = None if weight is None else weight.t()
+    wide = w_t is not None and _through_float32(x, w_t)
     y, xa = torch.ops.ilora_native.forward.default(
         x, bias, base, A, B, _compute_gate(gate, x), segments, scaling, dropout_threshold(dropout_p), seed, wide
     )
-    return _add_product(y, x, None if weight is None else weight.t()), xa
+    return _add_product(y, x, w_t), xa
 
 
 def backward(
@@ -79,9 +80,9 @@ def backward(
     seed: Tensor | None,
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """dx [M, d_in] in x's dtype (None unless need_dx), dA, dB and dgate: as the forward, dy W goes on top of the update."""
+    """dx [M, d_in] in x's dtype (None unless need_dx), dA, dB and dgate: as in forward, dy W goes onto the update."""
     dy, x = _unit_columns(dy), _unit_columns(x)
-    wide = need_dx and weight is not None and _through_float32(dy)
+    wide = need_dx and weight is not None and _through_float32(dy, weight)
     threshold, gate_c = dropout_threshold(dropout_p), _compute_gate(gate, x)
     dx, dA, dB, dgate = torch.ops.ilora_native.backward.default(
         dy, x, xa, A, B, gate_c, segments, scaling, threshold, seed, need_dx, wide
@@ -99,13 +100,13 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
     return out.to(a.dtype)
 
 
-def _through_float32(a: Tensor) -> bool:
-    """Whether the frozen product of these rows is taken in float32 and rounded once.
+def _through_float32(a: Tensor, b: Tensor) -> bool:
+    """Whether the frozen product a b is taken in float32 and rounded once.
 
-    Without bfloat16 instructions torch multiplies bfloat16 matrices with a naive loop, up to hundreds of times slower
-    than in float32, temporary float32 copies included; only for a few rows those copies cost more than they save.
+    Without bfloat16 instructions torch multiplies bfloat16 matrices with naive loops, up to hundreds of times slower
+    than in float32, temporary float32 copies included; only dot products of a few rows do not pay for those copies.
     """
-    return a.dtype == torch.bfloat16 and a.shape[0] >= 4 and not _HARDWARE_BFLOAT16
+    return a.dtype == torch.bfloat16 and not _HARDWARE_BFLOAT16 and (a.shape[0] >= 8 or b.stride(0) != 1)
 
 
 _HARDWARE_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,4 +1,4 @@
-// What the torch-facing code (ops_cpu.cpp) and the kernels compiled once per instruction set share: plain structs only.
+// What the torch-facing code (ops_cpu.cpp) and the kernels compiled once per instruction set share: plain structs.
 // Names: M rows, N gate rows, E experts, R ranks, xa = (x ⊙ keep) Aᵀ, γ[m, r] = scaling · gate[i(m), r // (R/E)].
 // T is x's element type (float, bf16, double), C the type computed in (float, double).
 #pragma once
@@ -8,7 +8,7 @@ namespace ilora {
 
 constexpr int64_t kRowBlock = 48;    // rows staged at a time: a multiple of both row tiles, 3 (dot) and 4 (expand)
 constexpr int64_t kColStep = 48;     // column chunks are multiples of 3 vectors of the widest instruction set
-constexpr int64_t kColChunk = 576;   // upper bound: a staged block, twice with its mask, stays within half of 512 KB of L2
+constexpr int64_t kColChunk = 576;   // upper bound: a staged block with its mask stays within half of 512 KB of L2
 constexpr int64_t kRankStep = 4;     // rank tile of dot and outer; packed operands are padded to it with zeros
 constexpr int64_t kAlign = 64;
 
@@ -32,7 +32,16 @@ struct Gates {
   const int32_t* segments;   // [N + 1], or null: row m belongs to instance m / (M / N)
 };
 
-struct Dropout {
+// The dropout hash of ilora.reference.keep_mask; all arithmetic modulo 2**32.
+constexpr uint32_t kGolden = 0x9E3779B9u, kMul1 = 0x7FEB352Du, kMul2 = 0x846CA68Bu;
+
+inline uint32_t mix(uint32_t v) {
+  v = (v ^ v >> 16) * kMul1;
+  v = (v ^ v >> 15) * kMul2;
+  return v ^ v >> 16;
+}
+
+struct Dropout {             // s1, s2: the seed's keys; an element is dropped iff its hash is below the threshold
   bool on;
   uint32_t s1, s2, threshold;
 };

@@ -61,13 +61,17 @@ ILORA_TARGET void stage(const Matrix& x, int64_t row, int64_t rows, int64_t colu
     if (dropout.on) {
       KeepMask<C> keep(dropout, row + m, column);
       for (; k < n; k += W) {
+        __builtin_prefetch(src + k + 2 * x.row_stride);
         const auto kept = keep.next();
         const auto v = k + W <= n ? Memory<C, T>::get(src + k) : get_some<C, T>(src + k, n - k);
         store(dst + k, masked<C>(v, kept));
         if (mask) store(mask + m * ld + k, kept);
       }
     } else {
-      for (; k + W <= n; k += W) store(dst + k, Memory<C, T>::get(src + k));
+      for (; k + W <= n; k += W) {
+        __builtin_prefetch(src + k + 2 * x.row_stride);  // rows of a chunk are too short for the hardware's streams
+        store(dst + k, Memory<C, T>::get(src + k));
+      }
       if (k < n) store(dst + k, get_some<C, T>(src + k, n - k)), k += W;
     }
     for (; k < padded; k += W) store(dst + k, Vec<C>{});
@@ -77,7 +81,8 @@ ILORA_TARGET void stage(const Matrix& x, int64_t row, int64_t rows, int64_t colu
 }
 
 // p [rows, Rp] += block · wᵀ
-template <class C> ILORA_TARGET void dot(const C* block, const C* w, int64_t ld, int64_t rows, int64_t n, C* p, int64_t Rp) {
+template <class C>
+ILORA_TARGET void dot(const C* block, const C* w, int64_t ld, int64_t rows, int64_t n, C* p, int64_t Rp) {
   n = round_up(n, Simd<C>::W);
   for (int64_t m = 0; m < rows; m += 3)
     for (int64_t r = 0; r < Rp; r += 4) dot_tile<C>(block + m * ld, w + r * ld, ld, n, p + m * Rp + r, Rp);
@@ -108,14 +113,25 @@ ILORA_TARGET void put_row(const C* strip, int64_t n, const T* add, const C* mask
   put_some<C, O>(dst + k, v, n - k);
 }
 
-// dst[:, column : column + n] = keep ⊙ (h · w) + bias + base
+// Rows about to be written: their lines travel while the strip is computed.
+FN void prefetch_rows(const Matrix& out, int64_t row, int64_t rows, int64_t column, int64_t n, int64_t size) {
+  for (int64_t j = 0; j < rows; ++j) {
+    const char* dst = static_cast<const char*>(out.data) + ((row + j) * out.row_stride + column) * size;
+    for (int64_t k = 0; k < n * size; k += kAlign) __builtin_prefetch(dst + k, 1);
+  }
+}
+
+// out[:, chunk's columns] = keep ⊙ (h · w) + bias, or + base
 template <class T, class C>
-ILORA_TARGET void expand(const C* h, const C* w, int64_t R, const Packing& pack, int64_t chunk, int64_t row, int64_t rows,
-                         const void* bias, const Matrix& base, const C* mask, C* strip, const Matrix& out, bool narrow) {
+ILORA_TARGET void expand(const C* h, const C* w, int64_t R, const Packing& pack, int64_t chunk, int64_t row,
+                         int64_t rows, const void* bias, const Matrix& base, const C* mask, C* strip, const Matrix& out,
+                         bool narrow) {
   const int64_t ld = pack.width, n = pack.columns(chunk), column = chunk * ld;
   for (int64_t m = 0; m < rows; m += 4) {
+    const int64_t strip_rows = rows - m < 4 ? rows - m : 4;
+    prefetch_rows(out, row + m, strip_rows, column, n, narrow ? sizeof(T) : sizeof(C));
     for (int64_t k = 0; k < n; k += 3 * Simd<C>::W) expand_tile<C>(h + m * pack.Rp, pack.Rp, w + k, ld, R, strip + k);
-    for (int64_t j = 0; j < 4 && m + j < rows; ++j) {
+    for (int64_t j = 0; j < strip_rows; ++j) {
       const T* add = bias ? static_cast<const T*>(bias) + column : nullptr;
       if (base.data) add = static_cast<const T*>(base.data) + (row + m + j) * base.row_stride + column;
       const C* keep = mask ? mask + (m + j) * ld : nullptr;
@@ -130,7 +146,8 @@ template <class C> FN void fill_zero(C* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
 
-template <class T, class C> ILORA_TARGET void forward(const Forward& f, int64_t row_begin, int64_t row_end, void* memory) {
+template <class T, class C>
+ILORA_TARGET void forward(const Forward& f, int64_t row_begin, int64_t row_end, void* memory) {
   const Scratch<C> s(memory, f.a, f.b);
   const int64_t R = f.gates.R, Rp = s.Rp;
   const C *a = static_cast<const C*>(f.packed_a), *b = static_cast<const C*>(f.packed_b);
@@ -146,18 +163,20 @@ template <class T, class C> ILORA_TARGET void forward(const Forward& f, int64_t 
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t r = 0; r < R; ++r) {
         const int64_t at = (row + m) * R + r;
-        if (f.narrow_xa) put_one<C, T>(static_cast<T*>(f.xa) + at, s.p[m * Rp + r]);
+        if (f.narrow_xa) Memory<C, T>::put_one(static_cast<T*>(f.xa) + at, s.p[m * Rp + r]);
         else static_cast<C*>(f.xa)[at] = s.p[m * Rp + r];
         s.p[m * Rp + r] *= s.gamma[m * Rp + r];
       }
     for (int64_t c = 0; c < f.b.n_chunks; ++c)
-      expand<T, C>(s.p, b + c * Rp * f.b.width, R, f.b, c, row, rows, f.bias, f.base, nullptr, s.strip, f.y, f.narrow_y);
+      expand<T, C>(s.p, b + c * Rp * f.b.width, R, f.b, c, row, rows, f.bias, f.base, nullptr, s.strip, f.y,
+                   f.narrow_y);
   }
 }
 
 // From a block of dy: dh (in p, on return dxa = γ ⊙ dh), this chunk's part of dBᵀ, and dgate's rows.
 template <class T, class C>
-ILORA_TARGET void backward_dy(const Backward& f, const Scratch<C>& s, int64_t row, int64_t rows, C* part_b, bool first) {
+ILORA_TARGET void backward_dy(const Backward& f, const Scratch<C>& s, int64_t row, int64_t rows, C* part_b,
+                              bool first) {
   const int64_t E = f.gates.E, R = f.gates.R, Rp = s.Rp, ld = f.b.width;
   const C* b = static_cast<const C*>(f.packed_b);
   fill_gamma(f.gates, row, rows, s.gamma, Rp);
@@ -166,7 +185,7 @@ ILORA_TARGET void backward_dy(const Backward& f, const Scratch<C>& s, int64_t ro
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t r = 0; r < R; ++r) {
       const int64_t at = (row + m) * R + r;
-      const C xa = f.narrow_xa ? get_one<C, T>(static_cast<const T*>(f.xa) + at) : static_cast<const C*>(f.xa)[at];
+      const C xa = f.narrow_xa ? Memory<C, T>::get_one(static_cast<const T*>(f.xa) + at) : static_cast<const C*>(f.xa)[at];
       s.xa[m * Rp + r] = xa;
       s.h[m * Rp + r] = xa * s.gamma[m * Rp + r];
     }
@@ -202,7 +221,8 @@ ILORA_TARGET void backward(const Backward& f, int64_t row_begin, int64_t row_end
       stage<T, C>(f.x, row, rows, c * ld, n, ld, f.dropout, s.block, mask);
       outer(s.p, s.block, ld, rows, n, part_a + c * Rp * ld, Rp, row == row_begin);
       if (f.dx.data)
-        expand<T, C>(s.p, a + c * Rp * ld, f.gates.R, f.a, c, row, rows, nullptr, Matrix{}, mask, s.strip, f.dx, f.narrow_dx);
+        expand<T, C>(s.p, a + c * Rp * ld, f.gates.R, f.a, c, row, rows, nullptr, Matrix{}, mask, s.strip, f.dx,
+                     f.narrow_dx);
     }
   }
 }

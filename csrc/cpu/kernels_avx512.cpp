@@ -1,6 +1,6 @@
 #if defined(__x86_64__)
 #define ILORA_ISA avx512
 #define ILORA_BYTES 64
-#define ILORA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define ILORA_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #include "kernels.inl"
 #endif

@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxRowChunks = 32;
-constexpr int64_t kPartialBytes = 32 << 20;  // of all row chunks' partial dA and dB; at least 4 chunks whatever they take
+constexpr int64_t kPartialBytes = 32 << 20;  // of all row chunks' partial dA and dB; 4 chunks whatever they take
 
 const Kernels& best_kernels(Element element) {
 #if defined(__x86_64__)
@@ -43,7 +43,7 @@ struct Types {
   ScalarType x, compute;
   const Kernels& kernels;
   explicit Types(ScalarType x)
-      : x(x), compute(x == ScalarType::Double ? ScalarType::Double : ScalarType::Float), kernels(best_kernels(element(x))) {}
+      : x(x), compute(x == ScalarType::Double ? x : ScalarType::Float), kernels(best_kernels(element(x))) {}
   static Element element(ScalarType x) {
     if (x == ScalarType::Float) return kFloat;
     if (x == ScalarType::Double) return kDouble;
@@ -64,7 +64,8 @@ void check(const char* name, const Tensor& t, int64_t rows, int64_t columns, Sca
 
 Matrix matrix(const Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
 
-Gates make_gates(const Types& types, const Tensor& gate, const MaybeTensor& segments, double scaling, int64_t M, int64_t R) {
+Gates make_gates(const Types& types, const Tensor& gate, const MaybeTensor& segments, double scaling, int64_t M,
+                 int64_t R) {
   const int64_t N = gate.size(0), E = gate.size(1);
   check("gate", gate, N, E, types.compute, types.compute);
   STD_TORCH_CHECK(gate.is_contiguous() && E > 0 && R % E == 0, "gate is not contiguous, or E does not divide R");
@@ -81,18 +82,13 @@ Gates make_gates(const Types& types, const Tensor& gate, const MaybeTensor& segm
   return g;
 }
 
-uint32_t mix(uint32_t v) {
-  v = (v ^ v >> 16) * 0x7FEB352Du;
-  v = (v ^ v >> 15) * 0x846CA68Bu;
-  return v ^ v >> 16;
-}
-
-Dropout make_dropout(int64_t drop_below, const MaybeTensor& seed) {  // the seed's keys; see ilora.reference.keep_mask
+Dropout make_dropout(int64_t drop_below, const MaybeTensor& seed) {
   if (!seed) return {};
-  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed is not one int64");
+  STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                  "seed is not one int64 on the CPU");
   const uint64_t word = *static_cast<const uint64_t*>(seed->data_ptr());
-  const uint32_t lo = uint32_t(word), hi = uint32_t(word >> 32), golden = 0x9E3779B9u;
-  return {true, mix(mix(hi ^ golden) ^ lo), mix(mix(lo ^ golden) ^ hi), uint32_t(drop_below)};
+  const uint32_t lo = uint32_t(word), hi = uint32_t(word >> 32);
+  return {true, mix(mix(hi ^ kGolden) ^ lo), mix(mix(lo ^ kGolden) ^ hi), uint32_t(drop_below)};
 }
 
 void check_params(const Types& types, const Tensor& A, const Tensor& B, int64_t d_in) {
@@ -120,7 +116,8 @@ void pack(const Types& types, const Tensor& A, const Tensor& B, const Packing& a
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, MaybeTensor bias, MaybeTensor base, Tensor A, Tensor B, Tensor gate,
-                                   MaybeTensor segments, double scaling, int64_t drop_below, MaybeTensor seed, bool wide) {
+                                   MaybeTensor segments, double scaling, int64_t drop_below, MaybeTensor seed,
+                                   bool wide) {
   const Types types(x.scalar_type());
   const Kernels& k = types.kernels;
   const int64_t M = x.size(0), d_in = x.size(1), d_out = B.size(0), R = A.size(0);
@@ -150,14 +147,14 @@ std::tuple<Tensor, Tensor> forward(Tensor x, MaybeTensor bias, MaybeTensor base,
   return {y, xa};
 }
 
-// parallel_for's grain for tasks that read this many elements together: waking threads for less costs more than it saves.
+// parallel_for's grain for tasks that read this many elements together: few are not worth waking threads for.
 int64_t serial_below(int64_t tasks, int64_t elements) {
   return std::max<int64_t>(1, (tasks << 18) / std::max<int64_t>(elements, 1));
 }
 
 // dA and dB from the row chunks' partials, one column chunk a task.
-void reduce(const Types& types, const char* partials, int64_t count, const Packing& a, const Packing& b, const Tensor& dA,
-            const Tensor& dB) {
+void reduce(const Types& types, const char* partials, int64_t count, const Packing& a, const Packing& b,
+            const Tensor& dA, const Tensor& dB) {
   const Kernels& k = types.kernels;
   const int64_t stride = a.size() + b.size(), R = dA.size(0);
   const bool narrow = types.narrow(dA);
@@ -193,7 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   Tensor dgate = torch::stable::new_empty(gate, {gate.size(0), E});
   const Packing a(d_in, R), b(d_out, R);
   Backward f{make_gates(types, gate, segments, scaling, M, R), make_dropout(drop_below, seed), a, b, nullptr, nullptr,
-             matrix(dy), matrix(x), need_dx ? matrix(dx) : Matrix{}, xa.data_ptr(), types.narrow(xa), types.narrow(dx), nullptr};
+             matrix(dy), matrix(x), need_dx ? matrix(dx) : Matrix{}, xa.data_ptr(), types.narrow(xa),
+             types.narrow(dx), nullptr};
   const int64_t both = (a.size() + b.size()) * k.size_C;
   const int64_t rows = rows_per_chunk(M, both), chunks = (M + rows - 1) / rows;
   const Memory memory((1 + chunks) * both + M * E * k.size_C);

@@ -1,5 +1,5 @@
 // Vectors of ILORA_BYTES bytes through the GCC/Clang vector extension, and the passage between memory's element types
-// and the type computed in. Included inside namespace ilora::ILORA_ISA; FN carries the instruction set to each function.
+// and the type computed in. Included inside namespace ilora::ILORA_ISA; FN gives each function its instruction set.
 
 struct bf16 { uint16_t bits; };
 
@@ -30,6 +30,8 @@ template <class C, class T> struct Memory;
 template <class C> struct Memory<C, C> {
   static FN Vec<C> get(const C* p) { return load<Vec<C>>(p); }
   static FN void put(C* p, Vec<C> v) { store(p, v); }
+  static FN C get_one(const C* p) { return *p; }
+  static FN void put_one(C* p, C v) { *p = v; }
 };
 template <> struct Memory<float, bf16> {
   using F = Simd<float>;
@@ -42,6 +44,14 @@ template <> struct Memory<float, bf16> {
     const F::Word is_nan = (F::Word)(v != v);
     const F::Word rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
     store(p, __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0), F::Half));
+  }
+  static FN float get_one(const bf16* p) {
+    const uint32_t wide = uint32_t(p->bits) << 16;
+    return load<float>(&wide);
+  }
+  static FN void put_one(bf16* p, float v) {
+    const auto u = load<uint32_t>(&v);
+    p->bits = uint16_t(v != v ? 0x7FC0 : (u + 0x7FFF + (u >> 16 & 1)) >> 16);
   }
 };
 
@@ -56,21 +66,9 @@ template <class C, class T> FN void put_some(T* p, Vec<C> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-template <class C, class T> FN C get_one(const T* p) { return get_some<C, T>(p, 1)[0]; }
-template <class C, class T> FN void put_one(T* p, C value) { put_some<C, T>(p, Vec<C>{} + value, 1); }
-
 template <class C> FN Vec<C> masked(Vec<C> v, MaskVec<C> mask) {
   const auto bits = load<MaskVec<C>>(&v) & mask;
   return load<Vec<C>>(&bits);
-}
-
-// The dropout hash of ilora.reference.keep_mask; all arithmetic modulo 2**32.
-constexpr uint32_t kGolden = 0x9E3779B9u, kMul1 = 0x7FEB352Du, kMul2 = 0x846CA68Bu;
-
-FN uint32_t mix(uint32_t v) {
-  v = (v ^ v >> 16) * kMul1;
-  v = (v ^ v >> 15) * kMul2;
-  return v ^ v >> 16;
 }
 
 // keep of W consecutive columns of a row; next() moves on by W.

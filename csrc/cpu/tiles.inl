@@ -32,7 +32,8 @@ template <class C> FN void dot_tile(const C* x, const C* w, int64_t ld, int64_t 
 }
 
 // g[r, k] (+)= Σ_m h[m, r] · x[m, k] for 4 ranks and 3 vectors of columns.
-template <class C> FN void outer_tile(const C* h, int64_t ld_h, const C* x, int64_t ld, int64_t rows, C* g, bool first) {
+template <class C>
+FN void outer_tile(const C* h, int64_t ld_h, const C* x, int64_t ld, int64_t rows, C* g, bool first) {
   constexpr int W = Simd<C>::W;
   Vec<C> acc[4][3] = {};
   if (!first)
