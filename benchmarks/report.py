@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,24 @@ def table(title: object, rows: list[dict[str, Any]]) -> str:
             memory = f"{row['peak_bytes'] / 1e6:10.1f}{row['saved_bytes'] / 1e6:10.1f}"
             lines.append(f"{row['peer']:18}{times}{memory}{row['error_of_check']:9.0e}")
     lines += [f"{row['peer']:18}WRONG, not timed: {row['error']}" for row in rows if "error" in row]
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """A Markdown table of one run, forward + backward over the frozen layer's: a row a peer, a column a shape.
+
+    A cell holds one figure for each dropout probability, in order; saved MB is that of the last shape.
+    """
+    rows = {(r["peer"], (r["d_in"], r["d_out"]), r["dropout"]): r for r in results["rows"]}
+    peers, shapes, dropouts = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+    head = " | ".join(f"{d_in}→{d_out}" for d_in, d_out in shapes)
+    lines = [f"| | {head} | saved for backward |", "|---" * (len(shapes) + 2) + "|"]
+    for peer in peers:
+        cells = [peer]
+        for shape in shapes:
+            cells.append(" / ".join(f"{rows[peer, shape, p]['eager']['both']['ratio']:.2f}" for p in dropouts))
+        saved = (rows[peer, shapes[-1], p]["saved_bytes"] / 1e6 for p in dropouts)
+        lines.append(f"| {' | '.join(cells)} | {' / '.join(f'{mb:.1f}' for mb in saved)} MB |")
     return "\n".join(lines)
 
 
@@ -100,3 +119,7 @@ def _git(*arguments: str) -> str | None:
     except OSError:
         return None
     return run.stdout.strip() if run.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
