@@ -1,21 +1,15 @@
 """The benchmark: its peers compute one function, a wrong one is not timed, its files hold what they promise."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import bench_moe_lora as bench
+import measure
+import peers
 import pytest
+import report
 import torch
-
-pytest.importorskip("tqdm")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import bench_moe_lora as bench  # noqa: E402
-import measure  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-from memory import peak_bytes, saved_bytes  # noqa: E402
+from memory import peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 TINY = ["--device=cpu", "--shapes=24x40", "--batch=2", "--length=8", "--ranks=4", "--experts=2", "--dtypes=float32"]

@@ -2,20 +2,16 @@
 
 import copy
 import random
-import sys
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import smollm2_text as example
 import torch
 
+import ilora
+
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import smollm2_text as example  # noqa: E402
-
-import ilora  # noqa: E402
 
 CPU = torch.device("cpu")
 

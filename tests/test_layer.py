@@ -242,3 +242,21 @@ def test_gradient_checkpointing_inside_the_block():
         y = checkpoint(layer, x, gate, use_reentrant=False) if checkpointed else layer(x, gate)
         grads.append(torch.autograd.grad(y.square().sum(), inputs))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_gated_model_compiles_in_one_graph_and_follows_its_gate():
+    torch._dynamo.reset()
+    model = nn.Sequential(trained(ILoRALinear(nn.Linear(10, 10))), nn.ReLU(), trained(ILoRALinear(nn.Linear(10, 6))))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 10)
+    for gate in (torch.rand(2, 4, requires_grad=True), torch.rand(2, 4, requires_grad=True)):
+        with ilora.gated(model, gate):
+            want, got = model(x), compiled(x)
+            torch.testing.assert_close(got, want)
+            for a, b in zip(*(torch.autograd.grad(y.sum(), [gate, model[0].lora_A]) for y in (got, want)), strict=True):
+                torch.testing.assert_close(a, b)
+    compiled.train()
+    model[0].lora_dropout = 0.5
+    torch._dynamo.reset()
+    with ilora.gated(model, gate):
+        assert not torch.equal(compiled(x), compiled(x))

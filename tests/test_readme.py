@@ -2,29 +2,25 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from report import markdown
+
+import ilora
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_tables_are_those_of_the_results():
-    from report import markdown
-
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         assert markdown(json.loads(file.read_text())) in README, file.name
 
 
 def test_the_equivalent_is_the_definition():
-    import torch.nn.functional as F
-
-    import ilora
-
     M, N, d_in, d_out, R, E = 12, 3, 10, 7, 8, 4
     x, weight, bias = torch.randn(M, d_in), torch.randn(d_out, d_in), torch.randn(d_out)
     A, B, gate, scaling, dropout_p = torch.randn(R, d_in), torch.randn(d_out, R), torch.rand(N, E), 2.0, 0.0
