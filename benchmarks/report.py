@@ -49,7 +49,8 @@ def markdown(results: dict[str, Any]) -> str:
     for peer in peers:
         cells = [peer]
         for shape in shapes:
-            cells.append(" / ".join(f"{rows[peer, shape, p]['eager']['both']['ratio']:.2f}" for p in dropouts))
+            ratios = [rows[peer, shape, p]["eager"]["both"]["ratio"] for p in dropouts]
+            cells.append(" / ".join(f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}" for ratio in ratios))
         saved = (rows[peer, shapes[-1], p]["saved_bytes"] / 1e6 for p in dropouts)
         lines.append(f"| {' | '.join(cells)} | {' / '.join(f'{mb:.1f}' for mb in saved)} MB |")
     return "\n".join(lines)
