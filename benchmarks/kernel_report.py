@@ -293,7 +293,9 @@ def main() -> int:
     every = cases(options.ranks, options.dtypes)
     results = report(every, options.targets, options.kernels, options.processes)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        temporary = options.json.with_name(options.json.name + ".tmp")  # whole or not at all
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+        temporary.replace(options.json)
     return int(results["bad"] > 0)
 
 

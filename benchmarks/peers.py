@@ -174,7 +174,10 @@ def eager(case: Case, function: Callable[..., Tensor] = _algebraic) -> Peer:
     """The algebraic form, (x̃ Aᵀ ⊙ γ) Bᵀ, in eager torch: what a careful user writes without a kernel."""
     A, B, gate = _leaves(case.A, case.B, case.gate)
     s, p = case.scaling, case.settings.dropout
-    call = lambda x: function(x, case.weight, case.bias, A, B, gate, s, p)  # noqa: E731
+
+    def call(x: Tensor) -> Tensor:
+        return function(x, case.weight, case.bias, A, B, gate, s, p)
+
     return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, _torch_mask(case))
 
 

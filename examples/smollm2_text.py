@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--steps and --batch: expected 1 or more, --length 8 or more")
     if options.rank < 1 or options.experts < 1 or options.rank % options.experts:
         parser.error("--experts must divide --rank evenly")
+    for name in ("items.tsv", "train.tsv") if options.data is not None else ():
+        if not (options.data / name).is_file():
+            parser.error(f"--data {options.data}: it has no {name}")
     return options
 
 
@@ -204,7 +208,7 @@ def report(
         after, seconds = learners[name].evaluate(held_out), statistics.median(step[1] for step in steps)
         ratio = statistics.median(mine[1] / its[1] for mine, its in zip(steps, first, strict=True))
         trained = sum(parameter.numel() for parameter in learners[name].trained)
-        peak = peak_bytes(lambda name=name: learners[name].step(held_out), held_out["input_ids"].device)  # type: ignore[misc]
+        peak = peak_bytes(partial(learners[name].step, held_out), held_out["input_ids"].device)
         print(
             f"{name:6} held-out loss {before[name]:.4f} -> {after:.4f}, "
             f"step {seconds:.3f} s ({ratio:.2f}× {first_name}'s), "
@@ -216,12 +220,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     random.seed(0)
     torch.manual_seed(0)
-    if options.data is not None and (options.data / "train.tsv").is_file():
-        histories = listening_histories(options.data)
-    else:
-        why = f"{options.data} has no train.tsv" if options.data else "no --data given"
-        print(f"{why}: the listeners are invented")
-        histories = invented_histories()
+    if options.data is None:
+        print("no --data given: the listeners are invented")
+    histories = invented_histories() if options.data is None else listening_histories(options.data)
     model, tokenizer = load(options.model, options.device)
     texts = [
         (f"This listener played {', '.join(played)}. Next:", f" {following}\n")

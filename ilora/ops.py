@@ -136,8 +136,9 @@ def _gradients(ctx: Any, dy: Tensor, saved: Any, needs: Any) -> list[Tensor | No
     dx, dA, dB, dgate = torch.ops.ilora.backward(
         dy, x, xa, weight, A, B, gate, segments, ctx.scaling, ctx.dropout_p, seed, needs[0], ctx.backend
     )
-    dweight = dy.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None
-    dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs[2] else None
+    flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight = flat_dy.T @ flat_x if needs[1] else None
+    dbias = flat_dy.sum(0) if needs[2] else None
     grads = [dx, dweight, dbias, dy if needs[3] else None, dA, dB, dgate]
     return [grad if need else None for grad, need in zip(grads, needs, strict=False)]
 

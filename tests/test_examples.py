@@ -111,3 +111,9 @@ def test_histories_from_files(tmp_path):
     (tmp_path / "items.tsv").write_text("0\tCafé\n1\tB\n7\tC\n", encoding="utf-8")
     (tmp_path / "train.tsv").write_text("0,1\t7\n", encoding="utf-8")
     assert next(example.listening_histories(tmp_path)) == (["Café", "B"], "C")
+
+
+def test_a_data_folder_that_lacks_its_files_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        example.parse([f"--data={tmp_path}"])
+    assert "it has no items.tsv" in capsys.readouterr().err

@@ -140,11 +140,13 @@ def test_the_output_may_be_changed_in_place():
 
 @pytest.mark.parametrize("shape", [(20,), (24, 20), (2, 3, 4, 20), (0, 20), (3, 0, 20)])
 def test_leading_dimensions(shape):
-    x = torch.randn(shape)
-    kwargs = arguments(x=x, gate=torch.rand(1, 4))
-    y = ilora.ilora_linear(**kwargs)
+    kwargs = arguments(x=torch.randn(shape), gate=torch.rand(1, 4))
+    leaves = [kwargs[name].requires_grad_() for name in ("x", "weight", "bias", "A", "B", "gate")]
+    y, want = ilora.ilora_linear(**kwargs), ilora.reference.ilora_linear(**kwargs)
     assert y.shape == (*shape[:-1], 12)
-    torch.testing.assert_close(y, ilora.reference.ilora_linear(**kwargs))
+    torch.testing.assert_close(y, want)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), leaves) for out in (y, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_saves_x_xa_and_the_arguments_and_nothing_else():
