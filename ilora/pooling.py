@@ -1,0 +1,70 @@
+"""Which tokens of a batch a gate may read, and their mean. B rows of L tokens, N instances, H features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor, segments: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[N, H] means of x [B, L, H] over the true mask [B, L] of each instance, 0 where there is none, in dtype or wider.
+
+    Sums in a fixed order, no atomics. Raises: ValueError for other shapes, TypeError for other dtypes.
+    """
+    if x.ndim != 3 or mask.shape != x.shape[:2]:
+        raise ValueError(f"expected embeddings [B, L, H] and a mask [B, L], got {list(x.shape)} and {list(mask.shape)}")
+    if not x.is_floating_point() or mask.dtype != torch.bool:
+        raise TypeError(f"expected float embeddings and a bool mask, got {x.dtype} and {mask.dtype}")
+    dtype = torch.promote_types(x.dtype, dtype)
+    x = x.masked_fill(~mask[..., None], 0)  # not a product: padding may hold inf or nan
+    if segments is None:
+        return x.sum(1, dtype=dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+    segments = segments.to(x.device)
+    m = torch.arange(mask.numel(), dtype=segments.dtype, device=x.device)
+    owned = (segments[:-1, None] <= m) & (m < segments[1:, None]) & mask.flatten()
+    return (owned.to(dtype) @ x.flatten(0, 1).to(dtype)) / owned.sum(1, keepdim=True).clamp(min=1)
+
+
+def _count_so_far(flags: Tensor, segments: Tensor | None) -> Tensor:
+    """[B, L] int64: how many flags are true up to and with each token, in its row or, packed, in its segment."""
+    if segments is None:
+        return flags.cumsum(1)
+    segments = segments.to(flags.device)
+    m = torch.arange(flags.numel(), dtype=segments.dtype, device=flags.device)
+    owner = (torch.bucketize(m, segments, right=True) - 1).clamp(min=0)
+    total = F.pad(flags.flatten().cumsum(0), (1, 0))
+    return (total[1:] - total[segments[owner]]).reshape(flags.shape)
+
+
+def prompt_mask(
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    shape: tuple[int, int],
+    min_tokens: int = 1,
+    segments: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The tokens a gate may read: bool [B, L] on the device (None: that of the tensors given).
+
+    Without labels every attended token. With labels those before the first labelled one (label != -100): a gate that
+    saw the answer in training would miss it when generating. The first min_tokens attended ones count always, so that
+    a row labelled from its start has a prompt.
+    attention_mask, labels: [B, L] = shape; nonzero means attended. segments: int32 [N+1], the rule then holds per
+    instance of the B·L packed rows.
+    Raises: ValueError for another shape, such as a 4-D attention_mask.
+    """
+    given = {"attention_mask": attention_mask, "labels": labels}
+    for name, tensor in given.items():
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.shape != tuple(shape)):
+            got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: expected [B, L] = {list(shape)}, got {got}; pass ilora_prompt_mask instead")
+    if device is None:
+        device = next((t.device for t in (*given.values(), segments) if t is not None), None)
+    attended = torch.ones(shape, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        attended = (attention_mask != 0).to(device)
+    if labels is None:
+        return attended
+    answered = _count_so_far(attended & (labels != -100).to(device), segments) > 0
+    return attended & (~answered | (_count_so_far(attended, segments) <= min_tokens))
