@@ -2,17 +2,58 @@
 
 from . import reference
 from .backends import BackendUnavailable, available_backends
+from .collate import GateCollator
+from .config import ILoRAConfig
 from .gate import gated
 from .layer import ILoRALinear
+from .merge import merge, unmerge
+from .model import (
+    adapters,
+    add_adapter,
+    delete_adapter,
+    disable_adapter,
+    eject,
+    gate_of,
+    inject,
+    print_trainable_parameters,
+    set_adapter,
+    targets,
+    trainable_parameters,
+)
+from .networks import GateNetwork, PromptGate, SequenceGate, UniformGate
 from .ops import ilora_linear, ilora_update
+from .stats import GateStats, balance_loss, gate_stats, plot_gates
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
+    "GateCollator",
+    "GateNetwork",
+    "GateStats",
+    "ILoRAConfig",
     "ILoRALinear",
+    "PromptGate",
+    "SequenceGate",
+    "UniformGate",
+    "adapters",
+    "add_adapter",
     "available_backends",
+    "balance_loss",
+    "delete_adapter",
+    "disable_adapter",
+    "eject",
+    "gate_of",
+    "gate_stats",
     "gated",
     "ilora_linear",
     "ilora_update",
+    "inject",
+    "merge",
+    "plot_gates",
+    "print_trainable_parameters",
     "reference",
+    "set_adapter",
+    "targets",
+    "trainable_parameters",
+    "unmerge",
 ]

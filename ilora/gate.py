@@ -1,48 +1,146 @@
-"""How a gate reaches the layers that need it."""
+"""How a gate reaches the layers that need it: one plain object a model, which its layers share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
-class GateState:
-    """The gate in force for the layers that hold this object: gate [N, E] and segments int32 [N+1], or None.
+class Frame(NamedTuple):
+    """What holds for the layers now.
 
-    A plain object, not a buffer: it is set for a forward and cleared after it, never copied, pickled or saved.
+    gate: [N, E], or [layers, N, E] with one gate for each layer of the model; None where there is none.
+    segments: int32 [N+1] row offsets, or None for instances of equal length.
+    rows, lengths: how many sequences the model's forward has been given, and how long they may be; None where nobody
+        knows, as for an encoder that is called by itself. They let a layer refuse an x that the gate does not fit.
+    expanded: whether a sequence may be one of several of its instance (beams, return sequences).
     """
 
-    __slots__ = ("gate", "segments")
+    gate: Tensor | None = None
+    segments: Tensor | None = None
+    rows: int | None = None
+    lengths: tuple[int, ...] = ()
+    expanded: bool = False
 
-    def __init__(self, gate: Tensor | None = None, segments: Tensor | None = None) -> None:
-        self.gate, self.segments = gate, segments
+
+class GateState:
+    """Holds the frame in force. Set for a forward and cleared after it, never copied, pickled or saved.
+
+    enabled: False makes the layers compute their frozen base alone.
+    last: the gate of the last forward, detached, for statistics.
+    """
+
+    __slots__ = ("enabled", "frame", "last")
+
+    def __init__(self) -> None:
+        self.frame, self.enabled, self.last = Frame(), True, None  # type: tuple[Frame, bool, Tensor | None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copy = memo[id(self)] = GateState()  # layers that shared a state share its copy; live tensors stay behind
+        copy.enabled = self.enabled
         return copy
 
     def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
         return GateState, ()
+
+    def gate_for(self, x: Tensor, index: int, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """(gate [N, E], segments) for the layer called `name` that sees x [..., d_in]; index picks its layer's gate.
+        Raises ValueError where x cannot be what the gate was meant for."""
+        gate, segments, rows, lengths, _ = self.frame
+        if gate is None:
+            return None, None
+        if rows is not None and not _fits(x, rows, lengths):
+            raise ValueError(
+                f"{name}: its input {list(x.shape)} is not the batch of {rows} sequences that the gate "
+                f"{list(gate.shape)} belongs to, so no row can be told its instance; leave this module out "
+                "(exclude_modules of ILoRAConfig)"
+            )
+        return gate[index] if gate.dim() == 3 else gate, segments
+
+
+def _fits(x: Tensor, rows: int, lengths: tuple[int, ...]) -> bool:
+    """Whether x [..., d_in] holds the model's own sequences, one after another."""
+    if x.dim() > 2:
+        return x.shape[0] == rows or math.prod(x.shape[:-2]) == rows
+    M = math.prod(x.shape[:-1])  # flattened tokens, or one pooled row for each sequence
+    return rows == M or any(rows * length == M for length in lengths)
+
+
+@contextmanager
+def framed(state: GateState, frame: Frame) -> Iterator[None]:
+    """The frame in force inside the block; afterwards, also after an exception, what was there before."""
+    before = state.frame
+    state.frame = frame
+    try:
+        yield
+    finally:
+        state.frame = before
 
 
 @contextmanager
 def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Iterator[nn.Module]:
     """`with ilora.gated(model, gate): model(...)`: every iLoRA layer of the model uses gate [N, E] inside the block.
 
-    Afterwards, also after an exception, the layers are as they were. Blocks nest.
-    Raises ValueError where the model holds no iLoRA layer.
+    gate may be [layers, N, E] for a model whose layers have a gate each. Afterwards, also after an exception, the
+    layers are as they were. Blocks nest. Raises ValueError where the model holds no iLoRA layer.
     """
     states = {id(s): s for s in (getattr(m, "gate_state", None) for m in model.modules()) if isinstance(s, GateState)}
     if not states:
         raise ValueError(f"gated: {type(model).__name__} holds no ILoRALinear layer, so a gate would do nothing")
-    before = [(state, state.gate, state.segments) for state in states.values()]
+    before = [(state, state.frame) for state in states.values()]
     try:
         for state in states.values():
-            state.gate, state.segments = gate, segments
+            state.frame = Frame(gate, segments)
         yield model
     finally:
-        for state, old_gate, old_segments in before:
-            state.gate, state.segments = old_gate, old_segments
+        for state, frame in before:
+            state.frame = frame
+
+
+class CapturingCheckpoint:
+    """A checkpoint function under which the recomputation sees the gate of its own forward.
+
+    The recomputation runs when the forward is long over, and perhaps after others. So the frame is captured, and the
+    gate goes through `checkpoint`, a function like torch.utils.checkpoint.checkpoint, as an explicit argument: only so
+    does its gradient survive the re-entrant kind.
+    """
+
+    def __init__(self, checkpoint: Any, state: GateState) -> None:
+        self.checkpoint, self.state = checkpoint, state
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        state, frame = self.state, self.state.frame
+        # A compiled model is traced once, recomputation and all: its gate is an input of the graph already.
+        if frame.gate is None or torch.compiler.is_compiling():
+            return self.checkpoint(function, *args, **kwargs)
+
+        def run(gate: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with framed(state, frame._replace(gate=gate)):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(run, frame.gate, *args, **kwargs)
+
+
+def capture_checkpoints(model: nn.Module, state: GateState) -> None:
+    """Puts CapturingCheckpoint around every checkpoint function of the model that does not have it yet: transformers'
+    `_gradient_checkpointing_func`, and `checkpoint_fn` of torch's CheckpointWrapper, which accelerate uses for FSDP."""
+    for module in model.modules():
+        values = module.__dict__
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = values.get(name)
+            if function is not None and not isinstance(function, CapturingCheckpoint):
+                values[name] = CapturingCheckpoint(function, state)
+
+
+def release_checkpoints(model: nn.Module) -> None:
+    """Undoes `capture_checkpoints`."""
+    for module in model.modules():
+        for name in ("_gradient_checkpointing_func", "checkpoint_fn"):
+            function = module.__dict__.get(name)
+            if isinstance(function, CapturingCheckpoint):
+                module.__dict__[name] = function.checkpoint

@@ -50,7 +50,8 @@ class ILoRALinear(nn.Module):
         self.scaling = lora_alpha / (r // num_experts)
         self.backend = backend
         self.base_layer = base_layer.requires_grad_(False)
-        self.gate_state = GateState()
+        self.name, self.gate_state, self.gate_index, self.gate_experts = "ILoRALinear", GateState(), 0, num_experts
+        self.merged = False  # whether a gate is folded into the base's weight (ilora.merge)
         like = _adapter_like(base_layer, adapter_dtype)
         self.lora_A = nn.Parameter(like.new_empty(r, self.in_features))
         self.lora_B = nn.Parameter(like.new_empty(self.out_features, r))
@@ -72,21 +73,31 @@ class ILoRALinear(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """y [..., d_out] from x [..., d_in], gate [N, E] and segments int32 [N+1] (see `ilora.ilora_linear`)."""
+        if self.merged and gate is not None:
+            raise RuntimeError(f"{self.name}: a gate is merged into its weights; ilora.unmerge before giving another")
+        if not self.gate_state.enabled or self.merged:
+            return self.base_layer(x)
         if gate is None:
-            gate, segments = self.gate_state.gate, self.gate_state.segments
+            gate, segments = self.gate_state.gate_for(x, self.gate_index, self.name)
         if gate is None:
             raise RuntimeError(
-                f"ILoRALinear({self.in_features}->{self.out_features}) has no gate: pass layer(x, gate=g) with g "
-                f"[N, {self.num_experts}], or run the model inside `with ilora.gated(model, g):`"
+                f"{self.name} ({self.in_features}->{self.out_features}) has no gate: pass layer(x, gate=g) with g "
+                f"[N, {self.gate_experts}], or run the model inside `with ilora.gated(model, g):`"
             )
-        if gate.shape[-1] != self.num_experts:
-            raise ValueError(f"gate: expected [N, num_experts={self.num_experts}], got {list(gate.shape)}")
         dropout_p = self.lora_dropout if self.training else 0.0
-        adapter = (self.lora_A, self.lora_B, gate, self.scaling, segments, dropout_p, None, self.backend)
+        adapter = (self.lora_A, self.lora_B, self.own_gate(gate), self.scaling, segments, dropout_p, None, self.backend)
         weight = _plain_weight(self.base_layer)
         if weight is None:
             return ilora_update(x, self.base_layer(x), *adapter)
         return ilora_linear(x, weight, self.base_layer.bias, *adapter)  # type: ignore[arg-type]
+
+    def own_gate(self, gate: Tensor) -> Tensor:
+        """[N, num_experts] from the model's [N, gate_experts]: a layer with fewer experts sums neighbours' gates."""
+        if gate.shape[-1] != self.gate_experts:
+            raise ValueError(f"gate: expected [N, num_experts={self.gate_experts}], got {list(gate.shape)}")
+        if self.num_experts == self.gate_experts:
+            return gate
+        return gate.reshape(gate.shape[0], self.num_experts, -1).sum(-1)
 
     def extra_repr(self) -> str:
         return (
@@ -95,15 +106,23 @@ class ILoRALinear(nn.Module):
         )
 
 
-def _is_conv1d(base: nn.Module) -> bool:
+def is_conv1d(base: nn.Module) -> bool:
     # By name, so that transformers need not be there; its weight is [d_in, d_out].
     return (type(base).__module__, type(base).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ILoRALinear can wrap this module: one product of its input, by what it is or by what it says."""
+    if is_conv1d(module) or isinstance(module, nn.Linear):
+        return True
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    return all(isinstance(size, int) for size in sizes) and not isinstance(module, ILoRALinear)
 
 
 def _features(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, ILoRALinear):
         raise TypeError("base_layer: it is an ILoRALinear already")
-    if _is_conv1d(base):
+    if is_conv1d(base):
         d_in, d_out = cast(Tensor, base.weight).shape
         return d_in, d_out
     sizes = tuple(getattr(base, name, None) for name in ("in_features", "out_features"))
@@ -125,9 +144,10 @@ def _adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
 
 def _plain_weight(base: nn.Module) -> Tensor | None:
     """[d_out, d_in] if computing x Wᵀ + b is all that calling the base does; None where it must be called itself."""
-    conv1d = _is_conv1d(base)
+    conv1d = is_conv1d(base)
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    if hooked or not (conv1d or type(base) is nn.Linear):
+    replaced = "forward" in base.__dict__  # as accelerate's device maps do
+    if hooked or replaced or not (conv1d or type(base) is nn.Linear):
         return None
     weight = cast(Tensor, base.weight)
     if type(weight) not in (Tensor, nn.Parameter):

@@ -1,0 +1,115 @@
+"""Batches for any training loop: the gate's columns beside what another collator makes of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("ilora_z", "ilora_gate")
+
+
+class GateCollator:
+    """`GateCollator(collator)`: what the collator makes of the features, and what the model's gate needs.
+
+    Columns `ilora_z` or `ilora_gate` hold one row of numbers for each example. They are taken out of the features, so
+    that no collator drops or pads them, and come back in the batch as float32 [N, z_dim] or [N, E].
+    Where the collator lays several examples in one row (padding-free batches: transformers' DataCollatorWithFlattening,
+    TRL's padding_free), the batch gets `ilora_segments`, int32 [N+1]: each example is an instance with its own gate. A
+    feature that is packed already, as by TRL's packing, has a column `seq_lengths`: each of its documents is an
+    instance, and has its row in the feature's columns, [documents, z_dim]. Rows that fill the end (pad_to_multiple_of)
+    go to the last instance. Padded batches stay as they are.
+
+    With transformers' Trainer: `Trainer(..., data_collator=GateCollator(collator))`. The model's signature names the
+    columns, so they are not removed; `seq_lengths` needs `remove_unused_columns=False`.
+    With TRL's SFTTrainer, which keeps columns of its own choice and refuses a collator for padding-free batches:
+    `SFTConfig(remove_unused_columns=False)` where there are columns, and once the trainer is made
+    `trainer.data_collator = GateCollator(trainer.data_collator)`. Its packing drops all columns but its own, so packed
+    batches are for PromptGate; for columns use `padding_free=True`, or a dataset that is packed by yourself.
+
+    Raises: ValueError naming the column that is missing from some examples or has rows of another length or number, and
+    where several documents lie in a row but their lengths are not known.
+    """
+
+    def __init__(self, collator: Callable[..., Any]) -> None:
+        self.collator = collator
+
+    @property
+    def tokenizer(self) -> Any:
+        """The wrapped collator's, which Trainer saves with its checkpoints."""
+        return self.collator.tokenizer  # type: ignore[attr-defined]
+
+    def __call__(self, features: list[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
+        counts = [len(feature["seq_lengths"]) if _packed(feature) else 1 for feature in features]
+        columns = {name: rows for name in COLUMNS if (rows := _stack(name, features, counts)) is not None}
+        rest = [{name: value for name, value in feature.items() if name not in COLUMNS} for feature in features]
+        batch = self.collator(rest, *args, **kwargs)
+        batch.update(columns)
+        segments = _segments(batch, features)
+        if segments is not None:
+            batch["ilora_segments"] = segments
+        return batch
+
+
+def _packed(feature: Mapping[str, Any]) -> bool:
+    return feature.get("seq_lengths") is not None
+
+
+def _stack(name: str, features: list[Mapping[str, Any]], counts: list[int]) -> Tensor | None:
+    """float32 [N, width] of the column, or None where no example has it."""
+    values = [feature.get(name) for feature in features]
+    if all(value is None for value in values):
+        return None
+    rows: list[Tensor] = []
+    for value, feature, count in zip(values, features, counts, strict=True):
+        if value is None:
+            raise ValueError(f"{name}: {sum(v is None for v in values)} of the batch's {len(values)} examples lack it")
+        row = torch.as_tensor(value, dtype=torch.float32)
+        if _packed(feature) and (row.dim() != 2 or row.shape[0] != count):
+            raise ValueError(f"{name}: expected [{count}, width], a row for each of seq_lengths, got {list(row.shape)}")
+        if not _packed(feature) and row.dim() != 1:
+            raise ValueError(f"{name}: expected one row of numbers for an example, got {list(row.shape)}")
+        rows.append(row.reshape(count, -1))
+    if len({row.shape[1] for row in rows}) > 1:
+        raise ValueError(f"{name}: its rows have different lengths, {sorted({row.shape[1] for row in rows})}")
+    return torch.cat(rows)
+
+
+def _segments(batch: Mapping[str, Any], features: list[Mapping[str, Any]]) -> Tensor | None:
+    """int32 [N+1] offsets of the examples in the batch's flattened rows, or None where each has a row of its own."""
+    ids = batch.get("input_ids")
+    if ids is None or batch.get("ilora_segments") is not None:
+        return None
+    B, L = ids.shape[:2]
+    packed = any(_packed(feature) for feature in features)
+    if len(features) == B and not packed and not (B == 1 and _says_packed(batch)):
+        return None
+    if B not in (1, len(features)):
+        raise ValueError(f"{len(features)} examples became {B} rows: no row can be told its instance")
+    lengths = [[int(n) for n in f["seq_lengths"]] if _packed(f) else [len(f["input_ids"])] for f in features]
+    if len(features) == 1 and not packed and _restarts(batch, lengths[0][0]):
+        raise ValueError("one example holds several sequences (positions restart in it), but it has no seq_lengths")
+    if len(features) == B:  # a padded row for each; its padding goes to the document beside it
+        for row, own in enumerate(lengths):
+            mask = batch.get("attention_mask")
+            own[0 if mask is not None and not mask[row, 0] else -1] += L - sum(own)
+    offsets = [0, *accumulate(length for own in lengths for length in own)]
+    if offsets[-1] > B * L or any(length < 0 for own in lengths for length in own):
+        raise ValueError(f"the lengths of the examples do not fit the batch {list(ids.shape)}: they end at {offsets}")
+    offsets[-1] = B * L
+    return torch.tensor(offsets, dtype=torch.int32)
+
+
+def _says_packed(batch: Mapping[str, Any]) -> bool:
+    if any(batch.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")):
+        return True
+    return batch.get("attention_mask") is None and _restarts(batch, batch["input_ids"].shape[1])
+
+
+def _restarts(batch: Mapping[str, Any], length: int) -> bool:
+    """Whether the positions fall within the first row's first `length` tokens."""
+    positions = batch.get("position_ids")
+    return positions is not None and positions.dim() == 2 and bool((positions[0, :length].diff() < 0).any())
