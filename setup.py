@@ -87,7 +87,7 @@ def native_arguments(directory: str) -> dict:
 os.chdir(Path(__file__).resolve().parent)
 with tempfile.TemporaryDirectory() as scratch:
     setup(
-        packages=["ilora", "ilora.kernels"],
+        packages=["ilora", "ilora.storage", "ilora.kernels"],
         package_dir={"ilora": "ilora", "ilora.kernels": "kernels/triton"},
         **native_arguments(scratch),
     )

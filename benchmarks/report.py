@@ -42,6 +42,8 @@ def markdown(results: dict[str, Any]) -> str:
 
     A cell holds one figure for each dropout probability, in order; saved MB is that of the last shape.
     """
+    if "steps" in results:
+        return _steps_markdown(results["steps"])
     rows = {(r["peer"], (r["d_in"], r["d_out"]), r["dropout"]): r for r in results["rows"]}
     peers, shapes, dropouts = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
     head = " | ".join(f"{d_in}→{d_out}" for d_in, d_out in shapes)
@@ -53,6 +55,18 @@ def markdown(results: dict[str, Any]) -> str:
             cells.append(" / ".join(f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}" for ratio in ratios))
         saved = (rows[peer, shapes[-1], p]["saved_bytes"] / 1e6 for p in dropouts)
         lines.append(f"| {' | '.join(cells)} | {' / '.join(f'{mb:.1f}' for mb in saved)} MB |")
+    return "\n".join(lines)
+
+
+def _steps_markdown(steps: list[dict[str, Any]]) -> str:
+    """Of whole training steps: a row a kind of step; a cell holds one figure for each dropout probability, in order."""
+    lines = ["| | step | over the frozen model | peak memory | trained parameters |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(step["step"] for step in steps):
+        own = [step for step in steps if step["step"] == name]
+        seconds = " / ".join(f"{step['seconds']:.2f}" for step in own)
+        ratios = " / ".join(f"{step['ratio']:.2f}" for step in own)
+        peaks = " / ".join(f"{step['peak_bytes'] / 1e6:.0f}" for step in own)
+        lines.append(f"| {name} | {seconds} s | {ratios} | {peaks} MB | {own[0]['trained']:,} |")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from .model import (
     eject,
     gate_of,
     inject,
+    last_gate,
     print_trainable_parameters,
     set_adapter,
     targets,
@@ -23,9 +24,14 @@ from .model import (
 from .networks import GateNetwork, PromptGate, SequenceGate, UniformGate
 from .ops import ilora_linear, ilora_update
 from .stats import GateStats, balance_loss, gate_stats, plot_gates
+from .storage.checkpoint import load_adapter, save_adapter
+from .storage.files import AdapterError
+from .storage.hub import push_adapter
+from .storage.interop import from_peft, to_peft
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterError",
     "BackendUnavailable",
     "GateCollator",
     "GateNetwork",
@@ -42,18 +48,24 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "eject",
+    "from_peft",
     "gate_of",
     "gate_stats",
     "gated",
     "ilora_linear",
     "ilora_update",
     "inject",
+    "last_gate",
+    "load_adapter",
     "merge",
     "plot_gates",
     "print_trainable_parameters",
+    "push_adapter",
     "reference",
+    "save_adapter",
     "set_adapter",
     "targets",
+    "to_peft",
     "trainable_parameters",
     "unmerge",
 ]

@@ -21,7 +21,8 @@ class GateCollator:
     TRL's padding_free), the batch gets `ilora_segments`, int32 [N+1]: each example is an instance with its own gate. A
     feature that is packed already, as by TRL's packing, has a column `seq_lengths`: each of its documents is an
     instance, and has its row in the feature's columns, [documents, z_dim]. Rows that fill the end (pad_to_multiple_of)
-    go to the last instance. Padded batches stay as they are.
+    go to the last instance. Padded batches stay as they are. (transformers keeps packed sequences apart in attention
+    only with use_cache=False, which its Trainer and TRL's set.)
 
     With transformers' Trainer: `Trainer(..., data_collator=GateCollator(collator))`. The model's signature names the
     columns, so they are not removed; `seq_lengths` needs `remove_unused_columns=False`.
@@ -89,7 +90,7 @@ def _segments(batch: Mapping[str, Any], features: list[Mapping[str, Any]]) -> Te
         return None
     if B not in (1, len(features)):
         raise ValueError(f"{len(features)} examples became {B} rows: no row can be told its instance")
-    lengths = [[int(n) for n in f["seq_lengths"]] if _packed(f) else [len(f["input_ids"])] for f in features]
+    lengths = [_lengths(feature) for feature in features]
     if len(features) == 1 and not packed and _restarts(batch, lengths[0][0]):
         raise ValueError("one example holds several sequences (positions restart in it), but it has no seq_lengths")
     if len(features) == B:  # a padded row for each; its padding goes to the document beside it
@@ -98,9 +99,20 @@ def _segments(batch: Mapping[str, Any], features: list[Mapping[str, Any]]) -> Te
             own[0 if mask is not None and not mask[row, 0] else -1] += L - sum(own)
     offsets = [0, *accumulate(length for own in lengths for length in own)]
     if offsets[-1] > B * L or any(length < 0 for own in lengths for length in own):
-        raise ValueError(f"the lengths of the examples do not fit the batch {list(ids.shape)}: they end at {offsets}")
+        raise ValueError(f"the collator cut examples: they have {offsets[-1]} tokens, its batch is {list(ids.shape)}")
     offsets[-1] = B * L
     return torch.tensor(offsets, dtype=torch.int32)
+
+
+def _lengths(feature: Mapping[str, Any]) -> list[int]:
+    """The tokens of each document of an example."""
+    whole = len(feature["input_ids"])
+    if not _packed(feature):
+        return [whole]
+    lengths = [int(n) for n in feature["seq_lengths"]]
+    if sum(lengths) != whole or min(lengths) < 0:
+        raise ValueError(f"seq_lengths: {lengths} of an example of {whole} tokens")
+    return lengths
 
 
 def _says_packed(batch: Mapping[str, Any]) -> bool:

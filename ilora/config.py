@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .backends import NAMES
 from .layer import ILoRALinear, is_linear
 
 ALL_LINEAR = "all-linear"
@@ -121,12 +122,14 @@ def _check(config: ILoRAConfig) -> None:
             isinstance(value, dict) and all(isinstance(k, str) and number(v) for k, v in value.items())
         )
         expect(name, ok, "expected a dict from names to numbers")
+        finite = all(abs(v) < float("inf") for v in (value or {}).values())
+        expect(name, finite, "must hold finite numbers")
         if name != "alpha_pattern":
             expect(name, all(type(v) is int and v >= 1 for v in (value or {}).values()), "must hold positive ints")
         for key in value or {}:
             _regex(name, key)
     expect("adapter_dtype", config.adapter_dtype in _DTYPES, f"must be one of {_DTYPES}")
-    expect("backend", config.backend is None or isinstance(config.backend, str), "expected a name or None")
+    expect("backend", config.backend in (None, *NAMES), f"must be None or one of {NAMES}")
 
 
 def _regex(name: str, pattern: str) -> None:

@@ -6,7 +6,6 @@ import functools
 import inspect
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from .gate import Frame, GateState, capture_checkpoints, framed
 from .inputs import Inputs, packed_by, read_inputs
 from .layer import ILoRALinear
 from .networks import PromptGate, UniformGate
+from .patched import under_gate
 from .pooling import prompt_mask
 from .stats import balance_loss
 
@@ -66,6 +66,8 @@ class ILoRAModel:
 
     ilora: Injection
     ilora_gate: nn.Module | None
+    ilora_base: type  # the model's own class
+    _ilora_parameters: tuple[str, ...]  # of its forward, those that may be given by position
 
     def forward(
         self,
@@ -129,12 +131,14 @@ class ILoRAModel:
     def __setattr__(self, name: str, value: Any) -> None:
         # TRL's fused head, accelerate's device maps and others put a forward on the instance, which hides the class's.
         super().__setattr__(name, under_gate(self, value) if name == "forward" else value)
+        if name == "ilora_gate":  # another gate network: it is saved and switched with the adapter
+            self.ilora.adapter.gate = value
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """As `ilora.disable_adapter(model)`."""
         from .model import disable_adapter
 
-        return disable_adapter(self)  # type: ignore[arg-type]
+        return disable_adapter(self)
 
     def print_trainable_parameters(self) -> None:
         """As `ilora.print_trainable_parameters(model)`."""
@@ -144,9 +148,9 @@ class ILoRAModel:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Writes the adapter, not the frozen model: `ilora.save_adapter`. Called by transformers' Trainer as well."""
-        from .checkpoint import save_pretrained
+        from .storage.checkpoint import save_pretrained
 
-        save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[arg-type]
+        save_pretrained(self, save_directory, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """torch's; with strict=False the frozen base may be missing without being reported, as in adapter files."""
@@ -158,7 +162,7 @@ class ILoRAModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: a copy finds its way back to it through the model's own.
-        return _blank, (type(self).__bases__[-1],), self.__dict__
+        return _blank, (self.ilora_base,), self.__dict__
 
 
 class ILoRAGenerator(ILoRAModel):
@@ -182,47 +186,6 @@ class ILoRAGenerator(ILoRAModel):
         # Which rows a step sees is generate's own affair from here on: some multiple of the prompts, in their order.
         with framed(self.ilora.state, Frame(frame.gate, expanded=True)):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-
-
-def under_gate(model: Any, forward: Any) -> Any:
-    """The forward that somebody puts before the model's own, which it may never call: it finds the gate in force."""
-    if getattr(forward, "__self__", None) is not model:
-        return functools.update_wrapper(functools.partial(_through, model, forward), forward)
-    function = forward.__func__
-
-    @functools.wraps(function)
-    def gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _through(self, functools.partial(function, self), *args, **kwargs)
-
-    return MethodType(gated_forward, model)  # accelerate takes methods apart, and a copied model's is bound to the copy
-
-
-def _through(
-    model: Any,
-    function: Any,
-    *args: Any,
-    ilora_gate: Tensor | None = None,
-    ilora_z: Tensor | None = None,
-    ilora_segments: Tensor | None = None,
-    ilora_prompt_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
-    state, training = model.ilora.state, model.training and torch.is_grad_enabled()
-    inputs = read_inputs(model._ilora_parameters, args, kwargs)
-    frame = model._ilora_frame(inputs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
-    if training and not torch.compiler.is_compiling():
-        capture_checkpoints(model, state)
-    state.last = None
-    with framed(state, frame):
-        output = function(*args, **kwargs)
-    if state.last is None and frame.gate is not None:  # the model's own forward was passed by
-        if training and getattr(model.ilora_gate, "balance", 0.0):
-            raise RuntimeError(
-                "the gate's balance term has no loss to go to: this trainer replaced the model's forward and computes "
-                "the loss itself (TRL's do); use balance=0 there, or add ilora.balance_loss to the loss yourself"
-            )
-        state.last = frame.gate.detach()
-    return output
 
 
 def network_gate(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -266,7 +229,7 @@ def _prompt_gate(
         if values.get("input_ids") is None:
             raise ValueError("PromptGate needs input_ids or inputs_embeds; give ilora_gate where there are none")
         embeddings = model.get_input_embeddings()(values["input_ids"])
-    if packed_by(inputs) is not None and segments is None:
+    if segments is None and packed_by(inputs) is not None:
         raise ValueError(_needs_segments(inputs))
     B, L = embeddings.shape[:2]
     if mask is None:
@@ -373,9 +336,10 @@ def ilora_class(base: type) -> type:
 
     # transformers' Trainer keeps the columns that the signature names.
     forward.__signature__ = own.replace(parameters=[p for p in parameters if p not in tail] + extra + tail)  # type: ignore[attr-defined]
-    del forward.__wrapped__  # type: ignore[attr-defined]  # who unwraps a forward, as accelerate does, stops at this one
+    del forward.__wrapped__  # who unwraps a forward, as accelerate does, stops at this one
     members: dict[str, Any] = {
         "forward": forward,
+        "ilora_base": base,
         "_ilora_parameters": tuple(p.name for p in parameters[1:] if p.kind in positional),
     }
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
@@ -387,9 +351,9 @@ def ilora_class(base: type) -> type:
 
 def _tie_weights(model: Any, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
     # Never recomputed: inject has taken the modules that are trained whole out of the record.
-    super(ILoRAModel, model).tie_weights(missing_keys=missing_keys, recompute_mapping=False)  # type: ignore[misc]
+    super(ILoRAModel, model).tie_weights(missing_keys=missing_keys, recompute_mapping=False)
 
 
 def _blank(base: type) -> Any:
-    kind = ilora_class(base)
+    kind: Any = ilora_class(base)
     return kind.__new__(kind)

@@ -58,10 +58,11 @@ def packed_by(inputs: Inputs) -> str | None:
     positions, mask = inputs.values.get("position_ids"), inputs.values.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2 or inputs.rows is None:
         return None
-    if torch.compiler.is_compiling():  # a value cannot be looked at there; layers still check the shapes
-        return None
     falls = positions[:, 1:] < positions[:, :-1]
     if isinstance(mask, Tensor) and mask.shape == positions.shape:
         attended = mask != 0  # the positions of left padding fall too
         falls = falls & attended[:, 1:] & attended[:, :-1]
+    if torch.compiler.is_compiling():  # a value cannot be looked at there, but a graph can be made to fail
+        torch._assert_async(~falls.any(), "position_ids restart, so a row holds several sequences: give ilora_segments")
+        return None
     return "position_ids" if bool(falls.any()) else None

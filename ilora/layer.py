@@ -41,7 +41,7 @@ class ILoRALinear(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = _features(base_layer)
+        self.in_features, self.out_features = features_of(base_layer)
         if r < 1 or num_experts < 1 or r % num_experts:
             raise ValueError(f"r={r}, num_experts={num_experts}: expected a rank that the experts divide evenly")
         if not 0.0 <= lora_dropout < 1.0:
@@ -52,7 +52,7 @@ class ILoRALinear(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.name, self.gate_state, self.gate_index, self.gate_experts = "ILoRALinear", GateState(), 0, num_experts
         self.merged = False  # whether a gate is folded into the base's weight (ilora.merge)
-        like = _adapter_like(base_layer, adapter_dtype)
+        like = adapter_like(base_layer, adapter_dtype)
         self.lora_A = nn.Parameter(like.new_empty(r, self.in_features))
         self.lora_B = nn.Parameter(like.new_empty(self.out_features, r))
         self.reset_parameters()
@@ -119,7 +119,7 @@ def is_linear(module: nn.Module) -> bool:
     return all(isinstance(size, int) for size in sizes) and not isinstance(module, ILoRALinear)
 
 
-def _features(base: nn.Module) -> tuple[int, int]:
+def features_of(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, ILoRALinear):
         raise TypeError("base_layer: it is an ILoRALinear already")
     if is_conv1d(base):
@@ -134,7 +134,7 @@ def _features(base: nn.Module) -> tuple[int, int]:
     return sizes  # type: ignore[return-value]
 
 
-def _adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
+def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
     """An empty tensor on the base's device, in the adapter's dtype."""
     tensor = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
     if dtype is None:

@@ -35,7 +35,8 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
         plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
         if not plain or type(weight) not in (Tensor, nn.Parameter):
             raise ValueError(
-                f"merge: {path} has a {type(layer.base_layer).__name__} base, whose weight cannot be added to"
+                f"merge: {path} has a {type(layer.base_layer).__name__} base, whose {type(weight).__name__} weight "
+                "cannot be added to"
             )
     with torch.no_grad():
         merged = {path: _merged_weight(layer, gate) for path, layer in layers.items()}

@@ -39,13 +39,14 @@ def inject(
     adapter = _build(model, name, config, gate, GateState())
     trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
-    model.__class__ = ilora_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = ilora_class(kind)
     model.ilora = Injection(next(iter(adapter.layers.values())).gate_state, trainable, adapter)
     model.ilora.forward = vars(model).get("forward")
     if model.ilora.forward is not None:
         model.forward = model.ilora.forward
     model._hf_peft_config_loaded = True  # transformers asks this before it trains a quantised or checkpointed model
-    _attach(model, adapter)
+    attach(model, adapter)
     return model
 
 
@@ -53,14 +54,16 @@ def eject(model: Any) -> Any:
     """Takes everything that `inject` put in out again, other adapters too: the model, its class and its parameters are
     what they were. Merged weights stay if they were merged with keep_base=False.
     Raises ValueError where nothing was injected, and where a merge can still be undone (`ilora.unmerge` first)."""
-    injection = injected(model)
+    injection, base = injected(model), type(model).__dict__.get("ilora_base")
+    if base is None:
+        raise ValueError(f"eject: the model's class was changed after inject, to {type(model).__name__} (fully_shard?)")
     if injection.unmerged:
         raise ValueError(
             "eject: a gate is merged into the weights; ilora.unmerge(model), or merge with keep_base=False"
         )
-    _detach(model)
+    detach(model)
     release_checkpoints(model)
-    model.__class__ = type(model).__bases__[-1]
+    model.__class__ = base
     vars(model).pop("forward", None)
     if injection.forward is not None:
         model.forward = injection.forward
@@ -80,14 +83,14 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
     if injection.merged:
         raise ValueError("add_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
     before = injection.adapter
-    _detach(model)
+    detach(model)
     try:
         adapter = _build(model, name, ILoRAConfig() if config is None else config, gate, injection.state)
     except BaseException:
-        _attach(model, before)
+        attach(model, before)
         raise
     injection.others[before.name] = before
-    _attach(model, adapter)
+    attach(model, adapter)
     return model
 
 
@@ -102,9 +105,9 @@ def set_adapter(model: Any, name: str) -> Any:
     if injection.merged:
         raise ValueError("set_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
     before = injection.adapter
-    _detach(model)
+    detach(model)
     injection.others[before.name] = before
-    _attach(model, injection.others.pop(name))
+    attach(model, injection.others.pop(name))
     return model
 
 
@@ -137,7 +140,7 @@ def ilora_layers(model: Any) -> dict[str, ILoRALinear]:
 
 
 def targets(model: Any) -> tuple[str, ...]:
-    """The paths of the adapted layers."""
+    """The paths of the adapted layers, of a shared one all."""
     return tuple(injected(model).adapter.layers)
 
 
@@ -169,6 +172,15 @@ def gate_of(
     injected(model)
     segments = inputs.pop("ilora_segments", None)
     return network_gate(model, read_inputs((), (), inputs), ilora_z, segments, ilora_prompt_mask)
+
+
+def last_gate(model: Any) -> Tensor:
+    """The gate [N, E] (or [blocks, N, E]) of the model's last forward or generation, detached: see `gate_stats`,
+    `plot_gates`. Raises ValueError before there was one."""
+    last = injected(model).state.last
+    if last is None:
+        raise ValueError("last_gate: the model has not run under a gate yet")
+    return last
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -206,7 +218,7 @@ def _build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, s
         raise ValueError(f"name: expected a name for the adapter, got {name!r}")
     paths = find_targets(model, config)
     settings = {path: config.layer_settings(path) for path in paths}
-    saved = _modules_to_save(model, config)
+    saved = modules_to_save(model, config)
     blocks = list(dict.fromkeys(block_of(path) or "" for path in paths))
     _bind(model, config, gate, len(blocks))
     wrapped: dict[int, ILoRALinear] = {}
@@ -221,7 +233,8 @@ def _build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, s
     return Adapter(name, config, gate, blocks, layers, copies)
 
 
-def _attach(model: Any, adapter: Adapter) -> None:
+def attach(model: Any, adapter: Adapter) -> None:
+    """Puts an adapter into an injected model that has none in it."""
     injection = model.ilora
     injection.adapter = adapter
     for path, layer in adapter.layers.items():
@@ -233,10 +246,13 @@ def _attach(model: Any, adapter: Adapter) -> None:
     for key in list(tied):  # a module that is trained whole has its own weights: transformers must not tie them again
         if any(end.startswith(path + ".") for path in adapter.saved for end in (key, tied[key])):
             injection.tied[key] = tied.pop(key)
+    if adapter.gate is not None:
+        adapter.gate.train(model.training)
     model.ilora_gate = adapter.gate
 
 
-def _detach(model: Any) -> None:
+def detach(model: Any) -> None:
+    """Takes the active adapter out, which is kept in the injection's record: the model is for `attach` alone then."""
     injection = model.ilora
     for path, layer in injection.adapter.layers.items():
         replace(model, path, layer.base_layer)
@@ -245,7 +261,7 @@ def _detach(model: Any) -> None:
     if injection.tied:
         model.all_tied_weights_keys.update(injection.tied)
     injection.originals, injection.tied = {}, {}
-    model.ilora_gate = None
+    nn.Module.__setattr__(model, "ilora_gate", None)  # past the model's own, which would forget the network
 
 
 def _refuse(model: Any) -> None:
@@ -282,7 +298,8 @@ def _wrap(base: nn.Module, path: str, config: ILoRAConfig, own: dict[str, Any]) 
     return layer
 
 
-def _modules_to_save(model: Any, config: ILoRAConfig) -> list[str]:
+def modules_to_save(model: Any, config: ILoRAConfig) -> list[str]:
+    """The paths that the config's modules_to_save means. Raises ValueError for a name that is not there."""
     paths = [path for path, _ in model.named_modules() if path and named(path, config.modules_to_save)]
     for wanted in config.modules_to_save:
         if not any(named(path, (wanted,)) for path in paths):

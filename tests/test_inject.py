@@ -242,6 +242,8 @@ def test_experts_of_a_sparse_mixture():
         ({"rank_pattern": {"q": 0}}, ValueError, "rank_pattern: must hold positive ints"),
         ({"rank_pattern": ["q"]}, TypeError, "rank_pattern: expected a dict"),
         ({"adapter_dtype": "int8"}, ValueError, "adapter_dtype: must be one of"),
+        ({"backend": "cuda"}, ValueError, "backend: must be None or one of"),
+        ({"alpha_pattern": {"q": float("inf")}}, ValueError, "alpha_pattern: must hold finite"),
     ],
 )
 def test_bad_settings(options, error, words):
@@ -345,3 +347,21 @@ def test_merging_a_gate_for_each_block():
     g = torch.stack([gates(1, seed=s) for s in range(2)])
     expected = model(input_ids=ids, ilora_gate=g).logits
     torch.testing.assert_close(ilora.merge(model, g)(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gate_network_has_the_model_s_mode_and_may_be_replaced():
+    model = ilora.inject(llama().eval(), ILoRAConfig(), gate=ilora.SequenceGate(6, E, "noisy"))
+    assert not model.ilora_gate.training
+    assert model.train().ilora_gate.training
+    other = ilora.SequenceGate(6, E)
+    model.ilora_gate = other
+    ilora.add_adapter(model, "second", ILoRAConfig())
+    assert model.ilora_gate is None
+    assert ilora.set_adapter(model, "default").ilora_gate is other
+
+
+def test_a_class_changed_since_is_not_ejected():
+    model = ilora.inject(llama())
+    model.__class__ = type("Sharded", (type(model),), {})
+    with pytest.raises(ValueError, match=r"changed after inject, to Sharded"):
+        ilora.eject(model)

@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
+from models import injected, llama, prompts
 from report import markdown
 
 import ilora
@@ -32,32 +34,37 @@ def test_the_equivalent_is_the_definition():
     )
 
 
-def test_the_examples_run():
+def test_the_examples_run(tmp_path):
     scope: dict = {}
-    (layer,) = (block for block in BLOCKS if "lora_dropout=0.05" in block)
+    (layer,) = (block for block in BLOCKS if "Linear(576, 1536)" in block)
     exec(layer, scope)
     assert scope["y"].shape == (8, 256, 1536)
 
-    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 6))
-    (whole,) = (block for block in BLOCKS if "set_submodule" in block)
-    swap, use = whole.split("with ilora.gated")
-    scope |= {"model": model}
-    exec(swap, scope)
-    assert [type(m).__name__ for m in model] == ["ILoRALinear", "ReLU", "ILoRALinear"]
-
-    class WithLoss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, x):
-            return type("Output", (), {"loss": self.inner(x).square().mean()})
-
-    scope |= {"model": WithLoss(), "batch": {"x": torch.randn(4, 6)}, "gate": torch.rand(2, 4)}
-    exec("with ilora.gated" + use, scope)
-    assert model[2].lora_B.grad.abs().sum() > 0
+    model = injected(llama).train()
+    ilora.eject(model)
+    ids, mask = prompts((5, 5))
+    scope |= {"model": model, "batch": {"input_ids": ids, "attention_mask": mask, "labels": ids}, "folder": tmp_path}
+    (whole,) = (block for block in BLOCKS if "ilora.inject" in block)
+    exec(whole, scope)
+    assert all(layer.lora_B.grad.abs().sum() > 0 for layer in ilora.model.ilora_layers(model).values())
+    assert (tmp_path / "ilora_config.json").exists()
 
 
 def test_the_files_it_names_exist():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_how_tos_run(capsys):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    pytest.importorskip("accelerate")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to.md").read_text(), re.DOTALL)
+    assert len(blocks) > 10
+    scope: dict = {"__name__": "how-to"}
+    for block in blocks:
+        exec(compile(block, block.splitlines()[0], "exec"), scope)
+    shown = capsys.readouterr().out
+    assert "tensor([ 0, 12, 17, 24], dtype=torch.int32)" in shown
+    assert "give ilora_segments" in shown
+    assert "('default', 'other')" in shown

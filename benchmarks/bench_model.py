@@ -1,0 +1,177 @@
+"""Times a training step of a whole model: `python benchmarks/bench_model.py`. Ours, PEFT's LoRA of equal rank, and the
+frozen model, whose inputs alone want gradients: the limit.
+
+All adapt every linear layer but the head, with the same rank, alpha and dropout, and read the same tokens. A step is
+forward, backward and AdamW over what is trained; the frozen model has nothing to update. Steps are interleaved, in
+changing order; × is the median, over the rounds, of a step's time over the frozen model's in the same round. Peak memory
+is what one step allocates at most at once, gradients included, parameters and optimiser state not.
+The default model has SmolLM2-135M's shape and random weights; --model FOLDER takes one of your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import peak_bytes
+from report import busy, heading, machine, markdown, write_json
+from torch import Tensor
+from tqdm import tqdm
+
+import ilora
+
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+}
+TINY = {**SMOLLM2, "vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
+SHAPES = {"smollm2": SMOLLM2, "tiny": TINY}
+Step = Callable[[], None]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2", help=f"{', '.join(SHAPES)}, or a folder of a causal language model")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--batch", type=int, default=8)
+    add("--length", type=int, default=256)
+    add("--rank", type=int, default=8)
+    add("--experts", type=int, default=4)
+    add("--dropout", default="0,0.1", help="dropout probabilities (default 0,0.1)")
+    add("--rounds", type=int, default=7, help="steps of each, after one to warm up (default 7)")
+    add("--checkpointing", action="store_true", help="gradient checkpointing for all")
+    add("--json", type=Path, help="write machine, settings and rows to this file")
+    options = parser.parse_args(argv)
+    options.dropout = [float(p) for p in options.dropout.split(",")]
+    return options
+
+
+def make_model(options: argparse.Namespace) -> Any:
+    """The same model every time."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    if options.model in SHAPES:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.model])).to(dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    model = model.to(options.device).train()
+    if options.checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def frozen_step(options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
+    model = make_model(options).requires_grad_(False)
+
+    def step() -> None:
+        embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss.backward()
+
+    return step, 0
+
+
+def trained_step(model: Any, ids: Tensor, **more: Any) -> tuple[Step, int]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False, **more).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(p.numel() for p in parameters)
+
+
+def peft_step(options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
+    import peft
+
+    config = peft.LoraConfig(r=options.rank, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
+    return trained_step(peft.get_peft_model(make_model(options), config, autocast_adapter_dtype=False), ids)
+
+
+def ilora_step(options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
+    config = ilora.ILoRAConfig(r=options.rank, lora_alpha=32, lora_dropout=dropout, num_experts=options.experts)
+    model = ilora.inject(make_model(options), config, gate=ilora.SequenceGate(64, options.experts))
+    return trained_step(model, ids, ilora_z=torch.randn(options.batch, 64, device=options.device))
+
+
+STEPS = {"frozen": frozen_step, "peft": peft_step, "ilora": ilora_step}
+
+
+def timed(step: Step, device: torch.device) -> float:
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(options: argparse.Namespace, dropout: float) -> list[dict[str, Any]]:
+    """A row for each kind of step, all in the same rounds."""
+    vocabulary = make_model(options).get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (options.batch, options.length), device=options.device)
+    steps, trained = {}, {}
+    for name, build in STEPS.items():
+        steps[name], trained[name] = build(options, dropout, ids)
+        timed(steps[name], options.device)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    shuffle, names = random.Random(0), list(steps)
+    for _ in tqdm(range(options.rounds), desc=f"dropout {dropout}"):
+        for name in shuffle.sample(names, len(names)):
+            gc.collect()
+            times[name].append(timed(steps[name], options.device))
+    rows = []
+    for name, seconds in times.items():
+        ratios = sorted(mine / its for mine, its in zip(seconds, times["frozen"], strict=True))
+        rows.append(
+            {
+                "step": name,
+                "dropout": dropout,
+                "seconds": statistics.median(seconds),
+                "ratio": statistics.median(ratios),
+                "low": ratios[0],
+                "high": ratios[-1],
+                "peak_bytes": peak_bytes(partial(timed, steps[name], options.device), options.device),
+                "trained": trained[name],
+            }
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    options = parse(argv)
+    where = machine(options.device)
+    print(heading(where))
+    if (warning := busy(where)) is not None:
+        print(warning)
+    settings = {name: value for name, value in vars(options).items() if name != "json"} | {"device": str(options.device)}
+    results: dict[str, Any] = {"machine": where, "settings": settings, "steps": []}
+    for dropout in options.dropout:
+        results["steps"] += measure(options, dropout)
+        if options.json is not None:
+            write_json(results, options.json)
+    print(markdown(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()

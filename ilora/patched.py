@@ -1,0 +1,54 @@
+"""A forward that another library puts in front of an injected model's own: TRL's fused head, accelerate's hooks."""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gate import capture_checkpoints, framed
+from .inputs import read_inputs
+
+
+def under_gate(model: Any, forward: Any) -> Any:
+    """The forward that somebody puts before the model's own, which it may never call: it finds the gate in force."""
+    if getattr(forward, "__self__", None) is not model:
+        return functools.update_wrapper(functools.partial(_through, model, forward), forward)
+    function = forward.__func__
+
+    @functools.wraps(function)
+    def gated_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _through(self, functools.partial(function, self), *args, **kwargs)
+
+    return MethodType(gated_forward, model)  # accelerate takes methods apart, and a copied model's is bound to the copy
+
+
+def _through(
+    model: Any,
+    function: Any,
+    *args: Any,
+    ilora_gate: Tensor | None = None,
+    ilora_z: Tensor | None = None,
+    ilora_segments: Tensor | None = None,
+    ilora_prompt_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    state, training = model.ilora.state, model.training and torch.is_grad_enabled()
+    inputs = read_inputs(model._ilora_parameters, args, kwargs)
+    frame = model._ilora_frame(inputs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
+    if training and not torch.compiler.is_compiling():
+        capture_checkpoints(model, state)
+    state.last = None
+    with framed(state, frame):
+        output = function(*args, **kwargs)
+    if state.last is None and frame.gate is not None:  # the model's own forward was passed by
+        if training and getattr(model.ilora_gate, "balance", 0.0):
+            raise RuntimeError(
+                "the gate's balance term has no loss to go to: this trainer replaced the model's forward and computes "
+                "the loss itself (TRL's do); use balance=0 there, or add ilora.balance_loss to the loss yourself"
+            )
+        state.last = frame.gate.detach()
+    return output

@@ -1,0 +1,167 @@
+"""The files of an adapter directory: written whole or not at all, and checked before anything believes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CONFIG, GATE = "ilora_config.json", "ilora_gate.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+STATE, README = "model.safetensors", "README.md"
+
+
+class AdapterError(ValueError):
+    """Files of an adapter that cannot be used: names the file, the tensor or field, what was expected and what came."""
+
+
+def write_directory(
+    path: str | os.PathLike[str],
+    contents: dict[str, str | dict[str, Tensor]],
+    seal: tuple[str, Callable[[dict[str, str]], str]],
+) -> Path:
+    """Writes texts and tensors to files of these names, and last of all the seal, whose text is made from the others'
+    SHA-256 sums. A new directory appears with everything in it or not at all; in an existing one every file is complete
+    on the disk before the first takes its place. A README.md that is there already is kept. Returns the directory.
+
+    Raises: NotADirectoryError where the path is a file, OSError where it cannot be written, ImportError.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: expected a directory to save to, or a new name, but it is a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = (path if path.is_dir() else path.parent) / f".ilora-{uuid.uuid4().hex}"  # one file system, so renames work
+    stage.mkdir()
+    try:
+        sums = {}
+        for name, content in contents.items():
+            _write(stage / name, content)
+            sums[name] = checksum(stage / name)
+        _write(stage / seal[0], seal[1](sums))
+        if not path.exists():
+            os.rename(stage, path)
+            return path
+        for name in [*contents, seal[0]]:
+            if name != README or not (path / README).exists():
+                os.replace(stage / name, path / name)
+        return path
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _write(path: Path, content: str | dict[str, Tensor]) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        _safetensors().save_file(_separate(content), str(path), metadata={"format": "pt"})
+    with open(path, "rb+") as file:  # a rename must not reach the disk before the bytes do
+        os.fsync(file.fileno())
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values as contiguous CPU tensors that share no memory: views and ties would be refused or cut."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        separate[name] = tensor
+    return separate
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises AdapterError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def digest_of(fields: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def to_json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file: finite numbers, no key twice. Raises AdapterError naming the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: expected a JSON object in UTF-8: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError(f"a key stands twice among {', '.join(repr(key) for key, _ in pairs)}")
+    return fields
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"expected a finite number, got {text}")
+    return float(text)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises AdapterError naming the file, ImportError."""
+    load = _safetensors().load_file
+    if not path.is_file():
+        raise AdapterError(f"{path}: is missing")
+    try:
+        tensors: dict[str, Tensor] = load(str(path))
+    except Exception as error:  # whatever a foreign parser says of bytes that may be anything
+        raise AdapterError(f"{path}: expected a whole safetensors file: {error}") from error
+    return tensors
+
+
+def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Raises AdapterError unless the file's tensors have these names and shapes, and dtypes that fit these: a floating
+    one for a floating one, else the same."""
+    for name in expected:
+        if name not in tensors:
+            raise AdapterError(f"{path}: tensor {name!r} of shape {list(expected[name][0])} is missing")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise AdapterError(f"{path}: unexpected tensor {name!r} of shape {list(tensor.shape)}: nothing takes it")
+        shape, dtype = expected[name]
+        if tensor.shape != shape:
+            raise AdapterError(f"{path}: tensor {name!r}: expected shape {list(shape)}, got {list(tensor.shape)}")
+        fits = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
+        if not fits:
+            wanted = f"a floating dtype such as {dtype}" if dtype.is_floating_point else str(dtype)
+            raise AdapterError(f"{path}: tensor {name!r}: expected {wanted}, got {tensor.dtype}")
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("adapters are kept in safetensors files: pip install safetensors") from error
+    return safetensors.torch

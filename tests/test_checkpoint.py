@@ -1,0 +1,223 @@
+"""Saving and loading: to the bit, atomic, in place, several adapters, transformers' own way of saving."""
+
+import json
+
+import pytest
+import torch
+from saved_cases import (
+    MODELS,
+    BlockGate,
+    NormedGate,
+    adapted,
+    assert_same_state,
+    assert_untouched,
+    bits,
+    llama,
+    logits,
+    randomise,
+)
+
+import ilora
+from ilora import AdapterError, ILoRAConfig, PromptGate, SequenceGate, UniformGate
+
+pytest.importorskip("safetensors")
+pytest.importorskip("transformers")
+
+Z = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+GATES = {
+    "none": (lambda: None, {"ilora_gate": torch.rand(3, 4)}),
+    "sequence-per-layer": (lambda: SequenceGate(6, 4, per_layer=True), {"ilora_z": Z}),
+    "sequence-mlp": (lambda: SequenceGate(6, 4, kind="mlp", temperature=0.5), {"ilora_z": Z}),
+    "sequence-noisy": (lambda: SequenceGate(6, 4, kind="noisy", balance=0.01), {"ilora_z": Z}),
+    "prompt": (lambda: PromptGate(4, kind="topk"), {}),
+    "uniform": (lambda: UniformGate(4), {}),
+    "custom": (lambda: NormedGate(), {"ilora_z": Z}),
+}
+CONFIGS = {
+    "plain": {},
+    "patterns": {
+        "rank_pattern": {"q_proj": 16, "c_fc": 4},
+        "alpha_pattern": {"1.mlp.up_proj": 7},
+        "expert_pattern": {"k_proj": 2},
+    },
+    "saved": {"modules_to_save": ("lm_head", "norm", "ln_f"), "layers_to_transform": (1,), "lora_dropout": 0.1},
+}
+
+
+def config_for(family, name):
+    config = dict(CONFIGS[name])
+    if name == "saved":
+        config["modules_to_save"] = ("lm_head", "model.norm") if family == "llama" else ("lm_head", "ln_f")
+    return config
+
+
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("family", MODELS)
+def test_round_trip_keeps_every_bit(tmp_path, family, kind):
+    network, call = GATES[kind]
+    for name in CONFIGS:
+        model = adapted(MODELS[family](), network(), **config_for(family, name))
+        path = ilora.save_adapter(model, tmp_path / f"{name}")
+        again = ilora.load_adapter(MODELS[family](), path, gate=NormedGate() if kind == "custom" else None)
+        assert again.ilora.config == model.ilora.config
+        assert_same_state(again.state_dict(), model.state_dict())
+        assert {k for k, p in again.named_parameters() if p.requires_grad} == {
+            k for k, p in model.named_parameters() if p.requires_grad
+        }
+        assert torch.equal(logits(again, **call), logits(model, **call))
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, "float32"])
+def test_round_trip_keeps_bfloat16(tmp_path, adapter_dtype):
+    config = {"modules_to_save": ("lm_head",), "adapter_dtype": adapter_dtype}
+    model = adapted(llama().bfloat16(), SequenceGate(6, 4), **config)
+    again = ilora.load_adapter(llama().bfloat16(), ilora.save_adapter(model, tmp_path / "a"))
+    assert_same_state(again.state_dict(), model.state_dict())
+    model.bfloat16()  # the gate network too
+    again = ilora.load_adapter(llama().bfloat16(), ilora.save_adapter(model, tmp_path / "b"))
+    if adapter_dtype is None:
+        assert_same_state(again.state_dict(), model.state_dict())
+    assert again.ilora_gate.weight.dtype == torch.bfloat16
+
+
+def test_another_dtype_is_rounded_as_copy_does(tmp_path):
+    model = adapted(llama())
+    again = ilora.load_adapter(llama().bfloat16(), ilora.save_adapter(model, tmp_path / "a"))
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key].bfloat16()), key
+
+
+def test_shared_and_strided_tensors_are_saved_whole(tmp_path):
+    model = adapted(llama())
+    layers = [model.get_submodule(path) for path in ilora.targets(model)]
+    both = torch.randn(2, 16, 8)
+    layers[0].lora_B.data = both.transpose(1, 2)[0].T  # a view of more memory than it shows
+    layers[0].lora_A.data = torch.randn(16, 8).T  # strided
+    layers[1].lora_A = layers[0].lora_A  # tied
+    again = ilora.load_adapter(llama(), ilora.save_adapter(model, tmp_path / "a"))
+    assert_same_state(again.state_dict(), model.state_dict())
+    assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_size < 40_000
+
+
+def test_values_are_loaded_in_place(tmp_path):
+    model = adapted(llama(), SequenceGate(6, 4), modules_to_save=("lm_head",))
+    path = ilora.save_adapter(model, tmp_path / "a")
+    saved = bits(model)
+    where = {key: id(parameter) for key, parameter in model.named_parameters()}
+    randomise(model, std=0.3)
+    assert ilora.load_adapter(model, path) is model
+    assert_untouched(model, saved)
+    assert where == {key: id(parameter) for key, parameter in model.named_parameters()}
+
+
+def test_several_adapters(tmp_path):
+    model = adapted(llama(), SequenceGate(6, 4), name="one")
+    one = ilora.save_adapter(model, tmp_path / "one")
+    outputs = {"one": logits(model, ilora_z=Z)}
+    ilora.add_adapter(model, "two", ILoRAConfig(r=4, num_experts=2, modules_to_save=("lm_head",)), PromptGate(2))
+    randomise(model)
+    two = ilora.save_adapter(model, tmp_path / "two")
+    outputs["two"] = logits(model)
+    assert torch.equal(
+        outputs["one"],
+        logits(ilora.load_adapter(llama(), ilora.save_adapter(model, tmp_path / "1", name="one")), ilora_z=Z),
+    )
+
+    fresh = ilora.load_adapter(llama(), one, name="one")
+    ilora.load_adapter(fresh, two, name="two")
+    assert ilora.adapters(fresh) == ("two", "one")
+    assert torch.equal(logits(fresh), outputs["two"])
+    assert torch.equal(logits(ilora.set_adapter(fresh, "one"), ilora_z=Z), outputs["one"])
+    ilora.load_adapter(fresh, two, name="two")  # a parked one is overwritten, and comes to the front
+    assert ilora.adapters(fresh) == ("two", "one")
+    assert torch.equal(logits(fresh), outputs["two"])
+    before = bits(fresh)
+    with pytest.raises(
+        AdapterError, match=r"two.*other settings.*r is 4, in the file 8.*num_experts is 2.*gate network's type"
+    ):
+        ilora.load_adapter(fresh, one, name="two")
+    with pytest.raises(ValueError, match="no adapter 'three'"):
+        ilora.save_adapter(fresh, tmp_path / "three", name="three")
+    assert_untouched(fresh, before)
+
+
+def test_a_gate_network_of_ones_own_must_be_given(tmp_path):
+    path = ilora.save_adapter(adapted(llama(), NormedGate()), tmp_path / "a")
+    model = llama()
+    before = bits(model)
+    with pytest.raises(AdapterError, match=r"NormedGate.*gate="):
+        ilora.load_adapter(model, path)
+    with pytest.raises(AdapterError, match=r"ilora_gate.safetensors: tensor .*expected shape .*5\], got .*6\]"):
+        ilora.load_adapter(model, path, gate=NormedGate(5))
+    assert_untouched(model, before)
+    plain = ilora.save_adapter(adapted(llama()), tmp_path / "b")
+    with pytest.raises(AdapterError, match="without a gate network"):
+        ilora.load_adapter(model, plain, gate=NormedGate())
+    sequence = ilora.save_adapter(adapted(llama(), SequenceGate(6, 4)), tmp_path / "c")
+    with pytest.raises(AdapterError, match="differs in z_dim: 7"):
+        ilora.load_adapter(model, sequence, gate=SequenceGate(7, 4))
+    assert_untouched(model, before)
+    gate = SequenceGate(6, 4)
+    assert ilora.load_adapter(model, sequence, gate=gate).ilora_gate is gate
+    kind = adapted(llama(), BlockGate(6, 4, per_layer=True))
+    kind_path = ilora.save_adapter(kind, tmp_path / "d")
+    again = ilora.load_adapter(llama(), kind_path, gate=BlockGate(6, 4, per_layer=True))  # not bound to the layers yet
+    assert_same_state(again.state_dict(), kind.state_dict())
+    with pytest.raises(AdapterError, match=r"gate: num_experts: expected this gate network's 2"):
+        ilora.load_adapter(llama(), kind_path, gate=BlockGate(6, 2))
+
+
+def test_a_merged_model_is_not_overwritten(tmp_path):
+    model = adapted(llama())
+    path = ilora.save_adapter(model, tmp_path / "a")
+    gate = torch.rand(1, 4)
+    gated = logits(model, ilora_gate=gate)
+    ilora.merge(model, gate)
+    assert torch.allclose(logits(model), gated, atol=1e-5)
+    with pytest.raises(AdapterError, match="unmerge"):
+        ilora.load_adapter(model, path)
+    with pytest.raises(ValueError, match="unmerge"):
+        ilora.load_adapter(model, path, name="other")
+    again = ilora.load_adapter(llama(), ilora.save_adapter(model, tmp_path / "b"))
+    assert torch.equal(logits(again, ilora_gate=gate), gated)
+
+
+def test_paths(tmp_path):
+    model = adapted(llama(layers=1))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="file"):
+        ilora.save_adapter(model, tmp_path / "file")
+    fresh = llama(layers=1)
+    for path, why in ((tmp_path / "file", "got a file"), (tmp_path / "no", "no such directory"), ("no", "no such")):
+        with pytest.raises(AdapterError, match=why):
+            ilora.load_adapter(fresh, path)
+    path = ilora.save_adapter(model, tmp_path / "deep" / "er")
+    (path / "ilora_config.json").unlink()
+    with pytest.raises(AdapterError, match="from_peft"):
+        ilora.load_adapter(fresh, path)
+    with pytest.raises(ValueError, match="has no iLoRA in it"):
+        ilora.save_adapter(fresh, tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    ilora.load_adapter(fresh, ilora.save_adapter(model, tmp_path / "empty"))
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    path = ilora.save_adapter(adapted(llama(), target_modules=("q_proj",)), tmp_path / "a")
+    small, deep = MODELS["gpt2"](), llama(layers=3)
+    for model, why in ((small, "no module of GPT2LMHeadModel matches"), (deep, r"layers\.2.*q_proj.*is missing")):
+        before = bits(model)
+        with pytest.raises(AdapterError, match=why):
+            ilora.load_adapter(model, path)
+        assert_untouched(model, before)
+
+
+def test_verify_false_skips_checksums_only(tmp_path):
+    path = ilora.save_adapter(adapted(llama(layers=1)), tmp_path / "a")
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "renamed"}))
+    with pytest.raises(AdapterError, match="SHA-256"):
+        ilora.load_adapter(llama(layers=1), path)
+    ilora.load_adapter(llama(layers=1), path, verify=False)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 99}))
+    with pytest.raises(AdapterError, match="'lora_alpha': expected 16"):
+        ilora.load_adapter(llama(layers=1), path, verify=False)

@@ -1,0 +1,142 @@
+"""PEFT reads what is saved here, and what PEFT trained comes in and goes out again: with the same outputs."""
+
+import warnings
+
+import pytest
+import torch
+from saved_cases import MODELS, adapted, assert_untouched, bits, gpt2, llama, logits, uniform
+from torch import nn
+
+import ilora
+from ilora import AdapterError, PromptGate
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+CONFIGS = {
+    "plain": {},
+    "patterns": {
+        "rank_pattern": {"q_proj": 16, "c_fc": 4},
+        "alpha_pattern": {"1.mlp.up_proj": 7.5, "h.0.attn.c_attn": 3},
+    },
+    "experts": {"expert_pattern": {"k_proj": 2, "c_proj": 2}, "lora_alpha": 10},
+    "saved": {"modules_to_save": ("lm_head",), "layers_to_transform": (1,)},
+}
+
+
+def close(left, right):
+    assert left.shape == right.shape
+    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6 * max(1.0, right.abs().max().item()))
+
+
+def strictly(load):
+    """Without any warning of PEFT's, about keys or otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # they are not tied any more
+        return load()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("family", MODELS)
+def test_peft_loads_the_directory_as_the_uniform_gate(tmp_path, family, config):
+    model = adapted(MODELS[family](), PromptGate(4), **CONFIGS[config])
+    path = ilora.save_adapter(model, tmp_path / "a")
+    loaded = strictly(lambda: peft.PeftModel.from_pretrained(MODELS[family](), str(path)))
+    assert isinstance(loaded, peft.PeftModelForCausalLM)
+    state = peft.get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    assert sum(value.numel() for value in state.values()) == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    ) - (model.ilora_gate.weight.numel())
+    close(logits(loaded), logits(model, ilora_gate=uniform()))
+
+
+def test_peft_loads_a_classifier(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {
+        "vocab_size": 48,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+
+    def base():
+        torch.manual_seed(1)
+        return LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=3, pad_token_id=0)).eval()
+
+    for saved in ((), ("score",)):
+        model = adapted(base(), modules_to_save=saved, exclude_modules=("score",))
+        path = ilora.save_adapter(model, tmp_path / str(len(saved)))
+        loaded = strictly(lambda path=path: peft.PeftModel.from_pretrained(base(), str(path)))
+        close(logits(loaded), logits(model, ilora_gate=uniform()))
+
+
+def test_a_bare_model_with_ambiguous_paths(tmp_path):
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(2)
+            self.q, self.out = nn.Linear(6, 6), nn.Sequential()
+            self.out.q = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.out(self.q(x))
+
+    model, x = adapted(Bare(), target_modules=r"q"), torch.randn(3, 6)
+    assert ilora.targets(model) == ("q",)
+    loaded = strictly(lambda: peft.PeftModel.from_pretrained(Bare(), str(ilora.save_adapter(model, tmp_path / "a"))))
+    close(loaded(x), model(x, ilora_gate=uniform()))
+    back = ilora.from_peft(loaded, 2)
+    assert ilora.targets(back) == ("q",)
+    close(back(x, ilora_gate=uniform(2)), model(x, ilora_gate=uniform()))
+    model = adapted(Bare(), target_modules=("q",), alpha_pattern={"^q": 3})
+    loaded = strictly(lambda: peft.PeftModel.from_pretrained(Bare(), str(ilora.save_adapter(model, tmp_path / "b"))))
+    close(loaded(x), model(x, ilora_gate=uniform()))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("family", MODELS)
+def test_to_peft_computes_what_the_gated_model_computes(tmp_path, family, config):
+    model = adapted(MODELS[family]().double(), PromptGate(4, per_layer=True), **CONFIGS[config])
+    model.ilora_gate.double()
+    blocks = len(model.ilora.adapter.blocks)
+    for i, gate in enumerate((torch.rand(4).double(), torch.rand(1, 4), torch.rand(blocks, 1, 4))):
+        want = logits(model, ilora_gate=gate.reshape(*gate.shape[:-2], 1, 4))
+        path = ilora.to_peft(model, gate, tmp_path / str(i))
+        loaded = strictly(lambda path=path: peft.PeftModel.from_pretrained(MODELS[family]().double(), str(path)))
+        close(logits(loaded) * 1e3, want * 1e3)
+    live = strictly(lambda: ilora.to_peft(model, gate))
+    assert isinstance(live, peft.PeftModel)
+    assert not live.training
+    close(logits(live) * 1e3, want * 1e3)
+
+
+def test_to_peft_refuses(tmp_path):
+    model = adapted(llama())
+    before = bits(model)
+    for gate, error, why in (
+        (torch.rand(2, 4), ValueError, r"expected one gate, \[4\]"),
+        (torch.ones(4).long(), TypeError, "float"),
+        (None, TypeError, "NoneType"),
+    ):
+        with pytest.raises(error, match=why):
+            ilora.to_peft(model, gate, tmp_path / "a")
+    path = ilora.save_adapter(model, tmp_path / "own")
+    with pytest.raises(AdapterError, match="another name"):
+        ilora.to_peft(model, torch.rand(4), path)
+    assert_untouched(model, before)
+    ilora.merge(model, torch.rand(4))
+    with pytest.raises(ValueError, match="unmerge"):
+        ilora.to_peft(model, torch.rand(4))
+
+
+def test_merging_agrees_with_to_peft():
+    gate = torch.rand(4)
+    merged, model = (adapted(gpt2(), rank_pattern={"c_fc": 4}) for _ in range(2))
+    ilora.merge(merged, gate)
+    torch.testing.assert_close(logits(merged), logits(ilora.to_peft(model, gate)), rtol=1e-5, atol=1e-5)
