@@ -1,0 +1,117 @@
+"""One rank of two: python distributed_worker.py FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+
+Trains the tiny model in every way of VARIANTS on this rank's half of the batch; rank 0 writes what came out.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from training_worker import arguments, examples, tiny_llama, trainable
+
+import ilora
+
+STEPS = 3
+VARIANTS = ["ddp", "ddp-hf", "ddp-reentrant", "fsdp", "fsdp-hf", "fsdp-torch", "fsdp-prompt", "trainer"]
+
+
+def injected(prompt=False):
+    """The model with a gate network whose gates differ much from user to user."""
+    model = tiny_llama()
+    torch.manual_seed(1)
+    gate = ilora.PromptGate(4) if prompt else ilora.SequenceGate(6, 4)
+    ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4), gate=gate)
+    torch.nn.init.normal_(model.ilora_gate.weight, std=1.0)
+    for layer in ilora.model.ilora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model.train()
+
+
+def batch(rank=0, world=1, prompt=False):
+    rows = examples(4)
+    rows = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
+    names = ("input_ids", "labels") if prompt else rows[0]
+    return {name: torch.tensor([row[name] for row in rows]) for name in names}
+
+
+def steps(model, inputs, optimizer=torch.optim.SGD, lr=0.1):
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(STEPS):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def checkpointed(model, how):
+    if how in ("hf", "reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    if how == "torch":
+        layers = model.model.layers
+        for i, layer in enumerate(layers):
+            layers[i] = checkpoint_wrapper(layer)
+    return model
+
+
+def gathered(model):
+    """The trained parameters, whole, by the names of the plain model."""
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in trainable(model).items()}
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in whole.items()}
+
+
+def run(variant, folder, rank, world):
+    wrap, _, how = variant.partition("-")
+    prompt = how == "prompt"
+    model = checkpointed(injected(prompt), how)
+    if wrap == "trainer":
+        return trainer(model, folder, 2)
+    inputs = batch(rank, world, prompt)
+    if wrap == "ddp":
+        steps(DistributedDataParallel(model), inputs)
+        return gathered(model)
+    for layer in [*model.model.layers, *([model.model.embed_tokens] if prompt else [])]:
+        fully_shard(layer)  # PromptGate reads the embeddings, which accelerate shards by themselves
+    fully_shard(model)
+    steps(model, inputs)
+    model.save_pretrained(Path(folder) / variant, is_main_process=rank == 0)
+    return gathered(model)
+
+
+def trainer(model, folder, batch_size):
+    """transformers' Trainer, which makes the model a DistributedDataParallel if there are several ranks."""
+    import transformers as hf
+    from datasets import Dataset
+
+    args = arguments(
+        Path(folder) / "trainer",
+        per_device_train_batch_size=batch_size,
+        max_steps=STEPS,
+        optim="sgd",
+        learning_rate=0.1,
+        save_strategy="steps",
+        save_steps=STEPS,
+    )
+    hf.Trainer(model, args, train_dataset=Dataset.from_list(examples())).train()
+    return gathered(model)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = {}
+    for variant in VARIANTS:
+        results[variant] = run(variant, folder, rank, world)
+    if rank == 0:
+        torch.save(results, Path(folder) / "results.pt.part")
+        os.replace(Path(folder) / "results.pt.part", Path(folder) / "results.pt")
+    dist.barrier()  # a rank that leaves early may abort the other
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

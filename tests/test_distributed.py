@@ -1,0 +1,95 @@
+"""DDP and FSDP2 on two gloo processes equal one process on the joint batch, gate network included."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ilora
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+pytest.importorskip("datasets", reason="datasets is not installed")
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("torch was built without gloo", allow_module_level=True)
+
+import distributed_worker as worker  # noqa: E402
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What two ranks wrote; their exit codes do not count, since gloo may abort a process that is done."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = str(Path(ilora.__file__).parents[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common |= {"PYTHONPATH": os.pathsep.join([root, *sys.path]), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = []
+    try:
+        for rank in range(2):
+            env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (folder / f"log{rank}").open("wb") as log:
+                command = [sys.executable, worker.__file__, str(folder)]
+                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
+        for process in ranks:
+            process.wait(timeout=200)
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*")))
+    assert (folder / "results.pt").exists(), logs
+    return folder, torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process makes of the joint batch, by whether the gate is a PromptGate."""
+    models = {prompt: worker.injected(prompt) for prompt in (False, True)}
+    for prompt, model in models.items():
+        worker.steps(model, worker.batch(prompt=prompt))
+    return {prompt: worker.gathered(model) for prompt, model in models.items()}
+
+
+def assert_close(a, b):
+    assert a.keys() == b.keys()
+    assert "ilora_gate.weight" in a
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("variant", [v for v in worker.VARIANTS if v != "trainer"])
+def test_two_ranks_equal_one(results, alone, variant):
+    prompt = variant.endswith("prompt")
+    expected, start = alone[prompt], worker.gathered(worker.injected(prompt))
+    assert all((expected[name] - start[name]).abs().max() > 1e-4 for name in start)  # three steps did something
+    assert_close(results[1][variant], expected)
+
+
+def test_trainer_on_two_ranks_equals_one_and_saves(results, tmp_path):
+    folder, ranks = results
+    assert_close(ranks["trainer"], worker.trainer(worker.injected(), tmp_path, 4))
+    assert_saved(folder / "trainer" / f"checkpoint-{worker.STEPS}", ranks["trainer"])
+
+
+@pytest.mark.parametrize("variant", ["fsdp", "fsdp-torch"])
+def test_sharded_models_save_whole_tensors(results, variant):
+    assert_saved(results[0] / variant, results[1][variant])
+
+
+def assert_saved(folder, expected):
+    model = worker.injected()
+    ilora.load_adapter(model, folder)
+    saved = worker.gathered(model)
+    assert all(torch.equal(saved[name], value) for name, value in expected.items())

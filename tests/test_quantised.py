@@ -1,0 +1,132 @@
+"""Quantised bases: bitsandbytes 4- and 8-bit and torchao int8, loaded as a user does, on the CPU."""
+
+import pytest
+import torch
+
+import ilora
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="loading quantised models needs accelerate")
+
+import training_worker as worker  # noqa: E402
+import transformers as hf  # noqa: E402
+
+PROJECTIONS = 14  # of two Llama blocks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    worker.tiny_llama().save_pretrained(path)
+    return path
+
+
+def nf4():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    return hf.BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+def nf4_twice():
+    config = nf4()
+    config.bnb_4bit_use_double_quant = True
+    return config
+
+
+def int8():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return hf.BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao_int8():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return hf.TorchAoConfig(Int8WeightOnlyConfig())
+
+
+BASES = [nf4, nf4_twice, int8, torchao_int8]
+
+
+def quantised(folder, make, gate=True, dtype=torch.float32):
+    options = {"quantization_config": make(), "device_map": {"": "cpu"}, "dtype": dtype}
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, **options)
+    torch.manual_seed(1)
+    config = ilora.ILoRAConfig(r=8, num_experts=4)
+    return ilora.inject(model, config, gate=ilora.SequenceGate(6, 4) if gate else None)
+
+
+def bits(model):
+    """Copies of everything frozen, as plain bytes where torch allows it."""
+    frozen = {n: p for n, p in model.state_dict().items() if "lora_" not in n and "ilora_gate" not in n}
+    return {n: getattr(p, "qdata", p).detach().clone() for n, p in frozen.items() if isinstance(p, torch.Tensor)}
+
+
+@pytest.mark.parametrize("make", BASES)
+def test_trains_and_leaves_the_base_alone(folder, tmp_path, make):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    model = quantised(folder, make)
+    layers = ilora.model.ilora_layers(model)
+    assert len(layers) == PROJECTIONS
+    assert all(layer.lora_A.dtype.is_floating_point for layer in layers.values())
+    base, learned = bits(model), worker.trainable(model)
+    args = worker.arguments(tmp_path, max_steps=40)
+    trainer = hf.Trainer(model, args, train_dataset=datasets.Dataset.from_list(worker.examples()))
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(losses[-4:]) / 4 < 0.7 * losses[0]
+    after = bits(model)
+    assert all(torch.equal(after[name], base[name]) for name in base)
+    assert all(not torch.equal(p, learned[name]) for name, p in worker.trainable(model).items())
+
+
+def test_qlora_in_bfloat16_with_checkpointing(folder, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
+    def bf16():
+        config = nf4()
+        config.bnb_4bit_compute_dtype = torch.bfloat16
+        return config
+
+    model = quantised(folder, bf16, dtype=torch.bfloat16)
+    options = {"bf16": True, "gradient_checkpointing": True, "max_steps": 40}
+    data = datasets.Dataset.from_list(worker.examples())
+    trainer = hf.Trainer(model, worker.arguments(tmp_path, **options), train_dataset=data)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert sum(losses[-4:]) / 4 < 0.7 * losses[0]
+
+
+def dequantised(layer):
+    """The base's weight as the layer uses it: the product with the unit vectors."""
+    with torch.no_grad():
+        return layer(torch.eye(layer.in_features)).T
+
+
+@pytest.mark.parametrize("make", BASES)
+def test_layers_equal_the_dequantised_ones(folder, make):
+    model = quantised(folder, make, gate=False).eval()
+    generator = torch.Generator().manual_seed(2)
+    gate = torch.rand(3, 4, generator=generator)
+    layer = next(iter(ilora.model.ilora_layers(model).values()))
+    layer.lora_B.data.normal_(generator=generator)
+    x = torch.randn(3, 5, 32, generator=generator)
+    weight, adapter = dequantised(layer.base_layer), (layer.lora_A, layer.lora_B)
+    expected = ilora.reference.ilora_linear(x, weight, None, *adapter, gate, scaling=layer.scaling)
+    tolerance = 0.05 if make is int8 else 1e-4  # int8 rounds the activations as well
+    torch.testing.assert_close(layer(x, gate=gate), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("make", BASES)
+def test_merge_refuses_by_name(folder, make):
+    model = quantised(folder, make, gate=False)
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        ilora.merge(model, torch.full((4,), 0.25))
+    assert all(torch.equal(value, before[name]) for name, value in bits(model).items())
+
+
+def test_a_quantised_model_without_an_adapter_is_still_refused(folder, tmp_path):
+    model = ilora.eject(quantised(folder, nf4))
+    with pytest.raises(ValueError, match="purely quantized"):
+        hf.Trainer(model, worker.arguments(tmp_path))
