@@ -1,24 +1,20 @@
 """ilora: instance-wise LoRA. Gated multi-expert low-rank updates, fused, for any linear layer (arXiv 2408.10159)."""
 
 from . import reference
+from .adapter import adapters, add_adapter, delete_adapter, ilora_layers, set_adapter, targets
 from .backends import BackendUnavailable, available_backends
 from .collate import GateCollator
 from .config import ILoRAConfig
 from .gate import gated
 from .layer import ILoRALinear
-from .merge import merge, unmerge
+from .merging import merge, unmerge
 from .model import (
-    adapters,
-    add_adapter,
-    delete_adapter,
     disable_adapter,
     eject,
     gate_of,
     inject,
     last_gate,
     print_trainable_parameters,
-    set_adapter,
-    targets,
     trainable_parameters,
 )
 from .networks import GateNetwork, PromptGate, SequenceGate, UniformGate
@@ -52,6 +48,7 @@ __all__ = [
     "gate_of",
     "gate_stats",
     "gated",
+    "ilora_layers",
     "ilora_linear",
     "ilora_update",
     "inject",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .frames import frame_of
 from .gate import capture_checkpoints, framed
 from .inputs import read_inputs
 
@@ -38,7 +39,7 @@ def _through(
 ) -> Any:
     state, training = model.ilora.state, model.training and torch.is_grad_enabled()
     inputs = read_inputs(model._ilora_parameters, args, kwargs)
-    frame = model._ilora_frame(inputs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
+    frame = frame_of(model, inputs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
     if training and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
     state.last = None

@@ -27,7 +27,7 @@ def injected(prompt=False):
     gate = ilora.PromptGate(4) if prompt else ilora.SequenceGate(6, 4)
     ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4), gate=gate)
     torch.nn.init.normal_(model.ilora_gate.weight, std=1.0)
-    for layer in ilora.model.ilora_layers(model).values():
+    for layer in ilora.ilora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model.train()
 

@@ -72,7 +72,7 @@ def injected(make=llama, gate=None, seed=0, config=None, **options):
 def randomised(model, seed=0):
     """Normal lora_B, so that different gates give different outputs."""
     generator = torch.Generator().manual_seed(seed + 1)
-    for layer in ilora.model.ilora_layers(model).values():
+    for layer in ilora.ilora_layers(model).values():
         layer.lora_B.data.normal_(std=0.2, generator=generator)
     return model
 

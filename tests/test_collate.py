@@ -38,7 +38,7 @@ def z_gated():
     torch.manual_seed(1)
     ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4), gate=ilora.SequenceGate(6, 4))
     torch.nn.init.normal_(model.ilora_gate.weight, std=2.0)
-    for layer in ilora.model.ilora_layers(model).values():
+    for layer in ilora.ilora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.2)
     return model.train()
 

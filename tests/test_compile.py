@@ -28,7 +28,7 @@ def injected(gate=ilora.SequenceGate, dropout=0.0, layers=1, **options):
     options = {"z_dim": 6} | options if gate is ilora.SequenceGate else options
     config = ilora.ILoRAConfig(r=8, num_experts=4, lora_dropout=dropout)
     ilora.inject(model, config, gate=gate(**options) if gate else None)
-    for layer in ilora.model.ilora_layers(model).values():
+    for layer in ilora.ilora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     if gate:
         torch.nn.init.normal_(model.ilora_gate.weight, std=1.0)

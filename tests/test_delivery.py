@@ -266,7 +266,7 @@ def test_copies_and_pickles(make):
         assert type(clone) is type(model)
         assert clone.ilora.state is not model.ilora.state
         assert torch.equal(clone(input_ids=ids, ilora_gate=g, **more).logits, expected)
-        states = {id(layer.gate_state) for layer in ilora.model.ilora_layers(clone).values()}
+        states = {id(layer.gate_state) for layer in ilora.ilora_layers(clone).values()}
         assert states == {id(clone.ilora.state)}
         ilora.eject(clone)
 

@@ -52,7 +52,7 @@ def test_patterns_give_modules_their_own_rank_alpha_and_experts():
         alpha_pattern={"model.layers.0.self_attn.q_proj": 5.0},
         expert_pattern={"q_proj": 1, "k_proj": 2},
     )
-    layers = ilora.model.ilora_layers(model)
+    layers = ilora.ilora_layers(model)
     q, k = (layers[f"model.layers.0.self_attn.{part}_proj"] for part in "qk")
     assert (q.r, q.num_experts, q.lora_alpha, q.scaling) == (4, 1, 5.0, 5.0 / 4)
     assert (k.r, k.num_experts, k.scaling) == (8, 2, 32 / 4)

@@ -26,7 +26,7 @@ def injected(model=None, **options):
     torch.manual_seed(1)
     ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4), gate=ilora.SequenceGate(6, 4, **options))
     torch.nn.init.normal_(model.ilora_gate.weight, std=2.0)
-    for layer in ilora.model.ilora_layers(model).values():
+    for layer in ilora.ilora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.2)
     return model.eval()
 
@@ -108,7 +108,7 @@ def test_a_copy_has_gates_of_its_own():
     model = add_hook_to_module(injected(), ModelHook())
     expected = model(**batch()).logits
     copied = copy.deepcopy(model)
-    for layer in ilora.model.ilora_layers(model).values():
+    for layer in ilora.ilora_layers(model).values():
         layer.lora_B.data.zero_()
     assert torch.equal(copied(**batch()).logits, expected)
 

@@ -66,7 +66,7 @@ def bits(model):
 def test_trains_and_leaves_the_base_alone(folder, tmp_path, make):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     model = quantised(folder, make)
-    layers = ilora.model.ilora_layers(model)
+    layers = ilora.ilora_layers(model)
     assert len(layers) == PROJECTIONS
     assert all(layer.lora_A.dtype.is_floating_point for layer in layers.values())
     base, learned = bits(model), worker.trainable(model)
@@ -108,7 +108,7 @@ def test_layers_equal_the_dequantised_ones(folder, make):
     model = quantised(folder, make, gate=False).eval()
     generator = torch.Generator().manual_seed(2)
     gate = torch.rand(3, 4, generator=generator)
-    layer = next(iter(ilora.model.ilora_layers(model).values()))
+    layer = next(iter(ilora.ilora_layers(model).values()))
     layer.lora_B.data.normal_(generator=generator)
     x = torch.randn(3, 5, 32, generator=generator)
     weight, adapter = dequantised(layer.base_layer), (layer.lora_A, layer.lora_B)

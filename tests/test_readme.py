@@ -46,7 +46,7 @@ def test_the_examples_run(tmp_path):
     scope |= {"model": model, "batch": {"input_ids": ids, "attention_mask": mask, "labels": ids}, "folder": tmp_path}
     (whole,) = (block for block in BLOCKS if "ilora.inject" in block)
     exec(whole, scope)
-    assert all(layer.lora_B.grad.abs().sum() > 0 for layer in ilora.model.ilora_layers(model).values())
+    assert all(layer.lora_B.grad.abs().sum() > 0 for layer in ilora.ilora_layers(model).values())
     assert (tmp_path / "ilora_config.json").exists()
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapter import Adapter, adapters, add_adapter, delete_adapter, injected, set_adapter
 from ..config import ILoRAConfig
-from ..delivery import Adapter, ILoRAModel
-from ..model import adapters, add_adapter, delete_adapter, eject, inject, injected, set_adapter
+from ..delivery import ILoRAModel
+from ..model import eject, inject
 from ..networks import GATE_TYPES
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import injected, replace
 from ..layer import is_linear
-from ..model import eject, injected, replace
+from ..model import eject
 from .cards import PLAIN
 from .files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
 from .layout import GATE_PREFIX, Layout, peft_config, peft_key, tensors_of

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter, attach, detach, modules_to_save
 from ..config import ILoRAConfig, block_of, find_targets
-from ..delivery import Adapter, ILoRAModel
+from ..delivery import ILoRAModel
 from ..layer import features_of, is_conv1d, is_linear
-from ..model import attach, detach, modules_to_save
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
 Spec = tuple[torch.Size, torch.dtype]

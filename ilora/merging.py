@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import ilora_layers, injected
 from .layer import ILoRALinear, is_conv1d
-from .model import ilora_layers, injected
 
 
 def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:

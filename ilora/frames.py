@@ -1,0 +1,156 @@
+"""Which gate holds for a call of an injected model, and that it fits the batch: refused here, by name, or never."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gate import Frame
+from .inputs import Inputs, packed_by
+from .networks import PromptGate, UniformGate
+from .pooling import prompt_mask
+
+
+def frame_of(
+    model: Any, inputs: Inputs, gate: Tensor | None, z: Tensor | None, segments: Tensor | None, mask: Tensor | None
+) -> Frame:
+    """The frame of one call, checked: a gate that does not fit the batch is refused here, by name."""
+    given, inherited = [g is not None for g in (gate, z)], model.ilora.state.frame
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError("nn.DataParallel shares one gate among its threads; use DistributedDataParallel")
+    if model.ilora.merged or not model.ilora.state.enabled:
+        if model.ilora.merged and model.training and torch.is_grad_enabled():
+            raise RuntimeError("a gate is merged into the weights, nothing would be trained: ilora.unmerge first")
+        if any(given):
+            why = "a gate is merged into the weights" if model.ilora.merged else "the adapter is disabled"
+            raise RuntimeError(f"ilora_gate or ilora_z was given, but {why}")
+        return Frame()
+    if all(given):
+        raise ValueError("ilora_gate and ilora_z were both given; one of them decides")
+    expanded = inherited.expanded and not any(given)
+    if not any(given) and inherited.gate is not None:
+        gate, segments = inherited.gate, inherited.segments if segments is None else segments
+    elif gate is None:
+        gate = network_gate(model, inputs, z, segments, mask)
+    elif mask is not None:
+        raise ValueError("ilora_prompt_mask was given with ilora_gate; it is for models with a PromptGate")
+    if segments is not None:
+        segments = segments.to(device=gate.device, dtype=torch.int32)
+    check_gate(model, gate, segments, inputs, expanded)
+    return Frame(gate, segments, inputs.rows, inputs.lengths, expanded)
+
+
+def network_gate(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor | None, mask: Tensor | None) -> Tensor:
+    """What the model's gate network says of these inputs. Raises ValueError where it lacks what it needs."""
+    network = model.ilora_gate
+    if network is None:
+        wanted = f"ilora_gate [N, {model.ilora.config.num_experts}]"
+        if z is not None:
+            raise ValueError(
+                f"ilora_z was given to a model without a gate network; give {wanted}, or inject with gate="
+            )
+        raise ValueError(
+            f"{type(model).__name__} needs {wanted}: model(..., ilora_gate=g), or `with ilora.gated(model, g)`"
+        )
+    if isinstance(network, (PromptGate, UniformGate)):
+        if z is not None:
+            raise ValueError(f"ilora_z was given to a model whose {type(network).__name__} takes none")
+        if isinstance(network, UniformGate):
+            N = segments.numel() - 1 if segments is not None else inputs.batch or 1
+            return network(N, next(model.parameters()).device)
+        return _prompt_gate(model, network, inputs, segments, mask)
+    if mask is not None:
+        raise ValueError(f"ilora_prompt_mask was given to a model whose {type(network).__name__} pools no prompt")
+    if z is None:
+        raise ValueError(f"{type(model).__name__} needs ilora_z for its {type(network).__name__} (or an ilora_gate)")
+    return network(z)
+
+
+def _prompt_gate(
+    model: Any, network: PromptGate, inputs: Inputs, segments: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    values = inputs.values
+    cache = values.get("past_key_values")
+    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
+        raise ValueError(
+            "a decoding step does not show PromptGate its prompt: use model.generate, or "
+            "`with ilora.gated(model, ilora.gate_of(model, **prompt))` around your own loop"
+        )
+    embeddings = values.get("inputs_embeds")
+    if embeddings is None:
+        if values.get("input_ids") is None:
+            raise ValueError("PromptGate needs input_ids or inputs_embeds; give ilora_gate where there are none")
+        embeddings = model.get_input_embeddings()(values["input_ids"])
+    if segments is None and packed_by(inputs) is not None:
+        raise ValueError(_needs_segments(inputs))
+    B, L = embeddings.shape[:2]
+    if mask is None:
+        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        labels = None if encoder_decoder else values.get("labels")
+        if labels is not None and labels.shape != (B, L):  # one for each sequence: all of it is the prompt
+            labels = None
+        mask = prompt_mask(
+            values.get("attention_mask"),
+            labels,
+            (B, L),
+            network.min_tokens,
+            segments=segments,
+            device=embeddings.device,
+        )
+    elif mask.shape != (B, L):
+        raise ValueError(f"ilora_prompt_mask: expected [{B}, {L}] as the input, got {list(mask.shape)}")
+    return network(embeddings, mask.bool(), segments)
+
+
+def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs, expanded: bool) -> None:
+    """One gate row for each sequence of the batch (or one for all), or segments that say which rows are whose."""
+    E, layers = model.ilora.config.num_experts, len(model.ilora.adapter.blocks)
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        raise TypeError(f"gate: expected a float tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
+    if gate.dim() not in (2, 3) or gate.shape[-1] != E or (gate.dim() == 3 and gate.shape[0] != layers):
+        raise ValueError(
+            f"gate: expected [N, {E}], or [{layers}, N, {E}] with one for each block, got {list(gate.shape)}"
+        )
+    N = gate.shape[-2]
+    if segments is not None:
+        if segments.shape != (N + 1,):
+            raise ValueError(f"ilora_segments: expected [N+1={N + 1}] row offsets, got {list(segments.shape)}")
+        return
+    if inputs.rows is None or inputs.batch is None or N == 0:
+        return
+    packed = None if expanded else packed_by(inputs)
+    fits = inputs.rows % N == 0 if expanded else N in (1, inputs.batch, inputs.rows)
+    if packed is not None:
+        raise ValueError(_needs_segments(inputs))
+    if not fits:
+        raise ValueError(
+            f"gate: it has {N} rows for a batch of {inputs.batch} sequences; give one for each, or one for all, or "
+            "ilora_segments=[N+1] row offsets where one row holds several sequences"
+        )
+
+
+def _needs_segments(inputs: Inputs) -> str:
+    return (
+        f"{packed_by(inputs)} says that a row holds several sequences (packed or padding-free batch): give "
+        "ilora_segments, int32 [N+1] offsets of the N instances in the flattened rows"
+    )
+
+
+def with_padding_mask(model: Any, inputs: Inputs) -> Inputs:
+    """generate without a mask takes the pad token for padding, if the prompts have it: so does the prompt's gate."""
+    values = inputs.values
+    ids = values.get("input_ids")
+    if ids is None or values.get("attention_mask") is not None or ids.is_floating_point():
+        return inputs
+    settings = [values, values.get("generation_config"), getattr(model, "generation_config", None)]
+
+    def setting(name: str) -> Any:
+        read = (s.get(name) if isinstance(s, dict) else getattr(s, name, None) for s in settings)
+        return next((value for value in read if value is not None), None)
+
+    pad, eos = setting("pad_token_id"), setting("eos_token_id")
+    if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+        return inputs
+    return inputs._replace(values={**values, "attention_mask": ids != pad})
