@@ -59,6 +59,7 @@ def test_the_how_tos_run(capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     pytest.importorskip("accelerate")
+    pytest.importorskip("bitsandbytes")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to.md").read_text(), re.DOTALL)
     assert len(blocks) > 10
     scope: dict = {"__name__": "how-to"}

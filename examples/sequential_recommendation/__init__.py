@@ -1,0 +1,1 @@
+"""A sequential recommender with instance-wise LoRA: data, sequence models, metrics."""

@@ -1,0 +1,233 @@
+"""The neutral form of a data set, its split, the windows and their candidates.
+
+A data set is a list of titles (an item's id is its index) and, for every user, distinct item ids in the order in which
+the user met them. Readers (`readers.py`) and the generator (`synthetic.py`) make it; all else starts from it:
+
+    dataset = readers.movielens(Path("ml-100k"))
+    parts = split(dataset, seed=0)                      # windows: history -> next item
+    test = with_candidates(parts.test, dataset, seed=0) # the same, with 20 items to choose from
+
+Every random choice depends on the seed and on what is chosen for, never on order, worker or process.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+MIN_HISTORY, MAX_HISTORY = 3, 10  # items of a window's history
+NUM_CANDIDATES = 20
+
+
+class Window(NamedTuple):
+    """What a user met last, oldest first, and the item that came next."""
+
+    user: str
+    history: tuple[int, ...]
+    target: int
+
+
+class Example(NamedTuple):
+    """A window and the shuffled candidates to choose from: items with distinct titles, one of them the target."""
+
+    user: str
+    history: tuple[int, ...]
+    target: int
+    candidates: tuple[int, ...]
+
+    @property
+    def target_index(self) -> int:
+        """Where the target stands among the candidates."""
+        return self.candidates.index(self.target)
+
+
+class Split(NamedTuple):
+    """Windows to train on, to validate on and to test on."""
+
+    train: list[Window]
+    val: list[Window]
+    test: list[Window]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Titles and users, in the neutral form.
+
+    Args:
+        name: for tables and files.
+        titles: item id -> title. Two items may share one; an example never holds both.
+        users: user -> item ids in order of time, each once.
+        given: a split that came with the data; the paper's protocol then uses it as it is.
+        groups: user -> planted group, where users were made up.
+    Raises ValueError, naming the user or item, for ids without a title, repeated items and empty titles.
+    """
+
+    name: str
+    titles: list[str]
+    users: dict[str, list[int]]
+    given: Split | None = None
+    groups: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for item, title in enumerate(self.titles):
+            if not title.strip() or "\n" in title:
+                raise ValueError(f"{self.name}: item {item}: expected a title of one line, got {title!r}")
+        for user, items in self.users.items():
+            if len(set(items)) != len(items):
+                raise ValueError(f"{self.name}: user {user}: an item occurs twice")
+            wrong = [item for item in items if not 0 <= item < self.num_items]
+            if wrong:
+                raise ValueError(f"{self.name}: user {user}: expected ids from 0 to {self.num_items - 1}, got {wrong}")
+
+    @property
+    def num_items(self) -> int:
+        return len(self.titles)
+
+    def __str__(self) -> str:
+        interactions = sum(len(items) for items in self.users.values())
+        return f"{self.name}: {len(self.users):,} users, {self.num_items:,} items, {interactions:,} interactions"
+
+
+def normal(title: str) -> str:
+    """A title as it is compared: Unicode NFKC, case folded, runs of white space as one space."""
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", title)).strip().casefold()
+
+
+def windows(user: str, items: Sequence[int]) -> Iterator[Window]:
+    """Every window of one user, in order: item t is the target of the (at most) 10 before it, for t = 3, 4, ..."""
+    for t in range(MIN_HISTORY, len(items)):
+        yield Window(user, tuple(items[max(0, t - MAX_HISTORY) : t]), items[t])
+
+
+def split(
+    dataset: Dataset,
+    seed: int = 0,
+    protocol: Literal["paper", "leave-one-out"] = "paper",
+    evaluate: Literal["last", "random"] = "last",
+) -> Split:
+    """Windows for training, validation and testing. Users with fewer than 4 items have no window and are left out.
+
+    protocol="paper": users are shuffled and split 8:1:1 (rounded down twice, the rest tests: 943 users -> 754, 94, 95).
+    Training takes every window of its users, validation and test one of each of theirs: evaluate="last", the one that
+    uses all that is known of the user; or "random", any of them, which is what the lengths of the published LastFM
+    windows suggest. No user is in two parts. A split that came with the data is returned as it is.
+
+    protocol="leave-one-out": every user is tested on the last item, validated on the one before (users with 4 items
+    are not), and all earlier windows train. As many tests as users, so that differences stand out from noise.
+    Raises ValueError for other names and where a part would be empty.
+    """
+    if protocol not in ("paper", "leave-one-out") or evaluate not in ("last", "random"):
+        raise ValueError(f"split: unknown protocol={protocol!r} or evaluate={evaluate!r}")
+    if protocol == "paper" and dataset.given is not None:
+        return dataset.given
+    users = {user: list(windows(user, items)) for user, items in sorted(dataset.users.items())}
+    users = {user: found for user, found in users.items() if found}
+    parts = _leave_one_out(users) if protocol == "leave-one-out" else _by_user(users, seed, evaluate)
+    if not all(parts):
+        sizes = ", ".join(f"{len(part)} {name}" for name, part in parts._asdict().items())
+        raise ValueError(f"{dataset.name}: too few users with 4 items or more to split: {sizes} windows")
+    return parts
+
+
+def _by_user(users: dict[str, list[Window]], seed: int, evaluate: str) -> Split:
+    names = list(users)
+    random.Random(f"{seed}/users").shuffle(names)
+    train, val = len(names) * 8 // 10, len(names) // 10
+
+    def one(user: str) -> Window:
+        return users[user][-1] if evaluate == "last" else random.Random(f"{seed}/{user}").choice(users[user])
+
+    return Split(
+        [window for user in names[:train] for window in users[user]],
+        [one(user) for user in names[train : train + val]],
+        [one(user) for user in names[train + val :]],
+    )
+
+
+def _leave_one_out(users: dict[str, list[Window]]) -> Split:
+    return Split(
+        [window for found in users.values() for window in found[:-2]],
+        [found[-2] for found in users.values() if len(found) > 1],
+        [found[-1] for found in users.values()],
+    )
+
+
+def with_candidates(
+    parts: Sequence[Window],
+    dataset: Dataset,
+    seed: int = 0,
+    exclude: Literal["user", "window"] = "window",
+    count: int = NUM_CANDIDATES,
+) -> list[Example]:
+    """The windows with their candidates: the target and count - 1 uniform negatives, shuffled.
+
+    A window's draw depends on the seed and the window alone. Negatives are never in the window's history; with
+    exclude="user" they are nothing that the user is known to have met, later items included. That is an easier test
+    (popular items tend to be met already), and not the published one. No two candidates share a normalised title,
+    since an answer in words could not tell them apart.
+    Raises ValueError where fewer than count - 1 negatives are left, and for other names.
+    """
+    if exclude not in ("user", "window"):
+        raise ValueError(f"with_candidates: unknown exclude={exclude!r}")
+    known = {user: frozenset(items) for user, items in dataset.users.items()} if exclude == "user" else {}
+    names = [normal(title) for title in dataset.titles]
+    return [_example(window, names, known.get(window.user, frozenset()), seed, count) for window in parts]
+
+
+def _example(window: Window, names: list[str], known: frozenset[int], seed: int, count: int) -> Example:
+    user, history, target = window
+    draw = random.Random(f"{seed}/{user}/{history}/{target}")  # a string: seeded alike in every process
+    taken, titles = {*history, *known, target}, {names[target]}
+    candidates = [target]
+    for item in _without_repeats(draw, len(names)):
+        if len(candidates) == count:
+            break
+        if item not in taken and names[item] not in titles:
+            candidates.append(item)
+            titles.add(names[item])
+    if len(candidates) < count:
+        raise ValueError(f"user {user}: only {len(candidates) - 1} of {count - 1} negatives can be drawn")
+    draw.shuffle(candidates)
+    return Example(user, history, target, tuple(candidates))
+
+
+def _without_repeats(draw: random.Random, size: int) -> Iterator[int]:
+    """The numbers below size in random order; without shuffling them all where only the first few are taken."""
+    seen: set[int] = set()
+    while len(seen) < size // 2:
+        number = draw.randrange(size)
+        if number not in seen:
+            seen.add(number)
+            yield number
+    rest = [number for number in range(size) if number not in seen]
+    draw.shuffle(rest)
+    yield from rest
+
+
+def frequent(dataset: Dataset, users: int = MIN_HISTORY + 1, items: int = 5) -> Dataset:
+    """The data set without users of fewer than `users` items and items of fewer than `items` users, repeatedly.
+
+    Item ids are renumbered in their old order. For raw files with a long tail, such as Steam's reviews.
+    Raises ValueError for a data set with a given split, whose windows would change.
+    """
+    if dataset.given is not None:
+        raise ValueError(f"{dataset.name}: it came with its own split, which filtering would change")
+    kept, before = dataset.users, -1
+    while before != (before := sum(map(len, kept.values()))):
+        counts = [0] * dataset.num_items
+        for sequence in kept.values():
+            for item in sequence:
+                counts[item] += 1
+        kept = {user: [i for i in sequence if counts[i] >= items] for user, sequence in kept.items()}
+        kept = {user: sequence for user, sequence in kept.items() if len(sequence) >= users}
+    number = {item: new for new, item in enumerate(sorted({i for sequence in kept.values() for i in sequence}))}
+    return Dataset(
+        dataset.name,
+        [dataset.titles[item] for item in number],
+        {user: [number[item] for item in sequence] for user, sequence in kept.items()},
+        groups={user: group for user, group in dataset.groups.items() if user in kept},
+    )

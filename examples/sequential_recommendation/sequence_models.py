@@ -1,0 +1,245 @@
+"""SASRec, GRU4Rec and Caser: a history of items becomes z [64], and z a score for every item.
+
+All take history int64 [N, L], item ids with the padding id (the number of items) before or after the items of a row,
+and look at the last `max_length` of them. z depends on the row's items alone: not on the padding, nor, in eval mode, on
+the other rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .data import MAX_HISTORY
+
+
+def pad_histories(histories: Sequence[Sequence[int]], num_items: int, length: int = MAX_HISTORY) -> Tensor:
+    """history int64 [N, length], padded behind with num_items. Longer histories lose their beginning."""
+    rows = [list(history[-length:]) for history in histories]
+    return torch.tensor([row + [num_items] * (length - len(row)) for row in rows], dtype=torch.long).view(-1, length)
+
+
+class SequenceModel(nn.Module):
+    """What the three share: item embeddings [num_items + 1, dim], which also score, and how padding is put aside.
+
+    A subclass defines `encode(items, lengths) -> z [N, dim]`; items [N, max_length] hold lengths [N] items of each row,
+    then padding.
+    """
+
+    kind = ""
+
+    def __init__(self, num_items: int, dim: int = 64, max_length: int = MAX_HISTORY, dropout: float = 0.2) -> None:
+        super().__init__()
+        if min(num_items, dim, max_length) < 1 or not 0.0 <= dropout < 1.0:
+            raise ValueError(f"{num_items=}, {dim=}, {max_length=}, {dropout=}: expected sizes >= 1, 0 <= dropout < 1")
+        self.config: dict[str, Any] = {
+            "num_items": num_items,
+            "dim": dim,
+            "max_length": max_length,
+            "dropout": dropout,
+        }
+        self.num_items, self.dim, self.max_length = num_items, dim, max_length
+        self.items = nn.Embedding(num_items + 1, dim, padding_idx=num_items)
+        nn.init.normal_(self.items.weight, std=dim**-0.5)
+        nn.init.zeros_(self.items.weight.data[num_items])
+        self.dropout = nn.Dropout(dropout)
+
+    def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def align(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        """items [N, max_length], the last ones of each row with the padding behind them, and lengths [N]."""
+        if history.ndim != 2 or history.dtype != torch.long:
+            raise ValueError(f"history: expected int64 [N, L], got {history.dtype} {list(history.shape)}")
+        padding = history == self.num_items
+        items = history.gather(1, padding.int().argsort(dim=1, descending=True, stable=True))[:, -self.max_length :]
+        items = F.pad(items, (self.max_length - items.shape[1], 0), value=self.num_items)
+        lengths = (items != self.num_items).sum(1)
+        if (lengths == 0).any():
+            raise ValueError("history: a row holds no item")
+        return items.gather(1, (items == self.num_items).int().argsort(dim=1, stable=True)), lengths
+
+    def represent(self, history: Tensor) -> Tensor:
+        """z [N, dim] of history int64 [N, L]. Raises ValueError for a row without items or another dtype or rank."""
+        return self.encode(*self.align(history))
+
+    def scores(self, z: Tensor) -> Tensor:
+        """[N, num_items]: the inner product of z [N, dim] with every item's embedding."""
+        return z @ self.items.weight[: self.num_items].T
+
+    def forward(self, history: Tensor) -> Tensor:
+        """The scores [N, num_items] of history int64 [N, L]."""
+        return self.scores(self.represent(history))
+
+
+def last(states: Tensor, lengths: Tensor) -> Tensor:
+    """[N, dim] from states [N, L, dim]: of each row, the one at lengths - 1."""
+    return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+
+class Block(nn.Module):
+    """Causal self-attention and a feed-forward layer, each normed before and added to its input."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.feed = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, L, dim] -> [N, L, dim]"""
+        n, length, dim = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(n, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(n, length, dim)))
+        return x + self.dropout(self.feed(self.feed_norm(x)))
+
+
+class SASRec(SequenceModel):
+    """Self-attentive sequential recommendation (arXiv 1808.09781). Positions count from the last item backwards."""
+
+    kind = "sasrec"
+
+    def __init__(self, num_items: int, blocks: int = 2, heads: int = 2, **shared: Any) -> None:
+        super().__init__(num_items, **shared)
+        if blocks < 1 or heads < 1 or self.dim % heads:
+            raise ValueError(f"{blocks=}, {heads=}: expected at least one of each, and heads that divide {self.dim}")
+        self.config |= {"blocks": blocks, "heads": heads}
+        self.positions = nn.Embedding(self.max_length, self.dim)
+        nn.init.normal_(self.positions.weight, std=self.dim**-0.5)
+        self.blocks = nn.ModuleList(Block(self.dim, heads, self.config["dropout"]) for _ in range(blocks))
+        self.norm = nn.LayerNorm(self.dim)
+
+    def states(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """[N, L, dim]: position t sees items 0 to t only; padding stands behind, so no item sees it."""
+        places = (lengths[:, None] - 1 - torch.arange(items.shape[1], device=items.device)).clamp(min=0)
+        x = self.dropout(self.items(items) + self.positions(places))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
+        return last(self.states(items, lengths), lengths)
+
+
+class GRU4Rec(SequenceModel):
+    """A gated recurrent unit over the items (arXiv 1511.06939), its last state projected to z."""
+
+    kind = "gru4rec"
+
+    def __init__(self, num_items: int, layers: int = 1, **shared: Any) -> None:
+        super().__init__(num_items, **shared)
+        self.config |= {"layers": layers}
+        self.gru = nn.GRU(self.dim, self.dim, layers, batch_first=True)
+        self.out = nn.Linear(self.dim, self.dim)
+
+    def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
+        states, _ = self.gru(self.dropout(self.items(items)))
+        return self.out(self.dropout(last(states, lengths)))
+
+
+class Caser(SequenceModel):
+    """Convolutions over the [max_length, dim] image of the items (arXiv 1809.07426), without its user embedding.
+
+    Horizontal filters span 2, 3 and 4 items and are pooled over time; vertical ones weigh the positions. The last item
+    stands at the end of the image, zeros before the first.
+    """
+
+    kind = "caser"
+
+    def __init__(self, num_items: int, horizontal: int = 16, vertical: int = 4, **shared: Any) -> None:
+        super().__init__(num_items, **shared)
+        self.config |= {"horizontal": horizontal, "vertical": vertical}
+        heights = [height for height in (2, 3, 4) if height <= self.max_length]
+        self.horizontal = nn.ModuleList(nn.Conv1d(self.dim, horizontal, height) for height in heights)
+        self.vertical = nn.Linear(self.max_length, vertical, bias=False)
+        self.out = nn.Linear(vertical * self.dim + len(heights) * horizontal, self.dim)
+
+    def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
+        places = torch.arange(self.max_length, device=items.device) + lengths[:, None]  # rotates the padding forward
+        image = self.items(items.gather(1, places % self.max_length)).transpose(1, 2).contiguous()
+        wide = [torch.relu(convolution(image)).amax(2) for convolution in self.horizontal]
+        # As a 2-d product: a 3-d one rounds differently once its weight is frozen.
+        tall = self.vertical(image.flatten(0, 1)).view(len(image), -1)
+        return self.out(self.dropout(torch.cat([tall, *wide], dim=1)))
+
+
+KINDS: dict[str, type[SequenceModel]] = {model.kind: model for model in (SASRec, GRU4Rec, Caser)}
+
+
+def build(kind: str, num_items: int, seed: int = 0, **settings: Any) -> SequenceModel:
+    """A fresh model of a kind ("sasrec", "gru4rec", "caser"); the seed alone decides its weights.
+
+    Raises ValueError for another kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown sequence model {kind!r}: expected one of {', '.join(KINDS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return KINDS[kind](num_items, **settings)
+
+
+def save(model: SequenceModel, path: Path) -> None:
+    """Writes one safetensors file whose header holds the settings as JSON; whole or not at all."""
+    header = {"ilora_sequence_model": json.dumps({"kind": model.kind, **model.config})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary, header)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> SequenceModel:
+    """The saved model on the CPU, bit for bit, frozen and in eval mode.
+
+    Raises FileNotFoundError, or ValueError naming the file where it is no whole sequence model.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no sequence model at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            settings = json.loads((file.metadata() or {})["ilora_sequence_model"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = build(settings.pop("kind"), settings.pop("num_items"), **settings)
+        model.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a saved sequence model: {error}") from error
+    return model.requires_grad_(False).eval()
+
+
+class SequenceEncoder(nn.Module):
+    """A trained model as a fixed part of another: z [N, dim] of history int64 [N, L], without gradients or dropout.
+
+    It stays in eval mode whatever its parent does, and no gradient reaches its parameters.
+    """
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.dim, self.num_items = model.dim, model.num_items
+
+    def train(self, mode: bool = True) -> SequenceEncoder:
+        """Does nothing: a frozen model that drops out would give another z each time."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, history: Tensor) -> Tensor:
+        return self.model.represent(history)
+
+    def item_embeddings(self) -> Tensor:
+        """[num_items, dim], which a projector can put behind titles."""
+        return self.model.items.weight.detach()[: self.num_items]

@@ -1,0 +1,107 @@
+"""Trains a sequence model on windows and stops where it is best on the validation users."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import Example, Window
+from .metrics import candidate_scores, hit_ratio, ndcg, ranks
+from .sequence_models import SequenceModel, pad_histories
+
+
+class Epoch(NamedTuple):
+    """One line of a training's record; loss is the mean cross-entropy of the epoch's windows."""
+
+    number: int
+    loss: float
+    hit_ratio: float
+    ndcg: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a sequence model is trained; patience is in epochs without a better validation NDCG (noisy: few users)."""
+
+    epochs: int = 20
+    batch_size: int = 512
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    patience: int = 8
+
+
+@torch.no_grad()
+def candidate_ranks(model: SequenceModel, examples: Sequence[Example], batch_size: int = 1024) -> Tensor:
+    """int64 [N]: the target's rank among each example's candidates. The model must be in eval mode."""
+    found = []
+    device = model.items.weight.device
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        history = pad_histories([example.history for example in batch], model.num_items).to(device)
+        found.append(ranks(*candidate_scores(model(history), batch)).cpu())
+    return torch.cat(found)
+
+
+def train_sequence_model(
+    model: SequenceModel,
+    train: Sequence[Window],
+    val: Sequence[Example],
+    settings: Settings = Settings(),
+    seed: int = 0,
+    log: Callable[[Epoch], None] | None = None,
+) -> list[Epoch]:
+    """Trains in place: cross-entropy of the next item over all items, Adam, every window once an epoch.
+
+    Afterwards the model has the weights of the epoch with the best NDCG over the validation candidates, is frozen and
+    in eval mode. The seed decides order and dropout; the global random state stays as it was. Returns every epoch.
+    Raises ValueError where there is nothing to train or validate on, FloatingPointError where the loss is not finite.
+    """
+    if not train or not val or settings.epochs < 1:
+        raise ValueError(f"{len(train)} windows, {len(val)} examples, {settings.epochs} epochs: expected some of each")
+    device = model.items.weight.device
+    history = pad_histories([window.history for window in train], model.num_items).to(device)
+    target = torch.tensor([window.target for window in train], device=device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    record: list[Epoch] = []
+    best, best_weights = -1.0, model.state_dict()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for number in range(1, settings.epochs + 1):
+            start = time.perf_counter()
+            loss = _epoch(model, optimizer, history, target, settings.batch_size)
+            rank = candidate_ranks(model.eval(), val)
+            quality = ndcg(rank, len(val[0].candidates))
+            record.append(Epoch(number, loss, hit_ratio(rank).value, quality, time.perf_counter() - start))
+            if log is not None:
+                log(record[-1])
+            if quality > best:
+                best, best_weights, best_number = quality, copy.deepcopy(model.state_dict()), number
+            elif number - best_number >= settings.patience:
+                break
+    model.load_state_dict(best_weights)
+    model.requires_grad_(False).eval()
+    return record
+
+
+def _epoch(
+    model: SequenceModel, optimizer: torch.optim.Optimizer, history: Tensor, target: Tensor, batch_size: int
+) -> float:
+    model.train()
+    total = 0.0
+    for rows in torch.randperm(len(target)).to(target.device).split(batch_size):
+        loss = F.cross_entropy(model(history[rows]), target[rows])
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss.item()}: try a lower learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(rows)
+    return total / len(target)

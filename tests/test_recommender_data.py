@@ -1,0 +1,404 @@
+"""Readers on small literal files, splits, windows and candidates of the sequential recommender."""
+
+import gzip
+import os
+import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sequential_recommendation import data, readers
+from sequential_recommendation.data import Dataset, Split, Window, split, windows, with_candidates
+from sequential_recommendation.synthetic import synthetic
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+REAL = Path(os.environ.get("ILORA_DATA", "no-data"))  # a folder with ml-100k (raw) and lastfm (windows)
+ITEMS = "".join(f"{i}\tArtist {i}\n" for i in range(30))
+
+
+def made(users=50, items=60, length=12, **more):
+    draw = random.Random(0)
+    sequences = {f"u{u}": draw.sample(range(items), length) for u in range(users)}
+    return Dataset("made", [f"Title {i}" for i in range(items)], sequences, **more)
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+# Windows
+
+
+def test_windows_by_hand():
+    found = list(windows("u", [7, 5, 3, 1, 2]))
+    assert found == [Window("u", (7, 5, 3), 1), Window("u", (7, 5, 3, 1), 2)]
+    assert list(windows("u", [7, 5, 3])) == []
+    assert list(windows("u", range(13)))[-1] == Window("u", tuple(range(2, 12)), 12)
+
+
+@given(st.lists(st.integers(0, 99), unique=True, max_size=40))
+def test_windows_cover_every_item_from_the_fourth_and_end_where_it_begins(items):
+    found = list(windows("u", items))
+    assert [w.target for w in found] == items[3:]
+    for t, window in enumerate(found, 3):
+        assert len(window.history) == min(t, 10)
+        assert [*window.history, window.target] == items[t - len(window.history) : t + 1]
+
+
+# Splits
+
+
+def test_users_are_split_8_1_1_by_a_seed_and_share_nothing():
+    dataset = made(users=943, length=5)
+    parts = split(dataset, seed=3)
+    users = [{window.user for window in part} for part in parts]
+    assert [len(part) for part in users] == [754, 94, 95]
+    assert len(set.union(*users)) == 943
+    assert len(parts.train) == 754 * 2  # every window
+    assert [len(part) for part in parts[1:]] == [94, 95]  # one window a user, the last
+    assert all(window.target == dataset.users[window.user][-1] for part in parts[1:] for window in part)
+    assert split(dataset, seed=3) == parts
+    assert split(dataset, seed=4).test != parts.test
+
+
+def test_the_split_does_not_depend_on_the_order_of_users():
+    dataset = made()
+    turned = Dataset(dataset.name, dataset.titles, dict(reversed(dataset.users.items())))
+    for protocol in ("paper", "leave-one-out"):
+        assert split(dataset, 1, protocol, "random") == split(turned, 1, protocol, "random")
+
+
+def test_evaluation_on_random_windows_takes_one_of_each_user():
+    dataset = made(users=200)
+    test = split(dataset, evaluate="random").test
+    assert len({window.user for window in test}) == len(test) == 20
+    assert all(window in list(windows(window.user, dataset.users[window.user])) for window in test)
+    assert len({len(window.history) for window in test}) > 3
+
+
+def test_leave_one_out_by_hand():
+    users = {"long": [0, 1, 2, 3, 4, 5], "five": [5, 4, 3, 2, 1], "four": [2, 3, 4, 5], "three": [0, 1, 2]}
+    parts = split(Dataset("d", list("abcdef"), users), protocol="leave-one-out")
+    assert set(parts.test) == {
+        Window("long", (0, 1, 2, 3, 4), 5),
+        Window("five", (5, 4, 3, 2), 1),
+        Window("four", (2, 3, 4), 5),
+    }
+    assert set(parts.val) == {Window("long", (0, 1, 2, 3), 4), Window("five", (5, 4, 3), 2)}
+    assert parts.train == [Window("long", (0, 1, 2), 3)]
+
+
+def test_a_split_that_came_with_the_data_is_kept_but_for_leave_one_out():
+    given = Split([Window("u0", (1, 2, 3), 4)], [Window("u1", (1, 2, 3), 4)], [Window("u2", (1, 2, 3), 4)])
+    dataset = made(given=given)
+    assert split(dataset, seed=9) == given
+    assert len(split(dataset, protocol="leave-one-out").test) == 50
+
+
+def test_a_split_with_an_empty_part_is_refused():
+    with pytest.raises(ValueError, match="too few users with 4 items or more to split: 0 train, 0 val, 1 test"):
+        split(made(users=1))
+    with pytest.raises(ValueError, match="protocol='all'"):
+        split(made(), protocol="all")
+
+
+# Candidates
+
+
+def test_the_target_is_always_a_candidate_and_negatives_are_new():
+    """LastFM's published candidates lack the target, so its hit ratio is 0."""
+    dataset = made(users=300)
+    for example in with_candidates(split(dataset, evaluate="random").train, dataset):
+        assert len(example.candidates) == len(set(example.candidates)) == 20
+        assert example.candidates[example.target_index] == example.target
+        assert not set(example.candidates) & set(example.history)
+
+
+def test_the_target_stands_anywhere_and_every_item_is_drawn_alike():
+    dataset = made(users=400, items=30, length=4)
+    examples = with_candidates(list(split(dataset).train), dataset)
+    places, drawn = ([0] * n for n in (20, 30))
+    for example in examples:
+        places[example.target_index] += 1
+        for item in example.candidates:
+            drawn[item] += 1
+    assert min(places) > 0
+    assert max(places) < 3 * len(examples) / 20
+    assert min(drawn) > 0.75 * len(examples) * 20 / 30
+
+
+def test_candidates_depend_on_the_window_and_the_seed_alone():
+    dataset = made()
+    parts = split(dataset).train
+    examples = with_candidates(parts, dataset, seed=5)
+    turned = with_candidates(parts[::-1], dataset, seed=5)[::-1]
+    assert turned == examples
+    assert with_candidates(parts[7:9], dataset, seed=5) == examples[7:9]
+    assert with_candidates(parts, dataset, seed=6) != examples
+
+
+def test_candidates_are_the_same_in_every_process():
+    """A worker with another hash seed, or one that starts in the middle, draws the same."""
+    code = (
+        "from sequential_recommendation.data import Dataset, Window, with_candidates\n"
+        "d = Dataset('d', [str(i) for i in range(60)], {})\n"
+        "print(with_candidates([Window('ü', (1, 2, 3), t) for t in (9, 8)], d, 1))"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(EXAMPLES)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(printed) == 1
+    assert "candidates=(" in printed.pop()
+
+
+def test_negatives_may_leave_out_all_that_the_user_met():
+    dataset = made()
+    parts = split(dataset).train
+    for example in with_candidates(parts, dataset, exclude="user"):
+        assert set(example.candidates) & set(dataset.users[example.user]) == {example.target}
+    later = [set(e.candidates) & set(dataset.users[e.user]) - {e.target} for e in with_candidates(parts, dataset)]
+    assert any(later)
+
+
+def test_no_two_candidates_share_a_title():
+    dataset = Dataset("d", [f"Title {i % 25}" + " " * (i // 25) for i in range(50)], {"u": [0, 1, 2, 3]})
+    (example,) = with_candidates([Window("u", (0, 1, 2), 3)], dataset)
+    assert len({data.normal(dataset.titles[item]) for item in example.candidates}) == 20
+
+
+def test_too_few_items_for_the_candidates_are_refused():
+    dataset = made(users=1, items=22, length=4)
+    with pytest.raises(ValueError, match="user u0: only 18 of 19 negatives can be drawn"):
+        with_candidates(list(windows("u0", dataset.users["u0"])), dataset)
+
+
+# The neutral format
+
+
+@pytest.mark.parametrize(
+    ("titles", "users", "words"),
+    [
+        (["a", " "], {}, "item 1: expected a title of one line"),
+        (["a", "b\nc"], {}, "item 1: expected a title of one line"),
+        (["a", "b"], {"u": [0, 1, 0]}, "user u: an item occurs twice"),
+        (["a", "b"], {"u": [0, 2]}, r"user u: expected ids from 0 to 1, got \[2\]"),
+        (["a", "b"], {"u": [-1]}, r"user u: expected ids from 0 to 1, got \[-1\]"),
+    ],
+)
+def test_a_data_set_that_contradicts_itself_is_refused(titles, users, words):
+    with pytest.raises(ValueError, match=words):
+        Dataset("d", titles, users)
+
+
+def test_frequent_drops_rare_items_and_then_short_users():
+    users = {"a": [0, 1, 3, 4], "b": [4, 3, 1, 0], "c": [0, 1, 2, 3], "d": [5, 0, 1, 3]}
+    kept = data.frequent(Dataset("d", list("abcdef"), users, groups={"a": 1, "c": 0}), items=2)
+    assert kept.titles == ["a", "b", "d", "e"]  # c and f had one user each; their users then had three items
+    assert kept.users == {"a": [0, 1, 2, 3], "b": [3, 2, 1, 0]}
+    assert kept.groups == {"a": 1}
+    with pytest.raises(ValueError, match="its own split"):
+        data.frequent(made(given=Split([], [], [])))
+
+
+# Readers
+
+
+def movielens(folder, ratings, items="1|Café (1990)|x|y\n2|B (1991)|x|y\n3|C|x\n"):
+    return readers.movielens(write(folder, {"u.data": ratings, "u.item": items.encode("latin-1")}))
+
+
+def test_movielens_orders_by_time_and_keeps_the_file_s_order_in_a_second(tmp_path):
+    dataset = movielens(tmp_path, "7\t3\t5\t20\n7\t1\t1\t10\n8\t2\t3\t5\n7\t2\t4\t20\n\n")
+    assert dataset.titles == ["Café (1990)", "B (1991)", "C"]
+    assert dataset.users == {"7": [0, 2, 1], "8": [1]}
+
+
+@pytest.mark.parametrize(
+    ("ratings", "words"),
+    [
+        ("7\t1\t5\t20\n7\t2\t5\n", r"u\.data:2: expected 4 fields or more"),
+        ("7\t1\t5\tnoon\n", r"u\.data:1: expected an integer, got 'noon'"),
+        ("\n7\t9\t5\t20\n", r"u\.data:2: item 9 has no title"),
+    ],
+)
+def test_a_bad_rating_is_named_by_file_and_line(tmp_path, ratings, words):
+    with pytest.raises(ValueError, match=words):
+        movielens(tmp_path, ratings)
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        ("1|A\n1|B\n", r"u\.item:2: item 1 has a title already, 'A'"),
+        ("1|\n", r"u\.item:1: item 1 has an empty title"),
+        ("1\n", r"u\.item:1: expected 2 fields"),
+    ],
+)
+def test_a_bad_title_is_named_by_file_and_line(tmp_path, items, words):
+    with pytest.raises(ValueError, match=words):
+        movielens(tmp_path, "", items)
+
+
+def test_lastfm_counts_an_artist_from_its_first_tag(tmp_path):
+    header = "userID\tartistID\ttagID\ttimestamp\n"
+    tags = header + "2\t52\t13\t30\r\n2\t51\t13\t20\n2\t52\t15\t10\n2\t99\t15\t10\n"
+    artists = "id\tname\turl\tpictureURL\n51\tDiary of Dreams\thttp://x\t\n52\tÉmilie\n"
+    files = {"user_taggedartists-timestamps.dat": tags, "artists.dat": artists}
+    dataset = readers.lastfm(write(tmp_path, files))
+    assert dataset.titles == ["Diary of Dreams", "Émilie"]
+    assert dataset.users == {"2": [1, 0]}
+    write(tmp_path, {"artists.dat": "51\tDiary of Dreams\n"})
+    with pytest.raises(ValueError, match=r"artists\.dat:1: expected a header that starts with 'id'"):
+        readers.lastfm(tmp_path)
+    write(tmp_path, {"artists.dat": b"id\tname\n51\t\xe9\n"})
+    with pytest.raises(ValueError, match=r"artists\.dat:2: expected utf-8"):
+        readers.lastfm(tmp_path)
+
+
+def test_steam_reads_dictionaries_packed_or_not(tmp_path):
+    games = "{u'app_name': u'Dota\u2122', u'id': u'570'}\n{'title': 'B', 'id': '2'}\n{'title': 'No id'}\n"
+    reviews = (
+        "{'username': 'ann', 'product_id': '2', 'date': '2018-01-05', 'text': \"it's\"}\n"
+        "{'username': 'ann', 'product_id': '570', 'date': '2017-12-31'}\n"
+        "{'username': 'ann', 'product_id': '1', 'date': '2017-12-31'}\n"
+    )
+    write(tmp_path, {"steam_games.json": games, "steam_reviews.json.gz": gzip.compress(reviews.encode())})
+    dataset = readers.steam(tmp_path)
+    assert dataset.titles == ["Dota\u2122", "B"]
+    assert dataset.users == {"ann": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("review", "words"),
+    [
+        ("{'username': 'a', 'date': '2018'}", r"steam_reviews\.json:1: the review has no product_id"),
+        ("{'username': ", r"steam_reviews\.json:1: expected a dictionary"),
+        ("[1]", r"steam_reviews\.json:1: expected a dictionary"),
+    ],
+)
+def test_a_bad_review_is_named_by_file_and_line(tmp_path, review, words):
+    write(tmp_path, {"steam_games.json": "{'id': '1', 'title': 'A'}\n", "steam_reviews.json": review + "\n"})
+    with pytest.raises(ValueError, match=words):
+        readers.steam(tmp_path)
+
+
+TRAIN = "0,1,2\t3\n0,1,2,3\t4\n5,6,7\t8\n0,1,2\t9\n1,2,3,4,5,6,7,8,9,10\t11\n2,3,4,5,6,7,8,9,10,11\t12\n"
+
+
+def window_files(folder, train=TRAIN, val="1,2,3\t4\n", test="3,4,5\t6\n", items=ITEMS):
+    return write(folder, {"items.tsv": items, "train.tsv": train, "val.tsv": val, "test.tsv": test})
+
+
+def test_windows_files_keep_their_split_and_recover_users(tmp_path):
+    dataset = readers.windows_files(window_files(tmp_path))
+    users = list(dataset.users.values())
+    assert users[:4] == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [0, 1, 2, 9], list(range(1, 13))]
+    assert users[4:] == [[1, 2, 3, 4], [3, 4, 5, 6]]
+    parts = split(dataset)
+    assert [(w.history, w.target) for w in parts.test] == [((3, 4, 5), 6)]
+    assert len(parts.train) == 6
+    assert {w.user for w in parts.test}.isdisjoint(w.user for w in parts.train)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"train": "0,1,2\t3\n0,1\t2\n"}, r"train\.tsv:2: expected a history of 3 to 10 items, got 2"),
+        ({"val": "0,1,x\t3\n"}, r"val\.tsv:1: expected an integer, got 'x'"),
+        ({"test": "0,1,2\t30\n"}, r"test\.tsv:1: expected ids below 30"),
+        ({"test": "0,1,2\t2\n"}, r"test\.tsv:1: an item occurs twice"),
+        ({"test": "0,1,2,3\n"}, r"test\.tsv:1: expected 2 fields"),
+        ({"val": "\n"}, r"val\.tsv: expected windows, it has none"),
+        ({"items": "0\ta\n2\tb\n"}, r"items\.tsv:2: expected item 1, got 2"),
+    ],
+)
+def test_a_bad_window_is_named_by_file_and_line(tmp_path, files, words):
+    with pytest.raises(ValueError, match=words):
+        readers.windows_files(window_files(tmp_path, **files))
+
+
+def test_a_missing_validation_file_is_named(tmp_path):
+    """Steam's published data lack it."""
+    (window_files(tmp_path) / "val.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"val\.tsv"):
+        readers.windows_files(tmp_path)
+
+
+@pytest.mark.skipif(not (REAL / "ml-100k").is_dir(), reason="no real data")
+def test_the_real_files_have_the_published_sizes():
+    dataset = readers.movielens(REAL / "ml-100k")
+    assert str(dataset) == "MovieLens-100K: 943 users, 1,682 items, 100,000 interactions"
+    parts = split(dataset)
+    assert [len(part) for part in parts[1:]] == [94, 95]
+    assert len(with_candidates(parts.test, dataset)) == 95
+    lastfm = readers.windows_files(REAL / "lastfm")
+    assert (len(lastfm.users), lastfm.num_items) == (1220, 4606)
+    assert [len(part) for part in split(lastfm)] == [47872, 122, 122]
+    assert len(split(lastfm, protocol="leave-one-out").test) == 1220
+
+
+# Made-up users
+
+
+def rules(dataset):
+    """What follows a shared item, by group; it is a rule, not a tendency."""
+    following = [{} for _ in range(4)]
+    for user, items in dataset.users.items():
+        steps = [item for place, item in enumerate(items) if place % 4]
+        for a, b in pairwise(steps):
+            assert following[dataset.groups[user]].setdefault(a, b) == b
+    return following
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_groups_contradict_each_other_after_every_item(seed):
+    dataset = synthetic(seed=seed)
+    following = rules(dataset)
+    assert len(following[0]) == 23
+    for item in following[0]:
+        assert len({rule[item] for rule in following}) == 4
+    tests = with_candidates(split(dataset, protocol="leave-one-out").test, dataset)
+    answers = [{rule[example.history[-1]] for rule in following} for example in tests]
+    assert all(not found & set(example.history) for found, example in zip(answers, tests, strict=True))
+    blind = [1 / len(found & set(example.candidates)) for found, example in zip(answers, tests, strict=True)]
+    assert 0.25 < sum(blind) / len(blind) < 0.4  # who knows all the rules but not the group
+
+
+def test_every_test_shows_the_group():
+    dataset = synthetic()
+    own = {item: dataset.groups[user] for user, items in dataset.users.items() for item in items[::4]}
+    assert len(own) == 12  # a group's own items are nobody else's
+    assert not own.keys() & rules(dataset)[0].keys()
+    for window in split(dataset, protocol="leave-one-out").test:
+        assert {own[item] for item in window.history if item in own} == {dataset.groups[window.user]}
+        assert window.target not in own
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000))
+def test_no_made_up_title_contains_another(seed):
+    titles = [data.normal(title) for title in synthetic(users=4, seed=seed).titles]
+    assert len(set(titles)) == len(titles)
+    assert not any(a in b for a in titles for b in titles if a is not b)
+
+
+def test_made_up_users_repeat_with_the_seed_and_bad_sizes_are_refused():
+    assert synthetic(seed=1) == synthetic(seed=1)
+    assert synthetic(seed=1) != synthetic(seed=2)
+    with pytest.raises(ValueError, match="9 groups have no conflicting rules on 23 shared items"):
+        synthetic(groups=9)
+    with pytest.raises(ValueError, match="users=3, groups=4"):
+        synthetic(users=3)

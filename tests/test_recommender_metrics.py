@@ -1,0 +1,130 @@
+"""Intervals, ranks and answers in words, by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sequential_recommendation.data import Example, Window
+from sequential_recommendation.metrics import (
+    Ratio,
+    candidate_scores,
+    hit_ratio,
+    match_title,
+    ndcg,
+    over_seeds,
+    popularity,
+    ranks,
+    text_ratios,
+)
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [(43, 95, 0.356, 0.553), (64, 122, 0.437, 0.611), (599, 1186, 0.477, 0.534), (0, 10, 0.0, 0.278), (3, 3, 0.438, 1)],
+)
+def test_wilson_intervals(hits, total, low, high):
+    assert Ratio(hits, total).interval() == pytest.approx((low, high), abs=6e-4)
+
+
+@given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_an_interval_holds_its_ratio_and_mirrors(counts):
+    hits, total = counts
+    low, high = Ratio(hits, total).interval()
+    assert 0 <= low <= hits / total <= high <= 1
+    assert Ratio(total - hits, total).interval() == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 0), (3, 2), (-1, 2)])
+def test_impossible_counts_are_refused(hits, total):
+    with pytest.raises(ValueError, match="expected 0 <= hits <= total"):
+        Ratio(hits, total)
+
+
+def test_ranks_by_hand_with_ties_against_the_target():
+    scores = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [5.0, 5.0, 1.0], [0.0, 0.0, 0.0], [-math.inf, 1.0, 2.0]])
+    rank = ranks(scores, torch.tensor([0, 1, 0, 2, 0]))
+    assert rank.tolist() == [1, 3, 2, 3, 3]
+    assert hit_ratio(rank) == Ratio(1, 5)
+    assert hit_ratio(rank, 2) == Ratio(2, 5)
+    assert ndcg(rank, 3) == pytest.approx((1 + 3 * 0.5 + 1 / math.log2(3)) / 5)
+    assert ndcg(rank, 2) == pytest.approx((1 + 1 / math.log2(3)) / 5)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=2, max_size=8), st.randoms())
+def test_a_rank_does_not_depend_on_the_order_of_candidates(scores, draw):
+    order = list(range(len(scores)))
+    draw.shuffle(order)
+    before = ranks(torch.tensor([scores]), torch.tensor([0]))
+    after = ranks(torch.tensor([[scores[i] for i in order]]), torch.tensor([order.index(0)]))
+    assert torch.equal(before, after)
+
+
+def test_scores_that_have_no_order_are_refused():
+    with pytest.raises(ValueError, match="a score is NaN"):
+        ranks(torch.tensor([[math.nan, 1.0]]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"expected \[N, C\] and \[N\]"):
+        ranks(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="one rank or more"):
+        ndcg(torch.zeros(0), 5)
+
+
+def test_candidate_scores_and_popularity():
+    examples = [Example("u", (0,), 3, (2, 3)), Example("v", (0,), 1, (1, 0))]
+    scores, target = candidate_scores(torch.arange(8.0).view(2, 4), examples)
+    assert scores.tolist() == [[2.0, 3.0], [5.0, 4.0]]
+    assert target.tolist() == [1, 0]
+    train = [Window("u", (0, 1, 2), 3), Window("u", (0, 1, 2, 3), 1), Window("v", (0, 1, 2), 3)]
+    assert popularity(train, 5).tolist() == [0, 1, 0, 2, 0]
+
+
+def test_seeds():
+    found = over_seeds([0.2, 0.4])
+    assert (found.mean, found.deviation, found.count) == pytest.approx((0.3, math.sqrt(0.02), 2))
+    assert str(found) == "0.3000 ± 0.1414"
+    assert math.isnan(over_seeds([0.5]).deviation)
+    assert str(over_seeds([0.5])) == "0.5000"
+    with pytest.raises(ValueError, match="one value or more"):
+        over_seeds([])
+
+
+TITLES = ["Alien (1979)", "Aliens (1986)", "Alien", "Star Wars", "Star Wars: Return of the Jedi", "Café Del Mar"]
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("Alien", 2),
+        ("Aliens (1986)", 1),  # contains another title
+        ("Star Wars: Return of the Jedi\n", 4),
+        ("  STAR  wars \nStar Wars: Return of the Jedi", 3),  # what follows the line does not count
+        ("\n\nAlien\r\n", 2),
+        ("Cafe\u0301 Del Mar", 5),
+        ("I would say Alien", None),
+        ("Alien or Aliens", None),
+        ("Star Wars: Return", None),
+        ("lien", None),
+        ("", None),
+        ("\n \n", None),
+    ],
+)
+def test_an_answer_is_a_whole_title(text, index):
+    assert match_title(text, TITLES) == index
+
+
+def test_every_perfect_answer_is_valid_whatever_the_other_titles():
+    """The published metric looks for substrings, and calls 3 of 95 perfect answers on MovieLens invalid."""
+    assert [match_title(title + "\n", TITLES) for title in TITLES] == list(range(len(TITLES)))
+
+
+def test_an_answer_that_fits_two_titles_is_invalid():
+    assert match_title("A b", ["a  B", "A b"]) is None
+
+
+def test_invalid_texts_are_misses():
+    examples = [Example(user, (9,), target, (0, 1, 2)) for user, target in (("a", 0), ("b", 1), ("c", 2), ("d", 2))]
+    texts = ["Alien (1979)\n", "Alien", "It is Alien", "Star Wars"]  # hit; valid; invalid; no candidate
+    assert text_ratios(texts, examples, TITLES) == (Ratio(2, 4), Ratio(1, 4))
+    with pytest.raises(ValueError, match="3 texts for 4 examples"):
+        text_ratios(texts[:3], examples, TITLES)

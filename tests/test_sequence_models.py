@@ -1,0 +1,297 @@
+"""SASRec, GRU4Rec and Caser: padding, batches, causality, files, training."""
+
+import copy
+import importlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sequential_recommendation import sequence_training as training
+from sequential_recommendation.data import Dataset, split, with_candidates
+from sequential_recommendation.metrics import candidate_scores, hit_ratio, popularity, ranks
+from sequential_recommendation.sequence_models import KINDS, SequenceEncoder, build, load, pad_histories, save
+from sequential_recommendation.sequence_training import Settings, candidate_ranks, train_sequence_model
+from sequential_recommendation.synthetic import synthetic
+from torch import nn
+
+ITEMS = 30
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(params=list(KINDS))
+def model(request):
+    return build(request.param, ITEMS, seed=1, dropout=0.3).eval()
+
+
+def histories(count=7):
+    """Rows of 1 to 10 items."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(ITEMS, (1 + n % 10,), generator=generator).tolist() for n in range(3, 3 + count)]
+
+
+def padded(row, before, behind):
+    return torch.tensor([[ITEMS] * before + row + [ITEMS] * behind])
+
+
+# z
+
+
+@pytest.mark.parametrize(("before", "behind"), [(0, 0), (3, 0), (0, 12), (5, 6)])
+def test_z_does_not_depend_on_the_padding(model, before, behind):
+    for row in histories():
+        expected = model.represent(pad_histories([row], ITEMS))
+        assert torch.equal(model.represent(padded(row, before, behind)), expected)
+
+
+def test_z_does_not_depend_on_the_other_rows(model):
+    rows = histories(20)
+    together = model.represent(pad_histories(rows, ITEMS))
+    assert together.shape == (20, 64)
+    alone = torch.cat([model.represent(pad_histories([row], ITEMS)) for row in rows])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.represent(pad_histories(rows[::-1], ITEMS)).flip(0), together)
+
+
+def test_only_the_last_ten_items_count_and_their_order_does(model):
+    row = torch.randperm(ITEMS)[:14].tolist()
+    z = model.represent(torch.tensor([row]))
+    assert torch.equal(z, model.represent(torch.tensor([row[-10:]])))
+    assert torch.equal(z, model.represent(padded(row, 2, 3)))
+    assert not torch.allclose(z, model.represent(torch.tensor([row[:-2] + row[:-3:-1]])))
+
+
+def test_scores_are_products_with_the_item_embeddings(model):
+    history = pad_histories(histories(), ITEMS)
+    z = model.represent(history)
+    assert torch.equal(model(history), model.scores(z))
+    assert model(history).shape == (7, ITEMS)  # the padding has no score
+    torch.testing.assert_close(model(history)[2, 5], z[2] @ model.items.weight[5])
+    assert not model.items.weight[ITEMS].any()
+
+
+def test_sasrec_is_causal():
+    model = build("sasrec", ITEMS).eval()
+    row, lengths = torch.arange(10)[None], torch.tensor([10])
+    before = model.states(row, lengths)
+    for t in range(10):
+        changed = row.clone()
+        changed[0, t] = ITEMS - 1
+        moved = (model.states(changed, lengths) != before).any(-1)[0]
+        assert moved.tolist() == [False] * t + [True] * (10 - t)
+
+
+def test_histories_that_are_none_are_refused(model):
+    for history, words in [
+        (torch.full((1, 4), ITEMS), "a row holds no item"),
+        (torch.zeros(0, 3), r"expected int64 \[N, L\], got torch.float32"),
+        (torch.zeros(3, dtype=torch.long), r"expected int64 \[N, L\], got torch.int64 \[3\]"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            model.represent(history)
+
+
+def test_the_seed_alone_decides_a_fresh_model():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = build("sasrec", ITEMS, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again, other = build("sasrec", ITEMS, seed=3), build("sasrec", ITEMS, seed=4)
+    assert torch.equal(first.items.weight, again.items.weight)
+    assert not torch.equal(first.items.weight, other.items.weight)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="unknown sequence model 'bert4rec': expected one of sasrec, gru4rec, caser"):
+        build("bert4rec", ITEMS)
+    with pytest.raises(ValueError, match="heads that divide 64"):
+        build("sasrec", ITEMS, heads=5)
+    with pytest.raises(ValueError, match="num_items=0"):
+        build("caser", 0)
+
+
+# Files
+
+
+def test_a_saved_model_comes_back_bit_for_bit_frozen_and_in_eval_mode(model, tmp_path):
+    path = tmp_path / "deep" / "model.safetensors"
+    save(model, path)
+    again = load(path)
+    assert type(again) is type(model)
+    assert again.config == model.config
+    assert not any(module.training for module in again.modules())
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    history = pad_histories(histories(), ITEMS)
+    assert torch.equal(again(history), model(history))
+    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save(build("gru4rec", ITEMS), path)
+    before = path.read_bytes()
+
+    def fail(tensors, file, header):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("sequential_recommendation.sequence_models.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save(build("sasrec", ITEMS), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_no_model_are_refused_by_name(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        load(path)
+    whole = build("caser", ITEMS)
+    save(whole, path)
+    content = path.read_bytes()
+    for wrong in (content[: len(content) // 2], pickle.dumps({"weights": 1}), b""):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"model\.safetensors: expected a saved sequence model"):
+            load(path)
+    path.write_bytes(content)
+    tensors = load_file(path)
+    save_file(tensors, path)  # without the settings
+    with pytest.raises(ValueError, match="expected a saved sequence model"):
+        load(path)
+
+
+# The frozen encoder
+
+
+def test_the_encoder_stays_in_eval_mode_and_without_gradients(model):
+    """The published frozen SASRec ran with dropout, and so gave another z each time."""
+    parent = nn.ModuleDict({"encoder": SequenceEncoder(model.train()), "head": nn.Linear(64, 1)})
+    history = pad_histories(histories(), ITEMS)
+    expected = parent["encoder"](history)
+    parent.train()
+    assert parent["head"].training
+    assert not any(module.training for module in parent["encoder"].modules())
+    z = parent["encoder"](history)
+    assert torch.equal(z, expected)
+    assert not any(parameter.requires_grad for parameter in parent["encoder"].parameters())
+    parent.requires_grad_(True)
+    parent["head"](parent["encoder"](history)).sum().backward()
+    assert all(parameter.grad is None for parameter in parent["encoder"].parameters())
+    copied = copy.deepcopy(parent).train()
+    assert torch.equal(copied["encoder"](history), expected)
+    assert torch.equal(parent["encoder"].item_embeddings(), model.items.weight[:ITEMS])
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    dataset = synthetic()
+    parts = split(dataset, protocol="leave-one-out")
+    return dataset, parts, *(with_candidates(part, dataset) for part in parts[1:])
+
+
+def test_sasrec_finds_the_groups(made_up):
+    dataset, parts, val, test = made_up
+    model = build("sasrec", dataset.num_items, blocks=1, dropout=0.1)
+    record = train_sequence_model(model, parts.train, val, Settings(epochs=12, batch_size=128, lr=3e-3))
+    assert record[-1].loss < 0.7 * record[0].loss
+    scores = popularity(parts.train, dataset.num_items).expand(len(test), -1)
+    baseline = hit_ratio(ranks(*candidate_scores(scores, test)))
+    found = hit_ratio(candidate_ranks(model, test))
+    assert baseline.interval()[1] < 0.3
+    assert found.interval()[0] > 0.8  # knowing the last item but not the group gives about 0.4
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_learns_repeatably_and_is_frozen_after(kind, made_up):
+    dataset, parts, val, _ = made_up
+    weights = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        model = build(kind, dataset.num_items)
+        state = torch.get_rng_state()
+        record = train_sequence_model(model, parts.train[:1500], val[:50], Settings(epochs=4, lr=3e-3), seed=7)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert record[-1].loss < record[0].loss
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_training_keeps_the_best_epoch_and_stops_after_it(made_up, monkeypatch):
+    dataset, parts, val, _ = made_up
+    seen, quality = [], iter([0.2, 0.5, 0.4, 0.5, 0.3, 0.9])
+    model = build("caser", dataset.num_items)
+
+    def watched(rank, k):
+        seen.append(copy.deepcopy(model.state_dict()))
+        return next(quality)
+
+    monkeypatch.setattr(training, "ndcg", watched)
+    record = train_sequence_model(model, parts.train[:200], val[:5], Settings(epochs=9, patience=3))
+    assert [epoch.ndcg for epoch in record] == [0.2, 0.5, 0.4, 0.5, 0.3]
+    assert all(torch.equal(value, seen[1][name]) for name, value in model.state_dict().items())
+    assert not torch.equal(seen[1]["items.weight"], seen[4]["items.weight"])
+
+
+def test_training_on_nothing_or_to_infinity_is_refused(made_up):
+    dataset, parts, val, _ = made_up
+    with pytest.raises(ValueError, match="0 windows"):
+        train_sequence_model(build("sasrec", dataset.num_items), [], val)
+    with pytest.raises(FloatingPointError, match="try a lower learning rate"):
+        train_sequence_model(build("gru4rec", dataset.num_items), parts.train, val, Settings(lr=1e30))
+
+
+def test_ranks_do_not_depend_on_the_batches(made_up):
+    dataset, _, _, test = made_up
+    model = build("sasrec", dataset.num_items).eval()
+    rank = candidate_ranks(model, test, batch_size=1024)
+    assert torch.equal(candidate_ranks(model, test, batch_size=7), rank)
+    assert len(rank) == len(test) == 600  # 600 = 85 * 7 + 5: the last, smaller batch counts too
+
+
+# The command
+
+
+def command():
+    return importlib.import_module("sequential_recommendation.train_sequence_models")
+
+
+def test_the_command_trains_saves_and_prints_a_table(tmp_path, capsys):
+    found = command().main([f"--out={tmp_path}", "--model", "caser", "gru4rec", "--epochs=1", "--seed", "0", "1"])
+    assert {kind: len(ratios) for kind, ratios in found.items()} == {"caser": 2, "gru4rec": 2}
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    names = [row.split("|")[1].strip() for row in rows[1:]]
+    kinds = [f"{kind}, {row}" for kind in ("caser", "gru4rec") for row in ("seed 0", "seed 1", "mean")]
+    assert names == ["popularity", *kinds]
+    assert str(found["caser"][1]) in rows[3]
+    assert load(tmp_path / "caser-synthetic-paper-seed1.safetensors").kind == "caser"
+
+
+def test_the_command_names_what_is_wrong(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command().parse(["--data=ml-100k"])
+    assert "--root goes with --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"--data ml-100k: .*u\.item"):
+        command().main(["--data=ml-100k", f"--root={tmp_path}"])
+
+
+def test_the_command_runs_by_path(tmp_path):
+    path = EXAMPLES / "sequential_recommendation" / "train_sequence_models.py"
+    done = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "--protocol" in done.stdout
+
+
+def test_padding_ids_are_never_items():
+    dataset = Dataset("d", ["a", "b"], {})
+    assert pad_histories([[1], [0, 1, 0]], dataset.num_items, 2).tolist() == [[1, 2], [1, 0]]
+    assert pad_histories([], 5).shape == (0, 10)
