@@ -3,8 +3,8 @@ frozen model, whose inputs alone want gradients: the limit.
 
 All adapt every linear layer but the head, with the same rank, alpha and dropout, and read the same tokens. A step is
 forward, backward and AdamW over what is trained; the frozen model has nothing to update. Steps are interleaved, in
-changing order; × is the median, over the rounds, of a step's time over the frozen model's in the same round. Peak memory
-is what one step allocates at most at once, gradients included, parameters and optimiser state not.
+changing order; × is the median, over the rounds, of a step's time over the frozen model's in the same round. Peak
+memory is what one step allocates at most at once, gradients included, parameters and optimiser state not.
 The default model has SmolLM2-135M's shape and random weights; --model FOLDER takes one of your own.
 """
 
@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print(heading(where))
     if (warning := busy(where)) is not None:
         print(warning)
-    settings = {name: value for name, value in vars(options).items() if name != "json"} | {"device": str(options.device)}
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    settings["device"] = str(options.device)
     results: dict[str, Any] = {"machine": where, "settings": settings, "steps": []}
     for dropout in options.dropout:
         results["steps"] += measure(options, dropout)
