@@ -1,5 +1,7 @@
 """Tiny models with adapters worth saving: every tensor random, nothing at its initial value."""
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -95,3 +97,18 @@ def assert_same_state(state, other):
     for key, value in state.items():
         assert value.dtype == other[key].dtype, key
         assert torch.equal(value, other[key]), key
+
+
+def close(left, right):
+    assert left.shape == right.shape
+    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6 * max(1.0, right.abs().max().item()))
+
+
+def strictly(load):
+    """Without any warning of PEFT's, about keys or otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # they are not tied any more
+        return load()

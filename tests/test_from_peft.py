@@ -1,11 +1,10 @@
 """What PEFT trained comes in and computes what it computed; what iLoRA cannot express is refused by name."""
 
 import json
-import warnings
 
 import pytest
 import torch
-from saved_cases import MODELS, assert_untouched, bits, ids, llama, logits, uniform
+from saved_cases import MODELS, assert_untouched, bits, close, ids, llama, logits, strictly, uniform
 
 import ilora
 from ilora import AdapterError, SequenceGate
@@ -13,21 +12,6 @@ from ilora import AdapterError, SequenceGate
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-def close(left, right):
-    assert left.shape == right.shape
-    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6 * max(1.0, right.abs().max().item()))
-
-
-def strictly(load):
-    """Without any warning of PEFT's, about keys or otherwise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # they are not tied any more
-        return load()
 
 
 LORAS = {

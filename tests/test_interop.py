@@ -1,10 +1,8 @@
 """PEFT reads what is saved here, and what PEFT trained comes in and goes out again: with the same outputs."""
 
-import warnings
-
 import pytest
 import torch
-from saved_cases import MODELS, adapted, assert_untouched, bits, gpt2, llama, logits, uniform
+from saved_cases import MODELS, adapted, assert_untouched, bits, close, gpt2, llama, logits, strictly, uniform
 from torch import nn
 
 import ilora
@@ -23,21 +21,6 @@ CONFIGS = {
     "experts": {"expert_pattern": {"k_proj": 2, "c_proj": 2}, "lora_alpha": 10},
     "saved": {"modules_to_save": ("lm_head",), "layers_to_transform": (1,)},
 }
-
-
-def close(left, right):
-    assert left.shape == right.shape
-    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6 * max(1.0, right.abs().max().item()))
-
-
-def strictly(load):
-    """Without any warning of PEFT's, about keys or otherwise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # they are not tied any more
-        return load()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
