@@ -1,0 +1,161 @@
+"""Prompts that hold a user's history and the candidates, in words and, behind each title, as an item embedding.
+
+A prompt's item positions carry the pad token's id, so that no vocabulary grows; `item_ids` says whose embedding takes
+its place. Nothing here is random: which words and whether with embeddings follow from (seed, example, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data import Dataset, Example
+from .sequence_models import pad_histories
+
+# before the history, between history and candidates, behind the candidates
+TEMPLATES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "movies": (
+        ("Films this viewer saw, oldest first:", ".\nFilms on offer:", ".\nThe viewer will see next:"),
+        ("A viewer went through these movies in order:", ".\nPick the next movie out of", ".\nNext movie:"),
+        ("Watched so far:", ".\nOne of these comes next:", ".\nIt is"),
+    ),
+    "artists": (
+        ("Artists this listener played, oldest first:", ".\nArtists on offer:", ".\nThe listener will play next:"),
+        ("A listener went through these artists in order:", ".\nPick the next artist out of", ".\nNext artist:"),
+        ("Listened to so far:", ".\nOne of these comes next:", ".\nIt is"),
+    ),
+    "games": (
+        ("Games this player bought, oldest first:", ".\nGames on offer:", ".\nThe player will buy next:"),
+        ("A player went through these games in order:", ".\nPick the next game out of", ".\nNext game:"),
+        ("Played so far:", ".\nOne of these comes next:", ".\nIt is"),
+    ),
+    "neutral": (
+        ("Items this user chose, oldest first:", ".\nItems on offer:", ".\nThe user will choose next:"),
+        ("A user went through these items in order:", ".\nPick the next item out of", ".\nNext item:"),
+        ("Chosen so far:", ".\nOne of these comes next:", ".\nIt is"),
+    ),
+}
+NO_ITEM, NO_LABEL = -1, -100
+
+
+class Choice(NamedTuple):
+    """How an example is put: the number of its template, and whether item embeddings stand behind the titles."""
+
+    template: int
+    hybrid: bool
+
+
+def choose(kind: str, example: Example, seed: int, step: int, hybrid_share: float) -> Choice:
+    """The choice for an example at a global step: the same in every process, whoever asks and in whatever order."""
+    draw = random.Random(f"{seed}/{step}/{example.user}/{example.history}/{example.target}")
+    return Choice(draw.randrange(len(TEMPLATES[kind])), draw.random() < hybrid_share)
+
+
+def hybrid_share(step: int, total: int, curriculum: float) -> float:
+    """The share of hybrid prompts at a global step of `total`: it rises from 0 to 1 over the first `curriculum` of them
+    and stays there. 0 means hybrid prompts from the start."""
+    return 1.0 if curriculum <= 0 else min(1.0, step / max(1.0, curriculum * total))
+
+
+def user_number(user: str) -> int:
+    """A number below 2^63 for a user's name, the same in every process and run."""
+    return int.from_bytes(hashlib.sha256(user.encode()).digest()[:8], "big") >> 1
+
+
+class Prompts:
+    """Writes examples of one data set for one tokenizer.
+
+    Args:
+        tokenizer: any transformers tokenizer. Pieces (template words, titles) are tokenised apart and joined, so that a
+            title has the same tokens wherever it stands.
+        dataset: for its titles. kind: of TEMPLATES.
+    Raises: ValueError for another kind, a tokenizer without a pad or end token, or a title that has no token.
+    """
+
+    def __init__(self, tokenizer: Any, dataset: Dataset, kind: str = "neutral") -> None:
+        if kind not in TEMPLATES:
+            raise ValueError(f"unknown prompts {kind!r}: expected one of {', '.join(TEMPLATES)}")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise ValueError("the tokenizer has neither a pad nor an end token; set tokenizer.pad_token")
+        self.kind, self.tokenizer, self.dataset, self.pad = kind, tokenizer, dataset, int(pad)
+        start = tokenizer.bos_token_id
+        begins = start is not None and tokenizer("")["input_ids"][:1] == [start]
+        self.start = [start] if begins else []
+        self.words = [tuple(self._tokens(part) for part in template) for template in TEMPLATES[kind]]
+        self.comma, self.newline = self._tokens(","), self._tokens("\n")
+        self.titles = [self._tokens(" " + title) for title in dataset.titles]
+        for title, ids in zip(dataset.titles, [*self.titles, self.newline], strict=False):
+            if not ids:
+                raise ValueError(f"the tokenizer makes nothing of the title {title!r}")
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def answer(self, item: int) -> list[int]:
+        """The tokens to be written: the item's title and a newline."""
+        return self.titles[item] + self.newline
+
+    def prompt(self, example: Example, choice: Choice) -> tuple[list[int], list[int]]:
+        """(token ids, item ids), of one length; item ids are -1 but where an embedding goes."""
+        before, between, behind = self.words[choice.template]
+        ids, items = [*self.start], [NO_ITEM] * len(self.start)
+
+        def write(tokens: list[int]) -> None:
+            ids.extend(tokens)
+            items.extend([NO_ITEM] * len(tokens))
+
+        for words, listed in ((before, example.history), (between, example.candidates)):
+            write(words)
+            for place, item in enumerate(listed):
+                write((self.comma if place else []) + self.titles[item])
+                if choice.hybrid:
+                    ids.append(self.pad)
+                    items.append(item)
+        write(behind)
+        return ids, items
+
+    def collate(
+        self, examples: Sequence[Example], choices: Sequence[Choice], answers: bool = True
+    ) -> dict[str, Tensor]:
+        """One batch of B examples, padded on the left to L; with answers, the target's follows each prompt.
+
+        input_ids, attention_mask, item_ids: int64 [B, L]. history: int64 [B, 10], padded with the number of items.
+        users: int64 [B], `user_number`. With answers also labels int64 [B, K], K the longest answer: the tokens of the
+        last K columns where they are the answer, -100 elsewhere. All on the CPU. Raises ValueError for no examples.
+        """
+        if not examples:
+            raise ValueError("collate: expected one example or more")
+        rows = [self.prompt(example, choice) for example, choice in zip(examples, choices, strict=True)]
+        written = [self.answer(example.target) if answers else [] for example in examples]
+        length = max(len(ids) + len(answer) for (ids, _), answer in zip(rows, written, strict=True))
+        tensors: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "item_ids": []}
+        for (ids, items), answer in zip(rows, written, strict=True):
+            padding = length - len(ids) - len(answer)
+            tensors["input_ids"].append([self.pad] * padding + ids + answer)
+            tensors["attention_mask"].append([0] * padding + [1] * (length - padding))
+            tensors["item_ids"].append([NO_ITEM] * padding + items + [NO_ITEM] * len(answer))
+        if answers:
+            longest = max(map(len, written))
+            tensors["labels"] = [[NO_LABEL] * (longest - len(answer)) + answer for answer in written]
+        batch = {name: torch.tensor(values) for name, values in tensors.items()}
+        batch["history"] = pad_histories([example.history for example in examples], self.dataset.num_items)
+        batch["users"] = torch.tensor([user_number(example.user) for example in examples])
+        return batch
+
+    def text(self, example: Example, choice: Choice) -> str:
+        """The prompt as a person reads it, [item 7] where an embedding goes."""
+        ids, items = self.prompt(example, choice)
+        parts, run = [], []
+        for token, item in zip(ids, items, strict=True):
+            if item == NO_ITEM:
+                run.append(token)
+            else:
+                parts += [self.tokenizer.decode(run), f" [item {item}]"]
+                run = []
+        return "".join([*parts, self.tokenizer.decode(run)])

@@ -1,0 +1,225 @@
+"""The recommender: a causal language model with iLoRA, its gate guided by a frozen sequence model."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+import ilora
+
+from . import sequence_models
+from .prompts import NO_ITEM, NO_LABEL
+from .sequence_models import SequenceEncoder, SequenceModel
+
+GATES = ("sequence", "prompt", "random", "uniform")
+_SETTINGS, _ADAPTER = "recommender.json", "adapter"
+_SEQUENCE, _PROJECTOR = "sequence.safetensors", "projector.safetensors"
+
+
+@dataclass(frozen=True)
+class RecommenderConfig:
+    """What guides the experts, and how large they are.
+
+    gate: "sequence", the sequence model's z of the user's history; "prompt", the mean embedding of the prompt's words;
+        "random", a random z for each user, always the same one; "uniform", nothing: 1/E, which is plain LoRA.
+    gate_kind: as `ilora.SequenceGate`'s kind. The others are `ilora.ILoRAConfig`'s; r is the total rank.
+    """
+
+    gate: str = "sequence"
+    gate_kind: str = "dense"
+    r: int = 8
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    num_experts: int = 4
+    target_modules: str = "all-linear"
+
+    def network(self, z_dim: int) -> ilora.GateNetwork:
+        """A fresh gate network. Raises ValueError for another name."""
+        if self.gate in ("sequence", "random"):
+            return ilora.SequenceGate(z_dim, self.num_experts, self.gate_kind)
+        if self.gate == "prompt":
+            return ilora.PromptGate(self.num_experts, self.gate_kind)
+        if self.gate == "uniform":
+            return ilora.UniformGate(self.num_experts)
+        raise ValueError(f"unknown gate {self.gate!r}: expected one of {', '.join(GATES)}")
+
+    def adapter(self) -> ilora.ILoRAConfig:
+        names = ("r", "lora_alpha", "lora_dropout", "num_experts", "target_modules")
+        return ilora.ILoRAConfig(**{name: getattr(self, name) for name in names})
+
+
+class Recommender(nn.Module):
+    """A causal language model that ranks candidates for a user; the frozen model gets adapters in place.
+
+    Args:
+        lm: any transformers causal language model, without adapters.
+        sequence_model: trained; it is frozen here, and runs without dropout whatever mode the recommender is in.
+        config: see `RecommenderConfig`.
+    Trained are the adapters, the gate network and the projector of item embeddings [z_dim] -> [H], two linear layers.
+    """
+
+    items: Tensor
+    accepts_loss_kwargs = True  # transformers' Trainer: num_items_in_batch normalises the loss
+
+    def __init__(self, lm: Any, sequence_model: SequenceModel, config: RecommenderConfig | None = None) -> None:
+        super().__init__()
+        self.settings = config or RecommenderConfig()
+        gate = self.settings.network(sequence_model.dim)
+        self.lm = ilora.inject(lm, self.settings.adapter(), gate=gate)
+        self.encoder = SequenceEncoder(sequence_model)
+        embedding = lm.get_input_embeddings()
+        hidden = embedding.embedding_dim
+        last = nn.Linear(hidden, hidden)
+        with torch.no_grad():  # as large as the embeddings of words, so that the model can take them in
+            last.weight.normal_(std=float(embedding.weight.float().std()) / (0.65 * hidden**0.5))
+            last.bias.zero_()
+        projector = nn.Sequential(nn.Linear(sequence_model.dim, hidden), nn.GELU(), last)
+        self.projector = projector.to(embedding.weight.device)
+        items = self.encoder.item_embeddings()
+        self.register_buffer("items", items / items.square().mean().sqrt(), persistent=False)
+        accepted = inspect.signature(lm.forward).parameters
+        self._keeps = "logits_to_keep" in accepted
+        self._positions = "position_ids" in accepted
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    def embed(self, input_ids: Tensor, item_ids: Tensor) -> Tensor:
+        """[B, L, H]: the tokens' embeddings; where item_ids are not -1, the projected embedding of that item."""
+        embeddings = self.lm.get_input_embeddings()(input_ids)
+        chosen = item_ids != NO_ITEM
+        vectors = self.projector(self.items[item_ids[chosen]])  # of nothing, where there is none: no unused parameters
+        return embeddings.masked_scatter(chosen[..., None], vectors.to(embeddings.dtype))
+
+    def gate(self, batch: dict[str, Tensor]) -> Tensor:
+        """The gate [B, E] (or [blocks, B, E]) of a batch of prompts, with or without answers."""
+        if self.settings.gate in ("sequence", "random"):
+            z = self.encoder(batch["history"]) if self.settings.gate == "sequence" else self._random(batch["users"])
+            return ilora.gate_of(self.lm, ilora_z=z)
+        if self.settings.gate == "uniform":
+            return self.lm.ilora_gate(len(batch["input_ids"]), self.device)
+        words = (batch["attention_mask"] != 0) & (batch["item_ids"] == NO_ITEM)
+        if "labels" in batch:
+            answer = batch["labels"].shape[1]
+            words[:, -answer:] &= batch["labels"] == NO_LABEL
+        return ilora.gate_of(self.lm, ilora_prompt_mask=words, input_ids=batch["input_ids"])
+
+    def _random(self, users: Tensor) -> Tensor:
+        rows = [torch.randn(self.encoder.dim, generator=torch.Generator().manual_seed(user)) for user in users.tolist()]
+        return torch.stack(rows).to(users.device)
+
+    def logits(self, batch: dict[str, Tensor], keep: int, **extra: Any) -> Tensor:
+        """[B, keep, vocabulary] of the last columns. extra: what is to replace the language model's own arguments."""
+        mask = batch["attention_mask"]
+        inputs = {"attention_mask": mask, "use_cache": False, "ilora_gate": None, **extra}
+        if inputs["ilora_gate"] is None:
+            inputs["ilora_gate"] = self.gate(batch)
+        if self._positions:
+            inputs.setdefault("position_ids", (mask.cumsum(1) - 1).clamp(min=0))
+        else:
+            inputs.pop("position_ids", None)
+        if self._keeps:
+            inputs["logits_to_keep"] = keep  # the vocabulary is large, and prompts are long
+        return self.lm(inputs_embeds=self.embed(batch["input_ids"], batch["item_ids"]), **inputs).logits[:, -keep:]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        item_ids: Tensor,
+        history: Tensor,
+        users: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> ModelOutput:
+        """loss: the mean over the answers' tokens (or their sum by num_items_in_batch); logits [B, K, vocabulary].
+
+        The tensors are those of `Prompts.collate`; logits[:, k] is the prediction of labels[:, k].
+        """
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "item_ids": item_ids}
+        batch |= {"history": history, "users": users, "labels": labels}
+        gate = self.gate(batch)
+        logits = self.logits(batch, labels.shape[1] + 1, ilora_gate=gate)[:, :-1]
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
+        tokens = (labels != NO_LABEL).sum()
+        loss = total / (tokens if num_items_in_batch is None else num_items_in_batch)
+        balance = getattr(self.lm.ilora_gate, "balance", 0.0)
+        if balance and self.training:
+            weight = 1.0 if num_items_in_batch is None else tokens / num_items_in_batch
+            loss = loss + balance * weight * ilora.balance_loss(gate)
+        return ModelOutput(loss=loss, logits=logits)
+
+    def save(self, path: Path) -> Path:
+        """Writes adapter, gate network, projector, sequence model and settings; not the frozen language model.
+
+        A new directory appears whole or not at all; in an existing one every file is whole before it takes its place.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = path.parent / f".{path.name}-{uuid.uuid4().hex}"
+        try:
+            stage.mkdir()
+            ilora.save_adapter(self.lm, stage / _ADAPTER)
+            sequence_models.save(self.encoder.model, stage / _SEQUENCE)
+            save_file({k: t.detach().contiguous() for k, t in self.projector.state_dict().items()}, stage / _PROJECTOR)
+            (stage / _SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
+            if not path.exists():
+                stage.rename(path)
+                return path
+            for name in (_SEQUENCE, _PROJECTOR, _SETTINGS):
+                (stage / name).replace(path / name)
+            ilora.save_adapter(self.lm, path / _ADAPTER)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+        return path
+
+    def restore(self, path: Path) -> Recommender:
+        """Takes over what `save` wrote, in place, so that an optimizer keeps its parameters.
+        Raises as `load`."""
+        config, sequence_model, projector = _read(path)
+        if config != self.settings:
+            raise ValueError(f"{path / _SETTINGS}: it holds {config}, this recommender is {self.settings}")
+        self._fill(path, projector)
+        self.encoder.model.load_state_dict(sequence_model.state_dict())
+        ilora.load_adapter(self.lm, path / _ADAPTER)
+        return self
+
+    def _fill(self, path: Path, projector: dict[str, Tensor]) -> None:
+        try:
+            self.projector.load_state_dict(projector)
+        except RuntimeError as error:
+            raise ValueError(f"{path / _PROJECTOR}: does not fit this language model: {error}") from error
+
+
+def load(path: Path, lm: Any) -> Recommender:
+    """The saved recommender on the language model lm it was trained on, in eval mode; values are exact.
+
+    Raises FileNotFoundError, or ValueError naming the file that is damaged or does not fit.
+    """
+    config, sequence_model, projector = _read(path)
+    model = Recommender(lm, sequence_model.to(next(lm.parameters()).device), config)
+    model._fill(path, projector)
+    ilora.load_adapter(model.lm, path / _ADAPTER)
+    return model.eval()
+
+
+def _read(path: Path) -> tuple[RecommenderConfig, SequenceModel, dict[str, Tensor]]:
+    for name in (_SETTINGS, _PROJECTOR, _SEQUENCE, _ADAPTER):
+        if not (path / name).exists():
+            raise FileNotFoundError(f"{path / name}: is missing; expected a directory that Recommender.save wrote")
+    try:
+        config = RecommenderConfig(**json.loads((path / _SETTINGS).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / _SETTINGS}: expected the settings of a recommender: {error}") from error
+    return config, sequence_models.load(path / _SEQUENCE), load_file(path / _PROJECTOR)

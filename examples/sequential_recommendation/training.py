@@ -1,0 +1,203 @@
+"""Training a recommender with transformers' Trainer: its progress, logging, checkpoints, precision and processes.
+
+The loaders carry numbers of examples only. Negatives, template and whether a prompt has item embeddings are chosen when
+a step begins, from (seed, example, global step): so workers, their number and a resumed run change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .data import Window, with_candidates
+from .prompts import Prompts, choose, hybrid_share
+from .recommender import Recommender
+
+LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # of the paper, by data set
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a recommender is trained; the defaults are the paper's.
+
+    epochs, or steps where it is not 0. batch_size examples at once, accumulated to effective_batch for a step (of one
+    process). The learning rate rises from lr/100 over the first `warmup` of all steps and falls to lr/100 as a cosine;
+    the gate's is gate_lr times that. weight_decay: of projector and gate. curriculum: over which part of all steps the
+    share of hybrid prompts rises from 0 to 1 (0: hybrid from the start; None: never). precision: fp32, bf16 or fp16.
+    save_steps: a checkpoint every so often; 0: none.
+    """
+
+    epochs: float = 5
+    steps: int = 0
+    lr: float = 8e-4
+    gate_lr: float = 0.3
+    batch_size: int = 8
+    effective_batch: int = 128
+    warmup: float = 0.05
+    weight_decay: float = 1e-5
+    curriculum: float | None = 1.0
+    seed: int = 0
+    workers: int = 0
+    precision: str = "fp32"
+    logging_steps: int = 10
+    save_steps: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision: expected fp32, bf16 or fp16, got {self.precision!r}")
+        if self.effective_batch % self.batch_size:
+            raise ValueError(f"effective_batch={self.effective_batch}: expected a multiple of {self.batch_size=}")
+
+    def arguments(self, out: Path) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(out),
+            num_train_epochs=self.epochs,
+            max_steps=self.steps or -1,
+            learning_rate=self.lr,
+            per_device_train_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.effective_batch // self.batch_size,
+            bf16=self.precision == "bf16",
+            fp16=self.precision == "fp16",
+            seed=self.seed,
+            dataloader_num_workers=self.workers,
+            logging_steps=self.logging_steps,
+            save_strategy="steps" if self.save_steps else "no",
+            save_steps=self.save_steps or 500,
+            disable_tqdm=not self.progress,
+            remove_unused_columns=False,
+            dataloader_drop_last=False,
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+        )
+
+
+def learning_rate_factor(step: int, total: int, warmup: float) -> float:
+    """Of the highest rate, at a step of total: from 1/100 up to 1 over warmup · total steps, then a cosine to 1/100."""
+    rise, low = max(1, math.ceil(warmup * total)), 0.01
+    if step < rise:
+        return low + (1 - low) * step / rise
+    part = min(1.0, (step - rise) / max(1, total - rise))
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+def numbers(rows: list[int]) -> dict[str, Tensor]:
+    """The collator: what a worker gives back of a batch is its examples' numbers."""
+    return {"index": torch.tensor(rows)}
+
+
+class RecommenderTrainer(Trainer):
+    """transformers' Trainer of a recommender.
+
+    model: on its device, in whatever mode. prompts: of the data set. windows: to train on.
+    """
+
+    def __init__(
+        self,
+        model: Recommender,
+        prompts: Prompts,
+        windows: Sequence[Window],
+        settings: TrainingSettings,
+        out: Path,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if not windows:
+            raise ValueError("no window to train on")
+        self.prompts, self.windows, self.settings = prompts, windows, settings
+        super().__init__(
+            model,
+            settings.arguments(out),
+            train_dataset=range(len(windows)),
+            data_collator=numbers,
+            callbacks=callbacks,
+        )
+
+    def batch(self, rows: Sequence[int], step: int, total: int) -> dict[str, Tensor]:
+        """The examples of these numbers as they are put at a global step, with answers: `Prompts.collate`'s tensors."""
+        settings, prompts = self.settings, self.prompts
+        share = 0.0 if settings.curriculum is None else hybrid_share(step, total, settings.curriculum)
+        negatives = settings.seed * 1_000_003 + step
+        examples = with_candidates([self.windows[row] for row in rows], prompts.dataset, negatives)
+        choices = [choose(prompts.kind, example, settings.seed, step, share) for example in examples]
+        return prompts.collate(examples, choices)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of one step, and how many tokens of answers they hold together."""
+        rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step, total = self.state.global_step, self.state.max_steps
+        batches = [self.batch(micro["index"].tolist(), step, total) for micro in rows]
+        counted = [{"labels": batch["labels"], "shift_labels": batch["labels"]} for batch in batches]
+        return batches, self._get_num_items_in_batch(counted, device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if getattr(self, "optimizer", None) is None:
+            self.optimizer: Any = torch.optim.AdamW(parameter_groups(self.model, self.settings))
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: learning_rate_factor(step, num_training_steps, self.settings.warmup),
+            )
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # The Trainer's own would write the frozen language model too, and fail on its tied weights.
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.accelerator.unwrap_model(self.model).save(folder / "recommender")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.accelerator.unwrap_model(self.model).restore(Path(resume_from_checkpoint) / "recommender")
+
+
+def parameter_groups(model: Recommender, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """The trained parameters for an optimizer: adapters, gate, projector, each with its rate and weight decay."""
+    gate = [] if model.lm.ilora_gate is None else [p for p in model.lm.ilora_gate.parameters() if p.requires_grad]
+    own = {id(parameter) for parameter in gate}
+    adapters = [p for p in model.lm.parameters() if p.requires_grad and id(p) not in own]
+    groups = [
+        {"params": adapters, "lr": settings.lr, "weight_decay": 0.0},
+        {"params": list(model.projector.parameters()), "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": gate, "lr": settings.lr * settings.gate_lr, "weight_decay": settings.weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def train(
+    model: Recommender,
+    prompts: Prompts,
+    windows: Sequence[Window],
+    settings: TrainingSettings,
+    out: Path,
+    resume: Path | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> list[dict[str, float]]:
+    """Trains in place, and leaves the model in eval mode. Returns the Trainer's log.
+
+    out: for checkpoints; it stays empty without settings.save_steps. resume: a checkpoint of a run with the
+    same settings and windows, which goes on as if it had not stopped, also from the middle of an epoch.
+    Raises ValueError without windows, FileNotFoundError for a checkpoint that is not there; FloatingPointError where
+    the loss is not finite.
+    """
+    if resume is not None and not (resume / "recommender").is_dir():
+        raise FileNotFoundError(f"{resume}: expected a checkpoint of a recommender's training")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every forked worker
+    trainer = RecommenderTrainer(model, prompts, windows, settings, out, callbacks)
+    if not settings.progress:
+        trainer.remove_callback(PrinterCallback)  # which takes the place of the progress bar
+    result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if not math.isfinite(result.training_loss):
+        raise FloatingPointError(f"the training loss is {result.training_loss}: try a lower learning rate")
+    model.eval()
+    return trainer.state.log_history
