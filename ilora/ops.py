@@ -21,6 +21,10 @@ _LIBRARY.define(
 )
 
 
+_FORWARD, _BACKWARD = torch.ops.ilora.forward.default, torch.ops.ilora.backward.default
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def ilora_linear(
     x: Tensor,
     weight: Tensor,
@@ -110,7 +114,8 @@ def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None
 class _ILoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend):
-        y, xa = torch.ops.ilora.forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend)
+        op = _forward if _plainly(x, weight, A) else _FORWARD
+        y, xa = op(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend)
         ctx.save_for_backward(x, xa, weight, A, B, gate, segments, seed)
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
         return y
@@ -130,10 +135,19 @@ class _ILoRALinear(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
+def _plainly(x: Tensor, weight: Tensor | None, A: Tensor) -> bool:
+    """Whether nobody needs to see the op: no compiler, no dispatch mode, no tensor subclass. Then its implementation is
+    called by itself, which spares the host a third of the call."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(x) in _PLAIN and type(A) in _PLAIN and (weight is None or type(weight) in _PLAIN)
+
+
 def _gradients(ctx: Any, dy: Tensor, saved: Any, needs: Any) -> list[Tensor | None]:
     """Gradients of x, weight, bias, base, A, B, gate."""
     x, xa, weight, A, B, gate, segments, seed = saved
-    dx, dA, dB, dgate = torch.ops.ilora.backward(
+    op = _backward if _plainly(dy, weight, A) else _BACKWARD
+    dx, dA, dB, dgate = op(
         dy, x, xa, weight, A, B, gate, segments, ctx.scaling, ctx.dropout_p, seed, needs[0], ctx.backend
     )
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
