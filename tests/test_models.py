@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import DECODERS, ENCODER_DECODERS, MODELS, bart, gates, gpt2, injected, llama, prompts
+from models import DECODERS, ENCODER_DECODERS, MODELS, E, bart, gates, gpt2, injected, llama, prompts
 
 import ilora
 
@@ -150,3 +150,24 @@ def test_multiple_choice_rows_belong_to_their_instance():
     for i in range(2):
         alone = model(input_ids=ids[i : i + 1], ilora_gate=g[i : i + 1]).logits
         torch.testing.assert_close(logits[i : i + 1], alone, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk_size": 2}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
+)
+def test_other_ways_to_decode_give_the_same(options):
+    model = injected(gate=ilora.PromptGate(E))
+    torch.nn.init.normal_(model.ilora_gate.weight)
+    ids, mask = prompts((7, 4))
+    common = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **common)
+    assert torch.equal(model.generate(ids, **common, **options), expected)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **common), expected[:, ids.shape[1] :])
+
+
+def test_an_assistant_does_not_change_the_answer():
+    model, assistant = injected(), llama().eval()
+    ids, _ = prompts((6,))
+    common = {"ilora_gate": gates(1), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **common), model.generate(ids, **common))
