@@ -4,7 +4,8 @@
     python benchmarks/kernel_report.py [--targets sm_80,sm_90,sm_100,gfx942] [--ranks 8,16,64,128,256] [--json FILE]
 
 The launches are the backend's own (`Update` in kernels/triton/update.py) on meta tensors, so the report cannot drift
-from what runs. Exit status 1 if any kernel spills registers or needs more shared memory than its target has.
+from what runs. Exit status 1 if any kernel spills registers or needs more shared memory than its target has, or if gemm
+does not load by tensor descriptor and multiply on the tensor cores where the target has both.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from launch_bytes import least, moved, size, tensors
 from torch import Tensor
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels" / "triton"
@@ -35,7 +37,11 @@ TARGETS = {  # GPUTarget's arguments; multiprocessors and shared memory of A100,
     "gfx942": (("hip", "gfx942", 64), 304, 64 * KIB),
 }
 DTYPES = {"bf16": (torch.bfloat16,) * 2, "mixed": (torch.bfloat16, torch.float32), "fp32": (torch.float32,) * 2}
-KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "outer", "sum_parts", "sum_segments")
+KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "outer", "sum_parts", "sum_segments", "gemm", "decode")
+INSTRUCTIONS = {  # gemm's in PTX: loads by descriptor, tensor cores, a product still running when the next is issued
+    "sm_90": ("cp.async.bulk.tensor", "wgmma.mma_async", "wgmma.wait_group.sync.aligned 1"),
+    "sm_100": ("cp.async.bulk.tensor", "tcgen05.mma"),
+}  # elsewhere descriptors become plain loads
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -49,6 +55,7 @@ class Case(NamedTuple):
     d_in: int = 4096
     d_out: int = 4096
     token: bool = False
+    strategy: str = "beta"
 
 
 def cases(ranks: list[int], dtypes: list[str]) -> list[Case]:
@@ -57,7 +64,18 @@ def cases(ranks: list[int], dtypes: list[str]) -> list[Case]:
     first, main = ranks[len(ranks) > 1], dtypes[0]
     every += [Case(main, first, 0.0), Case(main, first, 0.0, M=1, token=True)]
     every += [Case(main, first, 0.1, M=1000, d_in=1001, d_out=777), Case(main, first, 0.1, d_out=1024, token=True)]
-    return every + [Case("fp32", R, 0.1) for R in ranks if "fp32" in dtypes]
+    every += [Case("fp32", R, 0.1) for R in ranks if "fp32" in dtypes]
+    every += [Case(dtype, R, 0.0, M, token=True, strategy="decode") for dtype in dtypes for R in ranks for M in (1, 64)]
+    every += [Case(main, first, 0.0, 16, d_out=14336, token=True, strategy="decode")]
+    every += [Case(main, first, 0.0, 16, 1001, 777, token=True, strategy="decode")]
+    return every + (gemms(ranks, first) if "bf16" in dtypes else [])
+
+
+def gemms(ranks: list[int], first: int) -> list[Case]:
+    """The same layer by one GEMM: every rank with dropout; p = 0, few rows, sizes that no block divides."""
+    every = [Case("bf16", R, 0.1, strategy="gemm") for R in ranks]
+    every += [Case("bf16", first, 0.0, d_out=1024, strategy="gemm")]
+    return every + [Case("bf16", first, 0.1, M=100, d_in=1000, d_out=776, strategy="gemm")]
 
 
 def kernels() -> Any:
@@ -76,7 +94,7 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     """What forward and backward would launch there, on meta tensors."""
     package = kernels()
     arch, sms, smem = TARGETS[target]
-    device = package.launch.Device(sms, smem, hip=arch[0] == "hip")
+    device = package.launch.Device(sms, smem, hip=arch[0] == "hip", tma=target in INSTRUCTIONS)
     x_type, a_type = DTYPES[case.dtypes]
     N, E = (case.M if case.token else 32), 4
 
@@ -86,10 +104,14 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     segments = None if case.token else empty(N + 1, dtype=torch.int32)
     A, B = empty(case.R, case.d_in, dtype=a_type), empty(case.d_out, case.R, dtype=a_type)
     gate, seed = empty(N, E, dtype=torch.float32), empty(1, dtype=torch.int64) if case.p else None
-    common = (device, empty(case.M, case.d_in), A, B, gate, segments, 2.0, case.p, seed)
+    common = (device, empty(case.M, case.d_in), A, B, gate, segments, 2.0, case.p, seed, case.strategy)
+    weight = empty(case.d_out, case.d_in)
+    if case.strategy == "decode":  # where it is refused, for reading too much per program, there is nothing to list
+        plan = package.decode.plan(device, common[1], weight, empty(case.d_out), None, *common[2:8])
+        return [plan[0]] if plan else [], []
     forward, backward = package.update.Update(*common), package.update.Update(*common)
-    _, xa = forward.forward(empty(case.d_out), None)
-    backward.backward(empty(case.M, case.d_out), xa, True)
+    _, xa = forward.forward(empty(case.d_out), None, weight)
+    backward.backward(empty(case.M, case.d_out), xa, True, weight)
     return forward.launches, backward.launches
 
 
@@ -114,6 +136,8 @@ def job(launch: Any, target: str) -> Job:
         free = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
+        elif hasattr(value, "block_shape"):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
             aligned.append(name)
@@ -128,8 +152,8 @@ def job(launch: Any, target: str) -> Job:
                tuple(aligned), launch.warps, launch.stages)  # fmt: skip
 
 
-def compile_job(job: Job) -> dict[str, int]:
-    """Registers, spilled registers and bytes of shared memory of a thread's program."""
+def compile_job(job: Job) -> dict[str, Any]:
+    """Registers, spilled registers and bytes of shared memory of a thread's program; INSTRUCTIONS that are missing."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -148,7 +172,9 @@ def compile_job(job: Job) -> dict[str, int]:
     options = {"num_warps": job.warps, "num_stages": job.stages}
     compiled = triton.compile(source, target=GPUTarget(*arch), options=options)
     usage = _amd(compiled.asm["amdgcn"]) if arch[0] == "hip" else _nvidia(compiled.asm["cubin"])
-    return usage | {"shared": compiled.metadata.shared}
+    wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel == "gemm" else ()
+    missing = [name for name in wanted if name not in compiled.asm["ptx"]]
+    return usage | {"shared": compiled.metadata.shared, "missing": missing}
 
 
 def _amd(assembly: str) -> dict[str, int]:
@@ -173,44 +199,11 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found[1]), "spills": int(found[2]) // 4}
 
 
-def size(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.numel() * tensor.element_size()
-
-
-def tensors(launch: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in launch.args.items() if isinstance(value, Tensor)}
-
-
-def moved(launch: Any) -> int:
-    """Bytes the grid asks for: every program's reads and writes, re-reads of small operands (from L2) included."""
-    name, args = launch.kernel.fn.__name__, launch.args
-    times: dict[str, float] = {}
-    if name == "shrink":
-        times = {"w_ptr": launch.grid[0]}
-    elif name == "outer":
-        times = {"h_ptr": launch.grid[0], "w_ptr": launch.grid[1]}
-    elif name == "expand":
-        columns = -(-args["D"] // args["BLOCK_N"])
-        times = {"h_ptr": columns, "w_ptr": launch.grid[0] // columns, "bias_ptr": launch.grid[0] // columns}
-    elif name == "gate_ranks":  # a row of the gate for each row, however few there are
-        times = {"gate_ptr": args["M"] / args["N"]}
-    return sum(round(size(t) * times.get(key, 1)) for key, t in tensors(launch).items())
-
-
-def least(case: Case) -> tuple[int, int]:
-    """Bytes that must move, forward and backward: x, dy and x again; y and dx once; the small tensors once."""
-    x, a = (dtype.itemsize for dtype in DTYPES[case.dtypes])
-    gate = (case.M if case.token else 32) * 4 * 4
-    factors, ranks = case.R * (case.d_in + case.d_out) * a, case.M * case.R * max(x, a)
-    activations = case.M * (case.d_in + case.d_out) * x
-    forward = activations + factors + gate + ranks + case.d_out * x
-    return forward, activations + case.M * case.d_in * x + 2 * factors + 2 * gate + ranks
-
-
 def bytes_report(case: Case, target: str) -> dict[str, Any]:
     """Unique bytes (each operand of a launch once: what HBM sees at most), bytes asked of L2, and the least."""
     row: dict[str, Any] = {"case": case._asdict(), "target": target}
-    for part, plan, minimum in zip(("forward", "backward"), launches(case, target), least(case), strict=True):
+    minima = least(case, *(dtype.itemsize for dtype in DTYPES[case.dtypes]))
+    for part, plan, minimum in zip(("forward", "backward"), launches(case, target), minima, strict=True):
         unique = sum(size(t) for launch in plan for t in tensors(launch).values())
         row[part] = {"launches": len(plan), "asked": sum(map(moved, plan)), "unique": unique, "least": minimum}
     return row
@@ -223,7 +216,14 @@ def title(job: Job) -> str:
     blocks = "×".join(str(v) for k, v in job.constants if k.startswith("BLOCK"))
     dtype = kinds.get("x_ptr", kinds.get("h_ptr", kinds.get("parts_ptr", "")))[1:]
     small = kinds[{"shrink": "w_ptr", "outer": "h_ptr"}[job.kernel]][1:] if job.kernel in ("shrink", "outer") else ""
-    flags = [name for name, on in (("mask", constants.get("DROPOUT")), ("dh", kinds.get("dh_ptr") == "*fp32")) if on]
+    small = kinds.get("a_ptr", f"*{small}")[1:]
+    marks = (
+        ("mask", constants.get("DROPOUT")),
+        ("dh", kinds.get("dh_ptr") == "*fp32"),
+        ("turned", constants.get("TURNED")),
+        ("with W", kinds.get("weight_ptr", "constexpr") != "constexpr"),
+    )
+    flags = [name for name, on in marks if on]
     return " ".join([f"{job.kernel:12}", f"{dtype}{'/' + small if small not in ('', dtype) else ''}", blocks, *flags])
 
 
@@ -232,7 +232,7 @@ def _init(cache: str) -> None:
     torch.set_num_threads(1)
 
 
-def compile_all(jobs: list[Job], processes: int) -> Iterator[tuple[Job, dict[str, int]]]:
+def compile_all(jobs: list[Job], processes: int) -> Iterator[tuple[Job, dict[str, Any]]]:
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory() as cache:  # a fresh one: what was compiled before is not this code
@@ -250,25 +250,27 @@ def report(every: list[Case], targets: list[str], names: list[str], processes: i
     rows = []
     for each, usage in compile_all(list(jobs), processes):
         limit = TARGETS[each.target][2]
-        bad = usage["spills"] > 0 or usage["shared"] > limit
+        bad = usage["spills"] > 0 or usage["shared"] > limit or bool(usage["missing"])
         row: dict[str, Any] = {"target": each.target, "kernel": title(each), "warps": each.warps, "stages": each.stages}
         rows.append(row | usage | {"limit": limit, "bad": bad, "constants": {k: str(v) for k, v in each.constants}})
     print(
         f"\n{'target':8}{'kernel':44}{'warps':>6}{'stages':>7}{'registers':>11}{'spills':>8}{'shared':>9}{'of KiB':>8}"
     )
     for r in rows:
+        remarks = ["too much"] * (r["spills"] > 0 or r["shared"] > r["limit"]) + [f"no {name}" for name in r["missing"]]
         print(f"{r['target']:8}{r['kernel']:44}{r['warps']:6}{r['stages']:7}{r['registers']:11}{r['spills']:8}"
-              f"{r['shared']:9}{r['limit'] // KIB:8}{'  <-- too much' if r['bad'] else ''}")  # fmt: skip
+              f"{r['shared']:9}{r['limit'] // KIB:8}{'  <-- ' * r['bad']}{', '.join(remarks)}")  # fmt: skip
     traffic = [bytes_report(case, target) for target in targets for case in every]
-    print(f"\nMB moved by the kernels, the frozen product apart: {'least':>8}; once per launch (×); asked of L2 (×)")
+    print(f"\nMB moved, the frozen product apart unless gemm is it: {'least':>8}; once per launch (×); asked of L2 (×)")
     for t in traffic:
-        line = f"{t['target']:8}{' '.join(f'{k}={v}' for k, v in t['case'].items() if v is not False):62}"
-        for part in ("forward", "backward"):
+        case = " ".join(f"{k}={v}" for k, v in t["case"].items() if v is not False and v != "beta")
+        line = f"{t['target']:8}{case:62}"
+        for part in (part for part in ("forward", "backward") if t[part]["launches"]):
             count, least_bytes, once, asked = (t[part][key] for key in ("launches", "least", "unique", "asked"))
             line += f"{part:>9} {count}: {least_bytes / 1e6:7.1f} {once / least_bytes:5.2f} {asked / least_bytes:5.2f}"
         print(line)
     worst = [r for r in rows if r["bad"]]
-    print(f"\n{len(rows)} kernels, {len(worst)} with spills or too much shared memory")
+    print(f"\n{len(rows)} kernels, {len(worst)} with spills, too much shared memory or missing instructions")
     return {"kernels": rows, "bytes": traffic, "bad": len(worst)}
 
 

@@ -5,6 +5,8 @@ dh = dy B,  dxa = γ ⊙ dh,  dB = dyᵀ h,  dA = dxaᵀ x̃,  dx = keep ⊙ (dx
 
 Four matrix kernels' worth of jobs, each written once: `shrink` reads a wide matrix and leaves a narrow one, `outer`
 reads a wide matrix and leaves a weight gradient, `expand` writes a wide matrix, `gate_ranks` is everything between.
+Up to 64 rows without dropout take one launch instead, `decode`, which up to 16 rows holds the frozen product too.
+Where strategy.py says so, `gemm` takes the place of `expand` and of the frozen product on top.
 """
 
 from .update import backward, forward

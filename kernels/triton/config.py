@@ -119,6 +119,45 @@ def expand_step(R: int, dot: Dots) -> int:
     return pow2(R, 16, 64 if dot.narrow.primitive_bitwidth == 16 else 16)
 
 
+class GemmTile(NamedTuple):
+    """A tile m × n of the product, k of the sum a step; `group` rows of tiles are walked together."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+# The rate of a tile's shape against the largest's is a guess until measured; a table of measurements overrides it.
+GEMM_TILES = {(128, 256, 64, 8): 1.0, (128, 128, 64, 8): 0.85, (64, 128, 64, 4): 0.65}
+
+
+def gemm_step(R: int) -> int:
+    """Ranks that gemm multiplies at once: all up to 64, which its shared memory holds, else 32."""
+    return pow2(R, 16, 64) if R <= 64 else 32
+
+
+def gemm_shared(tile: GemmTile, R: int) -> int:
+    """Bytes of shared memory of gemm in a 16-bit type: stages of x and W, the low-rank operands, a quarter of y."""
+    narrow = gemm_step(R) * (tile.m + tile.n)
+    return 2 * (tile.stages * tile.k * (tile.m + tile.n) + narrow + tile.m * tile.n // 4) + 1024
+
+
+def gemm_tile(device: Device, M: int, D: int, R: int) -> GemmTile:
+    """The tile whose waves over the multiprocessors cost least, with as many stages (2 to 4) as fit."""
+    if not device.tma:  # descriptors become plain loads there, which take registers
+        return GemmTile(64, 128, 32, 8, 2)
+
+    def cost(tile: GemmTile) -> float:
+        waves = ceil_div(ceil_div(M, tile.m) * ceil_div(D, tile.n), device.sms)
+        return waves * tile.m * tile.n / GEMM_TILES[tile[:4]]
+
+    tiles = (GemmTile(*shape, stages) for shape in GEMM_TILES for stages in (4, 3, 2))
+    return min((tile for tile in tiles if gemm_shared(tile, R) <= device.smem), key=cost)
+
+
 def per_sm(R: int, with_dh: bool = False) -> int:
     """Programs a multiprocessor is given by shrink and outer: one large, or two small ones."""
     return 1 if with_dh or R > 32 else 2

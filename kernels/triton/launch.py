@@ -15,22 +15,28 @@ from .shrink import shrink
 
 class Device(NamedTuple):
     """sms: multiprocessors to fill; smem: bytes of shared memory a program may use; hip: an AMD GPU;
-    interpret: the kernels run on the CPU, where bfloat16 arithmetic is meaningless and float32 takes its place."""
+    interpret: the kernels run on the CPU, where bfloat16 arithmetic is meaningless and float32 takes its place;
+    tma: the GPU copies tiles by tensor descriptor itself (sm_90 and later); name: what a table of measurements knows
+    it by."""
 
     sms: int
     smem: int
     hip: bool = False
     interpret: bool = False
+    tma: bool = False
+    name: str = ""
 
 
-INTERPRETER = Device(sms=4, smem=227 * 1024, interpret=True)  # few multiprocessors: small tests split too
+# few multiprocessors: small tests split too
+INTERPRETER = Device(sms=4, smem=227 * 1024, interpret=True, tma=True, name="interpreter")
 
 
 @cache
 def _gpu(device: torch.device) -> Device:
     facts = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
-    return Device(facts.multi_processor_count, 64 * 1024 if hip else facts.shared_memory_per_block_optin, hip)
+    smem = 64 * 1024 if hip else facts.shared_memory_per_block_optin
+    return Device(facts.multi_processor_count, smem, hip, tma=not hip and facts.major >= 9, name=facts.name)
 
 
 def device_of(x: Tensor) -> Device:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import config
+from . import config, decode
 from .config import ceil_div, pow2
 from .expand import expand
 from .gates import gate_ranks, sum_segments
 from .launch import Device, Launch, device_of, run
 from .outer import outer, sum_parts
 from .shrink import shrink
+from .strategy import gemm_launch, gemm_or_beta
 
 
 def forward(
@@ -26,10 +27,16 @@ def forward(
         bias = None
     else:
         base = None
-    update = Update(device_of(x), x, A, B, gate, segments, scaling, dropout_p, seed)
-    y, xa = update.forward(bias, base)
-    run(update.launches, x.device)
-    if weight is not None and y.numel():
+    device = device_of(x)
+    if planned := decode.plan(device, x, weight, bias, base, A, B, gate, segments, scaling, dropout_p):
+        launch, y, xa, fused = planned
+        run([launch], x.device)
+    else:
+        update = Update(device, x, A, B, gate, segments, scaling, dropout_p, seed)
+        y, xa = update.forward(bias, base, weight)
+        run(update.launches, x.device)
+        fused = update.fused
+    if weight is not None and y.numel() and not fused:
         y.addmm_(x, weight.t())
     return y, xa
 
@@ -40,9 +47,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx [M, d_in] or None, dA, dB, dgate); dx = dy W + keep ⊙ (dxa A), without a weight its second part only."""
     update = Update(device_of(x), x, A, B, gate, segments, scaling, dropout_p, seed)
-    dx, dA, dB, dgate = update.backward(dy, xa, need_dx)
+    dx, dA, dB, dgate = update.backward(dy, xa, need_dx, weight)
     run(update.launches, x.device)
-    if dx is not None and weight is not None and dx.numel():
+    if dx is not None and weight is not None and dx.numel() and not update.fused:
         dx.addmm_(dy, weight)
     return dx, dA, dB, dgate
 
@@ -51,12 +58,14 @@ class Update:
     """Allocates results and workspaces and lists the launches that fill them; launches nothing itself.
 
     The tensors may be on the meta device: that is how the kernel report sees what would be launched.
+    strategy: see strategy.py. fused: whether the launches hold the frozen product too.
     """
 
     def __init__(
         self, device: Device, x: Tensor, A: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None,
-        scaling: float, dropout_p: float, seed: Tensor | None,
+        scaling: float, dropout_p: float, seed: Tensor | None, strategy: str | None = None,
     ) -> None:  # fmt: skip
+        self.strategy, self.fused = strategy, False
         self.device, self.x, self.A, self.B, self.gate, self.segments = device, x, A, B, gate, segments
         self.scaling, self.M, self.R, (self.N, self.E) = scaling, x.shape[0], A.shape[0], gate.shape
         threshold = min(round(dropout_p * 2**32), 2**32 - 1)
@@ -66,15 +75,18 @@ class Update:
         self.block_r = pow2(self.R, 16, 256)
         self.launches: list[Launch] = []
 
-    def forward(self, bias: Tensor | None, base: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, bias: Tensor | None, base: Tensor | None, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         xa, h = self._ranks(), self._ranks()
         y = self.x.new_empty(self.M, self.B.shape[0])
         if self.M:
             self._gate(self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=h, raw=xa)
-            self._expand(y, h, self.B, self.B.stride(), self.plain, bias, base)
+            if not self._gemm("forward", self.x, weight, y, h, self.B, self.B.stride(), self.plain, bias):
+                self._expand(y, h, self.B, self.B.stride(), self.plain, bias, base)
         return y, xa
 
-    def backward(self, dy: Tensor, xa: Tensor, need_dx: bool) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    def backward(
+        self, dy: Tensor, xa: Tensor, need_dx: bool, weight: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         dA, dB = torch.empty_like(self.A, memory_format=torch.contiguous_format), self.B.new_empty(self.B.shape)
         dgate = self.gate.new_empty(self.gate.shape)
         dx = self.x.new_empty(self.x.shape) if need_dx else None
@@ -94,7 +106,10 @@ class Update:
             self._sum_segments(scores, dgate)
         self._outer(self.x, dxa, dA, (1, self.A.shape[1]), self.dropout)
         if dx is not None:
-            self._expand(dx, dxa, self.A, self.A.stride()[::-1], self.dropout)
+            strides = self.A.stride()[::-1]
+            turned = None if weight is None else weight.t()
+            if not self._gemm("backward", dy, turned, dx, dxa, self.A, strides, self.dropout):
+                self._expand(dx, dxa, self.A, strides, self.dropout)
         return dx, dA, dB, dgate
 
     def _ranks(self) -> Tensor:
@@ -163,6 +178,18 @@ class Update:
         self.launches.append(
             Launch(expand, (ceil_div(M, tile.m) * ceil_div(D, tile.n),), args, tile.warps, tile.stages)
         )
+
+    def _gemm(
+        self, direction: str, x: Tensor, weight: Tensor | None, y: Tensor, h: Tensor, low: Tensor,
+        strides: tuple[int, int], mask: dict, bias: Tensor | None = None,
+    ) -> bool:  # fmt: skip
+        """weight [D, K] and low's (column, rank) strides. Whether the strategy is one launch for y, now listed."""
+        tile = gemm_or_beta(self.device, direction, x, weight, self.A, self.B, self.strategy)
+        if tile is None or weight is None:
+            return False
+        self.launches.append(gemm_launch(self.device, tile, self.dots, x, weight, y, h, low, strides, mask, bias))
+        self.fused = True
+        return True
 
     def _gate(
         self, parts: Tensor, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,

@@ -1,0 +1,88 @@
+"""The frozen product with the update inside it: y = x Wᵀ + bias + h Bᵀ, and dx = dy W + keep ⊙ (dxa A)."""
+
+import triton
+import triton.language as tl
+
+from .dropout import keep, row_keys
+
+
+@triton.jit
+def _corner(tile, M, D, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of a tile. GROUP rows of tiles are walked column by column, to meet x and w in L2."""
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_N)
+    tile = tl.minimum(tile, down * across - 1)
+    first = tile // (GROUP * across) * GROUP
+    high = tl.minimum(down - first, GROUP)
+    within = tile % (GROUP * across)
+    return (first + within % high) * BLOCK_M, within // high * BLOCK_N
+
+
+@triton.jit
+def _narrow(
+    h_ptr, low_ptr, row, column, M, D, low_col, low_rank, first: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The low-rank operands of the tile at (row, column), BLOCK_R ranks from the first: h [m, r] and low [r, n]."""
+    rows, columns, ranks = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_R)
+    h_at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    low_at = columns.to(tl.int64)[None, :] * (low_col // UNIT * UNIT) + ranks.to(tl.int64)[:, None] * low_rank
+    h = tl.load(h_ptr + h_at, mask=(rows < M)[:, None] & (ranks < R)[None, :], other=0.0)
+    return h, tl.load(low_ptr + low_at, mask=(columns < D)[None, :] & (ranks < R)[:, None], other=0.0)
+
+
+@triton.jit
+def _halves(acc):
+    """The left and the right half of a tile's columns."""
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def gemm(
+    x, w, y, h_ptr, low_ptr, bias_ptr, seed_ptr, M, D, K, threshold, low_col, low_rank,
+    R: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] + keep[m, n] · Σ_r h[m, r] · low[n, r]; a pointer that is None adds 0.
+
+    x [M, K], w ([D, K] if TURNED, else [K, D]) and y [M, D]: tensor descriptors, of blocks [BLOCK_M, BLOCK_K], w's two
+    and [BLOCK_M, BLOCK_N / 4]; h [M, R] contiguous; low [D, R] (any strides); bias [D]. Writes y once.
+    UNIT: a power of two dividing low_col, for Triton to know (it only asks whether 16 does).
+    Work: a program takes every num_programs-th tile [BLOCK_M, BLOCK_N] of y. The accumulator starts from the low-rank
+    product (masked there: dropout is before A, never before W). Its operands are asked for before the loop of the tile
+    before (AHEAD: they arrive meanwhile), or after it.
+    """
+    step = tl.num_programs(0)
+    row, column = _corner(tl.program_id(0), M, D, GROUP, BLOCK_M, BLOCK_N)
+    h, low = _narrow(h_ptr, low_ptr, row, column, M, D, low_col, low_rank, 0, R, UNIT, BLOCK_M, BLOCK_N, BLOCK_R)
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_N), step):
+        acc = tl.dot(h.to(DOT), low.to(DOT))
+        for r in tl.static_range(BLOCK_R, R, BLOCK_R):
+            h, low = _narrow(h_ptr, low_ptr, row, column, M, D, low_col, low_rank, r, R, UNIT,
+                             BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+            acc = tl.dot(h.to(DOT), low.to(DOT), acc)
+        columns = column + tl.arange(0, BLOCK_N)
+        if DROPOUT:
+            k1, k2 = row_keys(seed_ptr, row + tl.arange(0, BLOCK_M))
+            acc = tl.where(keep(k1, k2, columns, threshold), acc, 0.0)
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
+        after, beside = _corner(tile + step, M, D, GROUP, BLOCK_M, BLOCK_N)  # the next tile, or the last again
+        if AHEAD:
+            h, low = _narrow(h_ptr, low_ptr, after, beside, M, D, low_col, low_rank, 0, R, UNIT,
+                             BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+        for k in range(0, K, BLOCK_K):
+            a = x.load([row, k]).to(DOT)
+            b = w.load([column, k]).T if TURNED else w.load([k, column])
+            acc = tl.dot(a, b.to(DOT), acc)
+        if not AHEAD:
+            h, low = _narrow(h_ptr, low_ptr, after, beside, M, D, low_col, low_rank, 0, R, UNIT,
+                             BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+        left, right = _halves(acc)  # stored by quarters: a quarter of the shared memory
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        y.store([row, column], first.to(y.dtype))
+        y.store([row, column + BLOCK_N // 4], second.to(y.dtype))
+        y.store([row, column + BLOCK_N // 2], third.to(y.dtype))
+        y.store([row, column + BLOCK_N // 4 * 3], fourth.to(y.dtype))
+        row, column = after, beside

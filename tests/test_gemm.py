@@ -1,0 +1,203 @@
+"""Strategy "gemm": the frozen product and the update in one kernel, forward and dx; who gets it, and who is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import BF16, F16, F32, OUTPUTS, Case, check, run
+
+import ilora
+from ilora import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if reason := backends.why_not("triton", DEVICE):
+    pytest.skip(reason, allow_module_level=True)
+
+from ilora.kernels import config, strategy, table, update  # noqa: E402
+from ilora.kernels.launch import INTERPRETER, Device  # noqa: E402
+
+DTYPES = [F16, BF16] if DEVICE == "cuda" else [F16]  # the interpreter's bfloat16 arithmetic means nothing
+EVEN = Case(M=24, d_in=64, d_out=48)
+CASES = {
+    "small": EVEN,
+    "one row": replace(EVEN, M=1, N=1),
+    "no rows": replace(EVEN, M=0),
+    "no bias": replace(EVEN, bias=False),
+    "sizes that no block divides": replace(EVEN, M=67, N=1, d_in=136, d_out=200),
+    "several tiles a program": replace(EVEN, M=300, d_in=72, d_out=520),
+    "the largest tile": replace(EVEN, M=500, N=1, d_in=520, d_out=512),
+    "segments, some empty": replace(EVEN, lengths=(0, 5, 0, 0, 70, 0)),
+    "token gates": replace(EVEN, M=50, N=50),
+    "rank one": replace(EVEN, E=1, R=1),
+    "rank not a power of two": replace(EVEN, E=3, R=12),
+    "rank 64": replace(EVEN, R=64),
+    "rank 96": replace(EVEN, R=96),
+    "dropout": replace(EVEN, M=66, N=2, d_in=136, dropout_p=0.3),
+    "dropout, several tiles": replace(EVEN, M=300, d_in=264, dropout_p=0.5),
+    "dropout, rank 32, several tiles": replace(EVEN, M=300, R=32, d_in=264, d_out=136, dropout_p=0.5),
+}
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    monkeypatch.setenv("ILORA_STRATEGY", "gemm")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_definition(forced, name, dtype):
+    check(replace(CASES[name], dtype=dtype, device=DEVICE), "triton")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_the_same_bits_every_time(forced, dropout_p):
+    case = Case(M=200, N=2, d_in=136, d_out=264, dtype=F16, dropout_p=dropout_p, device=DEVICE)
+    first, second = run(case, "triton"), run(case, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in OUTPUTS)
+
+
+def both(x, weight, dropout_p=0.3):
+    """y and dx by either strategy."""
+    torch.manual_seed(1)
+    M, (d_out, d_in) = len(x), weight.shape
+    A, B = torch.randn(8, d_in, dtype=F16, device=DEVICE) / 8, torch.randn(d_out, 8, dtype=F16, device=DEVICE)
+    gate, seed = torch.rand(M, 4, device=DEVICE), torch.tensor([3], device=DEVICE)
+    dy = torch.randn(M, d_out, dtype=F16, device=DEVICE)
+    results = []
+    for name in ("beta", "gemm"):
+        plan = update.Update(update.device_of(x), x, A, B, gate, None, 2.0, dropout_p, seed, name)
+        y, xa = plan.forward(None, None, weight)
+        dx = plan.backward(dy, xa, True, weight)[0]
+        assert plan.fused == (name == "gemm")
+        update.run(plan.launches, x.device)
+        if name == "beta":
+            y, dx = y + x @ weight.T, dx + dy @ weight
+        results.append((y, dx))
+    return results
+
+
+@pytest.mark.parametrize("view", ["rows of a wider matrix", "a transposed weight"])
+def test_strides_it_takes(view):
+    x, weight = torch.randn(40, 72, dtype=F16, device=DEVICE), torch.randn(56, 72, dtype=F16, device=DEVICE) / 8
+    if view == "a transposed weight":  # as Conv1D keeps it
+        weight = weight.t().contiguous().t()
+    else:
+        x, weight = torch.cat([x, x], 1)[:, :72], torch.cat([weight, weight], 1)[:, 72:]
+    assert not (x.is_contiguous() and weight.is_contiguous())
+    (y, dx), (y_gemm, dx_gemm) = both(x, weight)
+    torch.testing.assert_close(y_gemm, y, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(dx_gemm, dx, rtol=2e-2, atol=2e-2)
+
+
+REFUSED = {
+    "float32": ({"dtype": F32}, "float16 and bfloat16, not torch.float32"),
+    "mixed dtypes": ({"dtype": F16, "adapter_dtype": F32}, "must be one dtype"),
+    "odd d_in": ({"dtype": F16, "d_in": 20}, r"the input's strides \(20, 1\)"),
+    "odd d_out": ({"dtype": F16, "d_out": 12}, "rows of 12 outputs"),
+    "rank above 128": ({"dtype": F16, "R": 132}, "rank 132 is above 128"),
+    "strided": ({"dtype": F16, "strided": True}, "the input's strides"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_forced_gemm_says_why_it_cannot_run(forced, monkeypatch, name):
+    fields, words = REFUSED[name]
+    case = replace(EVEN, device=DEVICE, **fields)
+    with pytest.raises(ValueError, match=f"ILORA_STRATEGY='gemm' cannot run forward: .*{words}"):
+        run(case, "triton")
+    monkeypatch.setenv("ILORA_STRATEGY", "auto")
+    check(case, "triton")
+
+
+def test_an_opaque_base_and_a_start_off_16_bytes(forced):
+    t = replace(EVEN, dtype=F16, device=DEVICE).tensors()
+    with pytest.raises(ValueError, match="the base layer is opaque"):
+        ilora.ilora_update(t["x"], None, t["A"], t["B"], t["gate"], 2.0, backend="triton")
+    buffer = torch.zeros(24 * 64 + 1, dtype=F16, device=DEVICE)
+    reason = strategy.why_not(buffer[1:].view(24, 64), t["weight"], 48, t["A"])
+    assert reason == "the input does not start at a multiple of 16 bytes"
+
+
+def test_an_unknown_strategy_is_refused(monkeypatch):
+    monkeypatch.setenv("ILORA_STRATEGY", "fastest")
+    with pytest.raises(ValueError, match="ILORA_STRATEGY='fastest': expected one of beta, gemm, auto"):
+        run(replace(EVEN, dtype=F16, device=DEVICE), "triton")
+
+
+def chosen(M=4096, d=4096, R=16, direction="forward", path=None, device=INTERPRETER):
+    return strategy.choose(device, direction, M, d, d, R, BF16, path)
+
+
+def written(tmp_path, *rows, **fields):
+    row = {"device": "interpreter", "direction": "forward", "dtype": "bfloat16", "M": 4096, "d_in": 4096}
+    row |= {"d_out": 4096, "R": 16, "strategy": "gemm", **fields}
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    path.write_text(json.dumps({"version": 1, "rows": [row, *rows]}))
+    return str(path)
+
+
+def test_without_measurements_every_device_takes_beta():
+    assert chosen().strategy == "beta"
+    assert chosen(device=Device(132, 227 * 1024, tma=True, name="a GPU never seen")).strategy == "beta"
+
+
+def test_the_table_answers_for_the_nearest_shape(tmp_path):
+    path = written(tmp_path, tile=[128, 128, 64, 8, 3, 4])
+    assert chosen(path=path) == ("gemm", (128, 128, 64, 8, 3, 4))
+    assert chosen(M=10**6, path=path).strategy == "gemm"  # more rows than were measured
+    assert chosen(d=6000, R=8, path=path).strategy == "gemm"
+    for other in ({"M": 1024}, {"d": 1024}, {"R": 64}, {"direction": "backward"}):
+        assert chosen(path=path, **other).strategy == "beta"
+    large = written(tmp_path, tile=[256, 256, 128, 8, 4, 8])
+    assert chosen(path=large) == ("gemm", chosen().tile)  # a tile that does not fit is replaced
+
+
+def test_a_table_reaches_the_kernels(tmp_path, monkeypatch):
+    name = update.device_of(torch.empty(1, device=DEVICE)).name
+    backward = {"device": name, "direction": "backward", "dtype": "float16", "M": 72, "d_in": 64, "d_out": 48}
+    backward |= {"R": 8, "strategy": "beta"}
+    forward = {**backward, "direction": "forward", "strategy": "gemm"}
+    monkeypatch.setenv("ILORA_TABLE", written(tmp_path, backward, **forward))
+    case = replace(EVEN, M=72, dtype=F16, device=DEVICE)
+    seen = []
+    monkeypatch.setattr(update, "gemm_launch", lambda *a: seen.append(a[1]) or strategy.gemm_launch(*a))
+    check(case, "triton")
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"strategy": "fast"}, "row 0: strategy 'fast' is none of beta, gemm"),
+        ({"direction": "sideways"}, "row 0: direction 'sideways'"),
+        ({"dtype": "float64"}, "row 0: dtype 'float64'"),
+        ({"R": 0}, "row 0: R 0 is not a positive integer"),
+        ({"color": 1}, "row 0: .*unexpected keyword argument 'color'"),
+        ({"tile": [128, 256]}, "expected six positive integers"),
+        ({"tile": [96, 256, 64, 8, 4, 8]}, "all powers of two"),
+        ({"tile": [128, 256, 64, 5, 4, 8]}, "warps are 4, 8 or 16"),
+    ],
+)
+def test_a_wrong_table_is_refused(tmp_path, fields, words):
+    with pytest.raises(ValueError, match=words):
+        table.load_table(written(tmp_path, **fields))
+
+
+def test_a_file_that_is_no_table(tmp_path):
+    path = tmp_path / "table.json"
+    for content, words in (("{", "cannot be read"), ("[]", "expected"), ('{"version": 2, "rows": []}', "version")):
+        path.write_text(content)
+        table.load_table.cache_clear()
+        with pytest.raises(ValueError, match=f"ILORA_TABLE=.*{words}"):
+            table.load_table(str(path))
+    with pytest.raises(ValueError, match="cannot be read"):
+        table.load_table(str(tmp_path / "none.json"))
+
+
+def test_tiles_fit_the_shared_memory():
+    for smem in (99 * 1024, 163 * 1024, 227 * 1024):
+        for R in (1, 8, 16, 32, 64, 128):
+            tile = config.gemm_tile(Device(132, smem, tma=True), 4096, 4096, R)
+            assert config.gemm_shared(tile, R) <= smem
+    assert config.gemm_tile(Device(132, 227 * 1024, tma=True), 4096, 4096, 16)[:5] == (128, 256, 64, 8, 4)
