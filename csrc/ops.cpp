@@ -1,5 +1,6 @@
-// The schema of ilora_native; each device registers its implementation under the same names (cpu/ops_cpu.cpp).
-// Both ops leave the frozen product to a matrix multiplication that accumulates on top (beta = 1).
+// The schema of ilora_native; each device registers its implementations under the same names: cpu/ops_cpu.cpp, and
+// cuda/ops_cuda.cpp, which is a library of its own, has forward and decode alone, and takes few rows.
+// forward and backward leave the frozen product to a matrix multiplication that accumulates on top (beta = 1).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ilora_native, m) {
@@ -11,4 +12,8 @@ STABLE_TORCH_LIBRARY(ilora_native, m) {
   m.def(
       "backward(Tensor dy, Tensor x, Tensor xa, Tensor A, Tensor B, Tensor gate, Tensor? segments, float scaling, "
       "int drop_below, Tensor? seed, bool need_dx, bool wide) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
+  // y = x Wᵀ + bias + base + (x Aᵀ ⊙ γ) Bᵀ in one launch, on a GPU.
+  m.def(
+      "decode(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor B, Tensor gate, "
+      "Tensor? segments, float scaling) -> (Tensor y, Tensor xa)");
 }

@@ -1,4 +1,5 @@
-"""The native backend: C++ kernels for the low-rank term on the CPU, torch's matrix multiplication on top of it.
+"""The native backend: C++ kernels for the low-rank term on the CPU, torch's matrix multiplication on top of it; and
+`decode`, CUDA kernels for a few rows, where they were built.
 
 A backend as `ilora.reference` is one: `forward` and `backward` below take 2-D tensors that `ilora.ops` has checked.
 The library is built when the package is installed (see setup.py) and found here; nothing is compiled at run time.
@@ -7,6 +8,7 @@ The library is built when the package is installed (see setup.py) and found here
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,15 +16,17 @@ from torch import Tensor
 from .reference import dropout_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DECODE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DECODE_ROWS, DECODE_FUSED_ROWS, DECODE_RANKS = 64, 16, 128  # as csrc/cuda/decode.h has them
 
 
-def _load() -> str | None:
+def _load(name: str, wants: str, variable: str) -> str | None:
     """Registers torch.ops.ilora_native; returns the reason when that cannot be done."""
-    spec = importlib.util.find_spec("ilora._native")
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         return (
-            "it was not built when ilora was installed, for want of torch or of a C++ compiler (gcc or clang); "
-            "to build it, and see what fails: ILORA_BUILD_EXT=1 pip install --no-build-isolation ."
+            f"it was not built when ilora was installed, for want of torch or of {wants}; "
+            f"to build it, and see what fails: {variable}=1 pip install --no-build-isolation ."
         )
     try:
         torch.ops.load_library(spec.origin)
@@ -31,12 +35,18 @@ def _load() -> str | None:
     return None
 
 
-_UNAVAILABLE = _load()
+_UNAVAILABLE = _load("ilora._native", "a C++ compiler (gcc or clang)", "ILORA_BUILD_EXT")
 
 
 def unavailable() -> str | None:
     """None if the native backend works here, else why not."""
     return _UNAVAILABLE
+
+
+@cache
+def cuda_unavailable() -> str | None:
+    """None if `decode` works here, else why not."""
+    return _UNAVAILABLE or _load("ilora._native_cuda", "nvcc beside a torch for CUDA", "ILORA_BUILD_CUDA")
 
 
 def forward(
@@ -88,6 +98,31 @@ def backward(
         dy, x, xa, A, B, gate_c, segments, scaling, threshold, seed, need_dx, wide
     )
     return _add_product(dx, dy, weight) if need_dx else None, dA, dB, dgate.to(gate.dtype)
+
+
+def decode(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor,
+    segments: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor] | None:
+    """(y, xa) = (x Wᵀ + bias + base + ((x Aᵀ) ⊙ γ) Bᵀ, x Aᵀ) in one launch on x's GPU, without dropout.
+
+    Takes up to 64 rows without a weight and 16 with one, R <= 128 and matrices whose columns lie side by side; None
+    where these do not hold. Reads no values, waits for nothing, allocates y and xa alone: CUDA graphs may hold it.
+    """
+    matrices = [t for t in (x, weight, base, A, B) if t is not None]
+    fits = len(x) <= (DECODE_ROWS if weight is None else DECODE_FUSED_ROWS) and len(A) <= DECODE_RANKS
+    types = x.dtype in DECODE_DTYPES and gate.dtype in DECODE_DTYPES
+    if not fits or not types or any(t.stride(1) != 1 and t.shape[1] > 1 for t in matrices):
+        return None
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.ilora_native.decode.default(x, weight, bias, base, A, B, gate, segments, scaling)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
