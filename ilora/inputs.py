@@ -58,6 +58,8 @@ def packed_by(inputs: Inputs) -> str | None:
     positions, mask = inputs.values.get("position_ids"), inputs.values.get("attention_mask")
     if not isinstance(positions, Tensor) or positions.dim() != 2 or inputs.rows is None:
         return None
+    if positions.shape[1] < 2:  # a decoding step: nothing to read back from the device for
+        return None
     falls = positions[:, 1:] < positions[:, :-1]
     if isinstance(mask, Tensor) and mask.shape == positions.shape:
         attended = mask != 0  # the positions of left padding fall too
