@@ -168,7 +168,7 @@ def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
     Raises ValueError where a matched module cannot take an adapter, or nothing matched."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     everything = config.target_modules == ALL_LINEAR
-    targets = []
+    targets: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
         block = block_of(path)
         index = int(block.rsplit(".", 1)[-1]) if block else None
@@ -180,6 +180,8 @@ def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
             wanted = is_linear(module) and module is not head
         else:
             wanted = bool(path) and named(path, config.target_modules)
+        if wanted and targets and path.startswith(targets[-1] + "."):
+            continue  # a part of a layer that is adapted as a whole
         if wanted:
             _refuse_unfit(model, path, module)
             targets.append(path)

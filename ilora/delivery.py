@@ -89,7 +89,8 @@ class ILoRAModel:
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
         if not strict:
             trainable = {name for name, p in self.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
-            result.missing_keys[:] = [key for key in result.missing_keys if key in trainable]
+            missing = [key for key in result.missing_keys if key in trainable or key.startswith("ilora_gate.")]
+            result.missing_keys[:] = missing
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:

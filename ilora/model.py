@@ -144,3 +144,7 @@ def _refuse(model: Any) -> None:
     for path, module in model.named_modules():
         if isinstance(module, ILoRALinear):
             raise ValueError(f"{path or type(model).__name__}: it is an ILoRALinear already")
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"{path}: it is PEFT's {type(module).__name__}; take PEFT's adapter out of the model first"
+            )

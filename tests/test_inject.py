@@ -365,3 +365,45 @@ def test_a_class_changed_since_is_not_ejected():
     model.__class__ = type("Sharded", (type(model),), {})
     with pytest.raises(ValueError, match=r"changed after inject, to Sharded"):
         ilora.eject(model)
+
+
+def test_layers_of_peft_inside_a_plain_model_are_refused():
+    peft = pytest.importorskip("peft")
+    model = llama()
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj: it is PEFT's Linear; take PEFT's adapter out"):
+        ilora.inject(model, ILoRAConfig())
+    assert type(model) is hf.LlamaForCausalLM
+
+
+def test_a_layer_made_of_layers_is_adapted_once():
+    class Factored(torch.nn.Module):
+        in_features, out_features = 8, 8
+
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = torch.nn.Linear(8, 2), torch.nn.Linear(2, 8)
+
+        def forward(self, x):
+            return self.up(self.down(x))
+
+    model = torch.nn.Sequential(Factored(), torch.nn.Linear(8, 4))
+    assert ilora.targets(ilora.inject(model, ILoRAConfig(r=4))) == ("0", "1")
+    model(torch.randn(2, 3, 8), ilora_gate=gates(2))
+
+
+def test_a_partial_state_says_what_of_the_adapter_it_lacks():
+    class WithStatistics(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(6))
+            self.linear = torch.nn.Linear(6, E)
+
+        def forward(self, z):
+            return self.linear(z - self.mean).softmax(-1)
+
+    model = ilora.inject(llama(), ILoRAConfig(target_modules=["q_proj"]), gate=WithStatistics())
+    state = {k: v for k, v in model.state_dict().items() if "lora_A" in k}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert {key.rsplit(".", 1)[-1] for key in missing} == {"lora_B", "mean", "weight", "bias"}
+    assert all("lora_B" in key or key.startswith("ilora_gate.") for key in missing)
