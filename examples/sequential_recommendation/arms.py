@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 import ilora
 
@@ -25,7 +27,7 @@ from . import sequence_models
 from .data import Dataset, Example, Split, frequent, split, with_candidates
 from .metrics import hit_ratio, ndcg, text_ratios
 from .prompts import Choice, Prompts
-from .readers import READERS
+from .readers import READERS, plain_titles
 from .recommender import Recommender, RecommenderConfig
 from .scoring import gates, score, write
 from .sequence_models import SequenceModel
@@ -37,6 +39,7 @@ from .training import TrainingSettings, train
 PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
 MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
 TINY, SMOLLM2 = "tiny", "smollm2"
+WATCHED = "validation_hit_ratio"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Experiment:
     """What all arms of a comparison share. folder holds the trained sequence model and the tiny language model.
 
     model: "tiny", "smollm2", or whatever transformers loads a causal language model from. users: how many are made up.
-    tests: how many of the test examples, 0 for all.
+    tests: how many of the test examples, 0 for all. plain: titles as `readers.plain_titles` makes them.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class Experiment:
     data_seed: int = 0
     model: str = TINY
     tests: int = 0
+    plain: bool = False
 
     def dataset(self) -> Dataset:
         """Raises OSError or ValueError where the raw files are missing or damaged."""
@@ -75,6 +79,7 @@ class Experiment:
         if self.root is None:
             raise ValueError(f"--data {self.data} needs --root, the folder of its files")
         dataset = READERS[self.data](self.root)
+        dataset = plain_titles(dataset) if self.plain else dataset
         return dataset if self.min_users == 1 else frequent(dataset, items=self.min_users)
 
     def parts(self, dataset: Dataset) -> tuple[Split, list[Example], list[Example]]:
@@ -112,12 +117,14 @@ class Experiment:
 
 
 class Run(NamedTuple):
-    """An arm with a seed and its settings, which hold the seed too. texts: whether answers are generated as well."""
+    """An arm with a seed and its settings, which hold the seed too. texts: whether answers are generated as well.
+    watch: the validation examples are ranked every so many steps, 0: only after the last."""
 
     experiment: Experiment
     arm: Arm
     settings: TrainingSettings
     texts: bool = True
+    watch: int = 0
 
     @property
     def file(self) -> Path:
@@ -125,14 +132,29 @@ class Run(NamedTuple):
         name = self.arm.name.lower().replace(",", "").replace(" ", "-")
         return self.experiment.folder / "runs" / name / f"lr{self.settings.lr:g}-seed{self.settings.seed}.json"
 
+    @property
+    def folder(self) -> Path:
+        """Where its recommender is kept, and on the way its checkpoints."""
+        return self.file.with_suffix("")
+
+    @property
+    def choice(self) -> Choice:
+        """How examples are put in its evaluation."""
+        return Choice(0, hybrid=self.arm.gate is not None and self.settings.curriculum is not None)
+
+    def described(self) -> dict[str, Any]:
+        """All that decides its result, JSON-able."""
+        found = {"arm": asdict(self.arm), "settings": asdict(self.settings), "texts": self.texts, "watch": self.watch}
+        return found | {"experiment": {key: str(value) for key, value in asdict(self.experiment).items()}}
+
 
 def perform(run: Run) -> dict[str, Any]:
     """Trains and tests; the result is JSON-able, and kept in run.file, from which it is read the next time.
 
-    A kept result of other settings is made again. Raises whatever training and the files raise.
+    A kept result of other settings is made again; a run that was killed goes on from its last checkpoint, if
+    settings.save_steps made it write some. Raises whatever training and the files raise.
     """
-    described = {"arm": asdict(run.arm), "settings": asdict(run.settings), "texts": run.texts}
-    described["experiment"] = {key: str(value) for key, value in asdict(run.experiment).items()}
+    described = run.described()
     if run.file.exists():
         kept: dict[str, Any] = json.loads(run.file.read_text(encoding="utf-8"))
         if kept["run"] == described:
@@ -148,22 +170,46 @@ def perform(run: Run) -> dict[str, Any]:
     model = Recommender(lm, sequence_model, RecommenderConfig(gate=gate, num_experts=run.arm.num_experts)).eval()
     log: list[dict[str, float]] = []
     if run.arm.gate is not None:
-        log = train(model, prompts, parts.train, run.settings, run.file.with_suffix(""))
-    hybrid = run.arm.gate is not None and run.settings.curriculum is not None
+        curve = Curve(model, prompts, val, run)
+        log = train(model, prompts, parts.train, run.settings, run.folder, checkpoint_of(run), [curve])
+        model.save(run.folder / "recommender")
+        for done in run.folder.glob("checkpoint-*"):
+            shutil.rmtree(done)
     found = {"run": described, "training_seconds": time.perf_counter() - start}
-    found |= measure(model, prompts, val, test, Choice(0, hybrid), run)
+    found |= measure(model, prompts, val, test, run)
     found["losses"] = [entry["loss"] for entry in log if "loss" in entry]
+    found["curve"] = [(int(entry["step"]), entry[WATCHED]) for entry in log if WATCHED in entry]
     found["seconds"] = time.perf_counter() - start
     text = json.dumps(found, indent=1) + "\n"
     write_whole(run.file, text)
     return json.loads(text)  # as the next time
 
 
-def measure(
-    model: Recommender, prompts: Prompts, val: list[Example], test: list[Example], choice: Choice, run: Run
-) -> dict[str, Any]:
+def checkpoint_of(run: Run) -> Path | None:
+    """The last whole checkpoint of a run that was killed; those of other settings are removed."""
+    described, written = json.dumps(run.described(), indent=1), run.folder / "run.json"
+    if run.folder.exists() and not (written.exists() and written.read_text(encoding="utf-8") == described):
+        shutil.rmtree(run.folder)
+    write_whole(written, described)
+    whole = [path.parent for path in run.folder.glob("checkpoint-*/trainer_state.json")]  # the Trainer's last file
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+class Curve(TrainerCallback):
+    """Ranks the validation examples on the way; the figures stand in the Trainer's log, and so in its checkpoints."""
+
+    def __init__(self, model: Recommender, prompts: Prompts, val: list[Example], run: Run) -> None:
+        self.model, self.prompts, self.val, self.run = model, prompts, val, run
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run.watch and state.global_step % self.run.watch == 0:
+            _, rank = score(self.model, self.prompts, self.val, self.run.choice, 4 * self.run.settings.batch_size)
+            state.log_history.append({"step": state.global_step, WATCHED: hit_ratio(rank).value})
+
+
+def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list[Example], run: Run) -> dict[str, Any]:
     """The figures of a trained model, JSON-able."""
-    size = 8 * run.settings.batch_size
+    size, choice = 4 * run.settings.batch_size, run.choice
     _, val_rank = score(model, prompts, val, choice, size)
     _, rank = score(model, prompts, test, choice, size)
     found: dict[str, Any] = {
@@ -180,11 +226,16 @@ def measure(
     if run.arm.gate not in (None, "uniform"):
         gate = gates(model, prompts, test, choice)
         stats = ilora.gate_stats(gate)
-        found["gate"] = {"entropy": stats.entropy, "usage": stats.usage}
+        found["gate"] = {"entropy": stats.entropy, "usage": stats.usage, "weights": rounded(gate)}
         groups = [prompts.dataset.groups.get(example.user) for example in test]
         if None not in groups and run.arm.gate == "sequence":
             found["gate"] |= exchanged(model, prompts, test, choice, gate, groups, size)
     return found
+
+
+def rounded(gate: Tensor) -> list[list[float]]:
+    """[N, E] with four places."""
+    return [[round(weight, 4) for weight in row] for row in gate.tolist()]
 
 
 def exchanged(

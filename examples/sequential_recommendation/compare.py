@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", choices=tuple(PROMPTS), default="synthetic")
     add("--root", type=Path, help="folder of the raw files (readers.py says which)")
+    add("--plain", action="store_true", help="titles without year and with the article in front")
     add("--min-users", type=int, default=1, help="drop items that fewer users met (try 20 for Steam)")
     add("--users", type=int, default=600, help="how many to make up")
     add("--protocol", choices=("paper", "leave-one-out"), help="default: leave-one-out for made-up users, else paper")
@@ -89,6 +90,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     add("--workers", type=int, default=0, help="of the data loader")
     add("--jobs", type=int, help="runs at a time, in processes of their own (default: 2 with the tiny model, else 1)")
+    add("--save-steps", type=int, default=0, help="a checkpoint every so often, from which a killed run goes on")
+    add("--watch", type=int, default=0, help="rank the validation examples every so many steps, for the pictures")
     add("--no-texts", action="store_true", help="do not generate answers")
     add("--out", type=Path, default=Path("recommender-comparison"))
     options = parser.parse_args(argv)
@@ -99,7 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
     protocol: Any = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
-    names = ("data", "root", "users", "min_users", "evaluate", "model", "tests")
+    names = ("data", "root", "users", "min_users", "evaluate", "model", "tests", "plain")
     folder = options.out / f"{options.data}-{protocol}-{Path(options.model).name}"
     return Experiment(folder, protocol=protocol, **{name: getattr(options, name) for name in names})
 
@@ -118,7 +121,8 @@ def settings_of(options: argparse.Namespace) -> TrainingSettings:
         workers=options.workers,
         precision=options.precision,
         progress=False,
-        logging_steps=20,
+        logging_steps=10,
+        save_steps=options.save_steps,
     )
 
 
@@ -206,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         baselines = prepare(experiment, dataset, options.pretrain_steps)
     except (OSError, ValueError) as error:
         sys.exit(f"--data {options.data}: {error}")
-    runs = [Run(experiment, arm, settings, not options.no_texts) for arm in arms_of(options)]
+    runs = [Run(experiment, arm, settings, not options.no_texts, options.watch) for arm in arms_of(options)]
     trained = [run for run in runs if run.arm.gate is not None]
     best = dict(zip([run.arm for run in trained], choose_rates(trained, options, jobs), strict=True))
     wanted = [

@@ -17,6 +17,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 MIN_HISTORY, MAX_HISTORY = 3, 10  # items of a window's history
@@ -86,6 +87,11 @@ class Dataset:
     @property
     def num_items(self) -> int:
         return len(self.titles)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The titles as `normal` makes them."""
+        return [normal(title) for title in self.titles]
 
     def __str__(self) -> str:
         interactions = sum(len(items) for items in self.users.values())
@@ -174,8 +180,7 @@ def with_candidates(
     if exclude not in ("user", "window"):
         raise ValueError(f"with_candidates: unknown exclude={exclude!r}")
     known = {user: frozenset(items) for user, items in dataset.users.items()} if exclude == "user" else {}
-    names = [normal(title) for title in dataset.titles]
-    return [_example(window, names, known.get(window.user, frozenset()), seed, count) for window in parts]
+    return [_example(window, dataset.names, known.get(window.user, frozenset()), seed, count) for window in parts]
 
 
 def _example(window: Window, names: list[str], known: frozenset[int], seed: int, count: int) -> Example:

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .data import Window, with_candidates
-from .prompts import Prompts, choose, hybrid_share
+from .data import Example, Window, with_candidates
+from .prompts import Choice, Prompts, choose, hybrid_share
 from .recommender import Recommender
 
 LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # of the paper, by data set
@@ -120,20 +121,26 @@ class RecommenderTrainer(Trainer):
             callbacks=callbacks,
         )
 
-    def batch(self, rows: Sequence[int], step: int, total: int) -> dict[str, Tensor]:
-        """The examples of these numbers as they are put at a global step, with answers: `Prompts.collate`'s tensors."""
+    def put(self, rows: Sequence[int], step: int, total: int) -> list[tuple[Example, Choice]]:
+        """The examples of these numbers, and how they are put at a global step."""
         settings, prompts = self.settings, self.prompts
         share = 0.0 if settings.curriculum is None else hybrid_share(step, total, settings.curriculum)
         negatives = settings.seed * 1_000_003 + step
         examples = with_candidates([self.windows[row] for row in rows], prompts.dataset, negatives)
         choices = [choose(prompts.kind, example, settings.seed, step, share) for example in examples]
-        return prompts.collate(examples, choices)
+        return list(zip(examples, choices, strict=True))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one step, and how many tokens of answers they hold together."""
         rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        step, total = self.state.global_step, self.state.max_steps
-        batches = [self.batch(micro["index"].tolist(), step, total) for micro in rows]
+        sizes = [len(micro["index"]) for micro in rows]
+        numbered = [row for micro in rows for row in micro["index"].tolist()]
+        chosen = self.put(numbered, self.state.global_step, self.state.max_steps)
+        # By length, so that little is padded: the loss is a sum over the step, whose parts may be cut anywhere.
+        chosen.sort(key=lambda pair: len(self.prompts.prompt(*pair)[0]))
+        remaining = iter(chosen)
+        parts = [list(islice(remaining, size)) for size in sizes]
+        batches = [self.prompts.collate([pair[0] for pair in part], [pair[1] for pair in part]) for part in parts]
         counted = [{"labels": batch["labels"], "shift_labels": batch["labels"]} for batch in batches]
         return batches, self._get_num_items_in_batch(counted, device)
 
