@@ -121,7 +121,7 @@ def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs
     if inputs.rows is None or inputs.batch is None or N == 0:
         return
     packed = None if expanded else packed_by(inputs)
-    fits = inputs.rows % N == 0 if expanded else (N == 1 or N == inputs.batch or N == inputs.rows)
+    fits = inputs.rows % N == 0 if expanded else (N == 1 or inputs.batch == N or inputs.rows == N)
     if packed is not None:
         raise ValueError(_needs_segments(inputs))
     if not fits:

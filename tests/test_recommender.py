@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from sequential_recommendation import compare, sequence_models
+from sequential_recommendation import sequence_models
 from sequential_recommendation.data import Dataset, Example, split, with_candidates
 from sequential_recommendation.prompts import (
     NO_LABEL,
@@ -484,24 +484,3 @@ def test_tastes_have_conflicting_rules_that_titles_show():
     assert dataset != tastes(users=40, seed=1)
     with pytest.raises(ValueError, match="tastes"):
         tastes(groups=23)
-
-
-def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
-    brief = ["--users", "40", "--pretrain-steps", "3", "--steps", "2", "--seed", "0", "1", "--jobs", "1"]
-    brief += ["--arms", "untuned", "lora", "sequence", "--lr", "1e-3", "1e-2", "--batch-size", "4", "--epochs", "1"]
-    found = compare.main([*brief, "--out", str(tmp_path)])
-    assert {name: len(results) for name, results in found.items()} == {
-        "LM untuned": 1,
-        "LoRA": 2,
-        "iLoRA, E=4, sequence gate": 2,
-    }
-    table = capsys.readouterr().out
-    for word in ("popularity", "SASRec", "HitRatio@1", "40 tests, 2 seeds", "ValidRatio"):
-        assert word in table
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
-    assert compare.main([*brief, "--out", str(tmp_path)]) == found
-    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
-    gate = found["iLoRA, E=4, sequence gate"][0]["gate"]
-    assert set(gate["with_gate_of"]) == {"own_group", "other_group", "group_mean", "uniform"}
-    with pytest.raises(SystemExit):
-        compare.main(["--data", "lastfm", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path)])

@@ -21,16 +21,21 @@ if __spec__ is None:  # run by path: start again as the package's module, so tha
     sys.exit()
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+import transformers
 
-from .arms import (
+from .arms import one_thread, perform, with_rate
+from .data import Dataset
+from .experiments import (
     MADE_UP,
     PROMPTS,
     SMOLLM2,
@@ -38,22 +43,21 @@ from .arms import (
     Arm,
     Experiment,
     Run,
-    one_thread,
-    perform,
     train_sequence,
-    with_rate,
     write_whole,
 )
-from .data import Dataset
-from .metrics import Ratio, candidate_scores, hit_ratio, ndcg, popularity, ranks
+from .metrics import Ratio, candidate_scores, popularity, ranks
+from .pictures import draw
 from .prompts import Prompts
+from .sequence_models import KINDS
 from .sequence_training import candidate_ranks
-from .tables import exchange_lines, row
+from .tables import described_ranks, table
 from .tiny_model import pretrain, tiny_lm
 from .training import LEARNING_RATES, TrainingSettings
 
 STEPS, BATCH = 300, 32  # of the tiny model
 RATES = {"uniform": 3e-3, "sequence": 1e-2, "random": 3e-3, "prompt": 3e-3}  # of 3e-3 and 1e-2, see --lr
+NAMES = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "caser": "Caser"}
 ARMS = ("untuned", "lora", "sequence", "random", "prompt")
 
 
@@ -70,6 +74,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tests", type=int, default=0, help="test on so many examples only (default: all)")
     add("--model", default=TINY, help=f"{TINY}, {SMOLLM2}, or a folder or name for transformers")
     add("--pretrain-steps", type=int, default=800, help="of the tiny model, at most")
+    add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
+    add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="rows of their own")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add(
         "--experts",
@@ -97,12 +103,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if (options.root is None) != (options.data in MADE_UP):
         parser.error("--root goes with --data, and --data of files needs it")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the pictures need matplotlib: pip install 'ilora[bench]'")
     return options
 
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
     protocol: Any = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
-    names = ("data", "root", "users", "min_users", "evaluate", "model", "tests", "plain")
+    names = ("data", "root", "users", "min_users", "evaluate", "model", "tests", "plain", "guide")
     folder = options.out / f"{options.data}-{protocol}-{Path(options.model).name}"
     return Experiment(folder, protocol=protocol, **{name: getattr(options, name) for name in names})
 
@@ -138,13 +146,15 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     return [arm for name in options.arms for arm in every[name]]
 
 
-def prepare(experiment: Experiment, dataset: Dataset, pretrain_steps: int) -> list[str]:
-    """Trains what all arms share and is not there yet. Returns the table's rows of the baselines."""
+def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pretrain_steps: int) -> dict[str, Any]:
+    """Trains what all arms share and is not there yet. Returns the figures of the baselines."""
     parts, _, test = experiment.parts(dataset)
     print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
-    start = time.perf_counter()
-    sequence_model = train_sequence(experiment, dataset)
-    print(f"sequence model: {time.perf_counter() - start:.0f} s", flush=True)
+    models = {}
+    for kind in dict.fromkeys([*kinds, experiment.guide]):
+        start = time.perf_counter()
+        models[kind] = train_sequence(experiment, dataset, kind)
+        print(f"{NAMES[kind]}: {time.perf_counter() - start:.0f} s", flush=True)
     if experiment.model == TINY and not experiment.lm_folder.exists():
         start = time.perf_counter()
         tokenizer = experiment.tokenizer(dataset)
@@ -156,11 +166,8 @@ def prepare(experiment: Experiment, dataset: Dataset, pretrain_steps: int) -> li
         spent = f"{len(losses)} steps, {time.perf_counter() - start:.0f} s"
         print(f"tiny language model: loss {losses[0]:.2f} -> {losses[-1]:.2f}, {spent}", flush=True)
     counts = popularity(parts.train, dataset.num_items).expand(len(test), -1)
-    found = {"popularity": ranks(*candidate_scores(counts, test)), "SASRec": candidate_ranks(sequence_model, test)}
-    return [
-        f"| {name} | | | {hit_ratio(rank)} | {hit_ratio(rank, 5).value:.4f} | {ndcg(rank, 5):.4f} | | |"
-        for name, rank in found.items()
-    ]
+    found = {"popularity": described_ranks(ranks(*candidate_scores(counts, test)))}
+    return found | {NAMES[kind]: described_ranks(candidate_ranks(model, test)) for kind, model in models.items()}
 
 
 def performed(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
@@ -207,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         one_thread()  # here too: two threads on a busy machine are slower than one
     try:
         dataset = experiment.dataset()
-        baselines = prepare(experiment, dataset, options.pretrain_steps)
+        baselines = prepare(experiment, dataset, options.sequence_models, options.pretrain_steps)
     except (OSError, ValueError) as error:
         sys.exit(f"--data {options.data}: {error}")
     runs = [Run(experiment, arm, settings, not options.no_texts, options.watch) for arm in arms_of(options)]
@@ -221,14 +228,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for result in performed(wanted, jobs):
         found.setdefault(result["run"]["arm"]["name"], []).append(result)
-    head = f"| {dataset.name}, {experiment.model}: {found and next(iter(found.values()))[0]['total']} tests"
-    head += f", {len(options.seed)} seeds | trained | lr | HitRatio@1 by likelihood [95%] | HitRatio@5 | NDCG@5"
-    lines = [f"{head} | ValidRatio | HitRatio@1 of texts |", "|---|---|---|---|---|---|---|---|"]
-    lines += [*baselines, *map(row, found.values())]
-    table = "\n".join([*lines, *exchange_lines(found)])
-    write_whole(experiment.folder / "results.md", table + "\n")
-    write_whole(experiment.folder / "results.json", json.dumps(found, indent=1) + "\n")
-    print(f"\n{table}\n\n{time.perf_counter() - start:.0f} s; kept in {experiment.folder}")
+    lines = table(f"{dataset.name}, {experiment.model}", baselines, found)
+    command = shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)])
+    described = {"command": command, "torch": torch.__version__, "transformers": transformers.__version__}
+    described |= {"data": str(dataset), "seconds": time.perf_counter() - start}
+    write_whole(experiment.folder / "results.md", lines + "\n")
+    write_whole(
+        experiment.folder / "results.json", json.dumps(described | {"baselines": baselines, "arms": found}) + "\n"
+    )
+    parts, _, test = experiment.parts(dataset)
+    groups = [dataset.groups[example.user] for example in test] if dataset.groups else None
+    drawn = draw(found, experiment.folder, len(parts.train) / settings.effective_batch, groups)
+    names = ", ".join(path.name for path in drawn)
+    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; kept in {experiment.folder}, with {names}")
     return found
 
 

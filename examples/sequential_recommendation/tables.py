@@ -5,7 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .metrics import Ratio, over_seeds
+from torch import Tensor
+
+from .metrics import Ratio, hit_ratio, ndcg, over_seeds
+
+
+def described_ranks(rank: Tensor) -> dict[str, Any]:
+    """The figures of ranks [N], JSON-able."""
+    first = hit_ratio(rank)
+    return {
+        "hits": first.hits,
+        "total": first.total,
+        "hit_ratio_5": hit_ratio(rank, 5).value,
+        "ndcg_5": ndcg(rank, 5),
+        "ndcg_20": ndcg(rank, 20),
+    }
+
+
+def table(name: str, baselines: dict[str, dict[str, Any]], arms: dict[str, list[dict[str, Any]]]) -> str:
+    """The comparison in Markdown. arms: the results of `arms.perform` by arm, one for each seed."""
+    total, seeds = next(iter(baselines.values()))["total"], max(map(len, arms.values()), default=0)
+    head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | trained | lr "
+    head += "| HitRatio@1 by likelihood [95%] | HitRatio@5 | NDCG@5 | ValidRatio | HitRatio@1 of texts |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for baseline, figures in baselines.items():
+        ratio = Ratio(figures["hits"], figures["total"])
+        lines.append(f"| {baseline} | | | {ratio} | {figures['hit_ratio_5']:.4f} | {figures['ndcg_5']:.4f} | | |")
+    return "\n".join([*lines, *map(row, arms.values()), *exchange_lines(arms)])
 
 
 def row(results: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,166 @@
+"""What a comparison is made of: its data and models, its rows, and where each is kept.
+
+Everything that a run needs is made again from an `Experiment`, so that runs can go to processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from . import sequence_models
+from .data import Dataset, Example, Split, frequent, split, with_candidates
+from .prompts import Choice
+from .readers import READERS, plain_titles
+from .sequence_models import SequenceModel
+from .sequence_training import train_sequence_model
+from .synthetic import synthetic
+from .tastes import tastes
+from .tiny_model import tiny_tokenizer
+from .training import TrainingSettings
+
+PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
+MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
+TINY, SMOLLM2 = "tiny", "smollm2"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table. gate: as in `RecommenderConfig`; None: the language model as it is, not trained."""
+
+    name: str
+    gate: str | None
+    num_experts: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all arms of a comparison share. folder holds the trained sequence model and the tiny language model.
+
+    model: "tiny", "smollm2", or whatever transformers loads a causal language model from. users: how many are made up.
+    tests: how many of the test examples, 0 for all. plain: titles as `readers.plain_titles` makes them. guide: the kind
+    of the sequence model whose z the gate sees and whose item embeddings stand in the prompts.
+    """
+
+    folder: Path
+    data: str = "synthetic"
+    root: Path | None = None
+    users: int = 600
+    min_users: int = 1
+    protocol: Literal["paper", "leave-one-out"] = "leave-one-out"
+    evaluate: Literal["last", "random"] = "last"
+    exclude: Literal["user", "window"] = "window"
+    data_seed: int = 0
+    model: str = TINY
+    tests: int = 0
+    plain: bool = False
+    guide: str = "sasrec"
+
+    def dataset(self) -> Dataset:
+        """Raises OSError or ValueError where the raw files are missing or damaged."""
+        if self.data in MADE_UP:
+            return MADE_UP[self.data](self.users, seed=self.data_seed)
+        if self.root is None:
+            raise ValueError(f"--data {self.data} needs --root, the folder of its files")
+        dataset = READERS[self.data](self.root)
+        dataset = plain_titles(dataset) if self.plain else dataset
+        return dataset if self.min_users == 1 else frequent(dataset, items=self.min_users)
+
+    def parts(self, dataset: Dataset) -> tuple[Split, list[Example], list[Example]]:
+        """(split, validation examples, test examples)"""
+        parts = split(dataset, self.data_seed, self.protocol, self.evaluate)
+        val, test = (with_candidates(part, dataset, self.data_seed, self.exclude) for part in parts[1:])
+        return parts, val[: self.tests or None], test[: self.tests or None]
+
+    def sequence_file(self, kind: str) -> Path:
+        return self.folder / ("sequence.safetensors" if kind == "sasrec" else f"sequence-{kind}.safetensors")
+
+    @property
+    def lm_folder(self) -> Path:
+        return self.folder / "tiny-lm"
+
+    def language_model(self, dataset: Dataset) -> tuple[Any, Any]:
+        """(model, tokenizer), fresh, on the GPU where there is one."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        if self.model == TINY:
+            lm, tokenizer = AutoModelForCausalLM.from_pretrained(self.lm_folder), self.tokenizer(dataset)
+        elif self.model == SMOLLM2:
+            lm, tokenizer = importlib.import_module("smollm2_text").load(None)  # the example beside this package
+        else:
+            lm = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+        return lm.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+    def tokenizer(self, dataset: Dataset) -> Any:
+        """The tiny model's."""
+        return tiny_tokenizer(dataset, PROMPTS[self.data])
+
+
+class Run(NamedTuple):
+    """An arm with a seed and its settings, which hold the seed too. texts: whether answers are generated as well.
+    watch: the validation examples are ranked every so many steps, 0: only after the last."""
+
+    experiment: Experiment
+    arm: Arm
+    settings: TrainingSettings
+    texts: bool = True
+    watch: int = 0
+
+    @property
+    def file(self) -> Path:
+        """Where its result is kept, by everything that decides it."""
+        name = self.arm.name.lower().replace(",", "").replace(" ", "-")
+        return self.experiment.folder / "runs" / name / f"lr{self.settings.lr:g}-seed{self.settings.seed}.json"
+
+    @property
+    def folder(self) -> Path:
+        """Where its recommender is kept, and on the way its checkpoints."""
+        return self.file.with_suffix("")
+
+    @property
+    def choice(self) -> Choice:
+        """How examples are put in its evaluation."""
+        return Choice(0, hybrid=self.arm.gate is not None and self.settings.curriculum is not None)
+
+    def described(self) -> dict[str, Any]:
+        """All that decides its result, JSON-able."""
+        found = {"arm": asdict(self.arm), "settings": asdict(self.settings), "texts": self.texts, "watch": self.watch}
+        return found | {"experiment": {key: str(value) for key, value in asdict(self.experiment).items()}}
+
+
+def same(kept: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Whether a kept description, which may lack what came later, is this one."""
+    experiment = {f.name: str(f.default) for f in fields(Experiment) if f.default is not MISSING} | kept["experiment"]
+    settings = asdict(TrainingSettings()) | kept["settings"]
+    return {**Run._field_defaults, **kept, "experiment": experiment, "settings": settings} == described
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file appears with all of the text or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: int = 0) -> SequenceModel:
+    """A sequence model of an experiment: trained and kept in its folder, or read from there."""
+    path = experiment.sequence_file(kind)
+    if not path.exists():
+        parts, val, _ = experiment.parts(dataset)
+        model = sequence_models.build(kind, dataset.num_items, seed)
+        train_sequence_model(model, parts.train, val, seed=seed)
+        sequence_models.save(model, path)
+    return sequence_models.load(path)
