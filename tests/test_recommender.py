@@ -19,6 +19,7 @@ from sequential_recommendation.prompts import (
 )
 from sequential_recommendation.recommender import GATES, Recommender, RecommenderConfig, load
 from sequential_recommendation.scoring import STANDARD, candidate_likelihoods, gates, generate, score, write
+from sequential_recommendation.sequence_models import pad_histories
 from sequential_recommendation.synthetic import synthetic
 from sequential_recommendation.tastes import tastes
 from sequential_recommendation.tiny_model import pretrain, tiny_lm, tiny_tokenizer
@@ -372,6 +373,23 @@ def test_saving_again_and_what_cannot_be_loaded(prompts, tmp_path):
     settings.unlink()
     with pytest.raises(FileNotFoundError, match="recommender.json"):
         load(tmp_path / "saved", tiny_lm(prompts.tokenizer, 32, 2, 2))
+
+
+def test_z_is_standardised_by_fixed_figures_that_are_kept(small, tmp_path):
+    prompts, windows = small
+    model, histories = make(prompts), [window.history for window in windows]
+    before = model.encoder(pad_histories(histories, prompts.dataset.num_items))
+    model.encoder.standardise(histories, batch_size=7)
+    z = model.encoder(pad_histories(histories, prompts.dataset.num_items))
+    torch.testing.assert_close(z, (before - before.mean(0)) / before.std(0), rtol=1e-4, atol=1e-4)
+    alone = model.encoder(pad_histories(histories[:1], prompts.dataset.num_items))
+    torch.testing.assert_close(alone, z[:1])
+    model.save(tmp_path / "saved")
+    again = load(tmp_path / "saved", tiny_lm(prompts.tokenizer, 32, 2, 2))
+    assert torch.equal(again.encoder.mean, model.encoder.mean)
+    assert torch.equal(again.encoder.deviation, model.encoder.deviation)
+    with pytest.raises(ValueError, match="two histories"):
+        model.encoder.standardise(histories[:1])
 
 
 def test_defect_3_the_projector_is_saved_after_text_only_batches(small, tmp_path):

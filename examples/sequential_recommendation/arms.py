@@ -50,6 +50,7 @@ def perform(run: Run) -> dict[str, Any]:
     torch.manual_seed(run.settings.seed)
     gate = run.arm.gate or "uniform"
     model = Recommender(lm, sequence_model, RecommenderConfig(gate=gate, num_experts=run.arm.num_experts)).eval()
+    model.encoder.standardise([window.history for window in parts.train])
     log: list[dict[str, float]] = []
     if run.arm.gate is not None:
         curve = Curve(model, prompts, val, run)

@@ -33,11 +33,12 @@ class RecommenderConfig:
 
     gate: "sequence", the sequence model's z of the user's history; "prompt", the mean embedding of the prompt's words;
         "random", a random z for each user, always the same one; "uniform", nothing: 1/E, which is plain LoRA.
-    gate_kind: as `ilora.SequenceGate`'s kind. The others are `ilora.ILoRAConfig`'s; r is the total rank.
+    gate_kind, temperature: as `ilora.SequenceGate`'s kind and temperature. The others are `ilora.ILoRAConfig`'s; r is the total rank.
     """
 
     gate: str = "sequence"
     gate_kind: str = "dense"
+    temperature: float = 0.1
     r: int = 8
     lora_alpha: float = 32
     lora_dropout: float = 0.1
@@ -47,7 +48,7 @@ class RecommenderConfig:
     def network(self, z_dim: int) -> ilora.GateNetwork:
         """A fresh gate network. Raises ValueError for another name."""
         if self.gate in ("sequence", "random"):
-            return ilora.SequenceGate(z_dim, self.num_experts, self.gate_kind)
+            return ilora.SequenceGate(z_dim, self.num_experts, self.gate_kind, temperature=self.temperature)
         if self.gate == "prompt":
             return ilora.PromptGate(self.num_experts, self.gate_kind)
         if self.gate == "uniform":
@@ -172,7 +173,8 @@ class Recommender(nn.Module):
             stage.mkdir()
             ilora.save_adapter(self.lm, stage / _ADAPTER)
             sequence_models.save(self.encoder.model, stage / _SEQUENCE)
-            save_file({k: t.detach().contiguous() for k, t in self.projector.state_dict().items()}, stage / _PROJECTOR)
+            kept = {**self.projector.state_dict(), "z.mean": self.encoder.mean, "z.deviation": self.encoder.deviation}
+            save_file({name: tensor.detach().contiguous() for name, tensor in kept.items()}, stage / _PROJECTOR)
             (stage / _SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
             if not path.exists():
                 stage.rename(path)
@@ -190,15 +192,18 @@ class Recommender(nn.Module):
         config, sequence_model, projector = _read(path)
         if config != self.settings:
             raise ValueError(f"{path / _SETTINGS}: it holds {config}, this recommender is {self.settings}")
-        self._fill(path, projector)
         self.encoder.model.load_state_dict(sequence_model.state_dict())
+        self._fill(path, projector)
         ilora.load_adapter(self.lm, path / _ADAPTER)
         return self
 
-    def _fill(self, path: Path, projector: dict[str, Tensor]) -> None:
+    def _fill(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        projector = {name: tensor for name, tensor in tensors.items() if not name.startswith("z.")}
         try:
             self.projector.load_state_dict(projector)
-        except RuntimeError as error:
+            self.encoder.mean.copy_(tensors["z.mean"])
+            self.encoder.deviation.copy_(tensors["z.deviation"])
+        except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path / _PROJECTOR}: does not fit this language model: {error}") from error
 
 

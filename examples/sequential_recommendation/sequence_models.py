@@ -224,13 +224,19 @@ def load(path: Path) -> SequenceModel:
 class SequenceEncoder(nn.Module):
     """A trained model as a fixed part of another: z [N, dim] of history int64 [N, L], without gradients or dropout.
 
-    It stays in eval mode whatever its parent does, and no gradient reaches its parameters.
+    It stays in eval mode whatever its parent does, and no gradient reaches its parameters. After `standardise` z has
+    mean 0 and deviation 1 over the histories given there: a batch norm's service to a gate, with fixed statistics.
     """
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, model: SequenceModel) -> None:
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.dim, self.num_items = model.dim, model.num_items
+        self.register_buffer("mean", torch.zeros(self.dim))
+        self.register_buffer("deviation", torch.ones(self.dim))
 
     def train(self, mode: bool = True) -> SequenceEncoder:
         """Does nothing: a frozen model that drops out would give another z each time."""
@@ -238,7 +244,17 @@ class SequenceEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, history: Tensor) -> Tensor:
-        return self.model.represent(history)
+        return (self.model.represent(history) - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def standardise(self, histories: Sequence[Sequence[int]], batch_size: int = 1024) -> None:
+        """What all users share moves no gate; what tells them apart does. Raises ValueError for fewer than two."""
+        if len(histories) < 2:
+            raise ValueError(f"standardise: expected two histories or more, got {len(histories)}")
+        rows = pad_histories(histories, self.num_items).to(self.mean.device)
+        z = torch.cat([self.model.represent(some) for some in rows.split(batch_size)])
+        self.mean.copy_(z.mean(0))
+        self.deviation.copy_(z.std(0).clamp(min=1e-6))
 
     def item_embeddings(self) -> Tensor:
         """[num_items, dim], which a projector can put behind titles."""
