@@ -33,7 +33,8 @@ class RecommenderConfig:
 
     gate: "sequence", the sequence model's z of the user's history; "prompt", the mean embedding of the prompt's words;
         "random", a random z for each user, always the same one; "uniform", nothing: 1/E, which is plain LoRA.
-    gate_kind, temperature: as `ilora.SequenceGate`'s kind and temperature. The others are `ilora.ILoRAConfig`'s; r is the total rank.
+    gate_kind, temperature: as `ilora.SequenceGate`'s kind and temperature; at 0.1 users differ from the first step on.
+    The others are `ilora.ILoRAConfig`'s; r is the total rank.
     """
 
     gate: str = "sequence"
