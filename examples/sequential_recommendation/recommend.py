@@ -1,0 +1,138 @@
+"""Recommends what comes next to somebody who liked some titles, with a trained recommender.
+
+    python examples/sequential_recommendation/recommend.py "Toy Story" "Alien" "Fargo"
+    python examples/sequential_recommendation/recommend.py --run FOLDER "Toy Story" --candidates "Heat" "Big" --json
+
+The titles are given oldest first. The sequence model names a shortlist, and the language model, its experts weighed by
+the gate, ranks it. FOLDER is one that compare.py wrote: a run's, or the whole comparison's, of which the best is taken.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+if __spec__ is None:  # run by path: start again as the package's module, so that its imports work
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    runpy.run_module("sequential_recommendation.recommend", run_name="__main__", alter_sys=True)
+    sys.exit()
+
+import argparse
+import gc
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from .data import NUM_CANDIDATES, Dataset
+from .kept import FOLDER, KeptRun, NoRun, find_run
+from .titles import Titles
+
+if TYPE_CHECKING:  # torch is imported once the titles are known
+    from .service import Answer, Service
+
+BAR = 30  # characters of the longest
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("titles", nargs="+", metavar="TITLE", help="what the person liked, oldest first; 3 to 10 are best")
+    add("--candidates", nargs="+", default=[], metavar="TITLE", help="rank these instead of a shortlist")
+    add("--shortlist", type=int, default=NUM_CANDIDATES, metavar="N", help="how many to rank (%(default)s)")
+    add("--top", type=int, default=10, metavar="K", help="how many to print (%(default)s)")
+    add("--json", action="store_true", help="print JSON")
+    run_options(made)
+    return made
+
+
+def run_options(made: argparse.ArgumentParser) -> None:
+    """Those that say which recommender."""
+    made.add_argument("--run", type=Path, default=FOLDER, metavar="FOLDER", help="of a trained run (%(default)s)")
+    made.add_argument("--root", type=Path, metavar="DIR", help="the data set's files, if they are no longer there")
+
+
+def quiet() -> None:
+    """Nothing but the answer, and what goes wrong, is shown."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
+    """The run, its data set and its titles; nothing heavy yet. Ends the program with status 1 where files fail."""
+    try:
+        run = find_run(folder, root)
+        dataset = run.dataset()
+    except (OSError, NoRun, ValueError) as error:
+        sys.exit(str(error))
+    return run, dataset, Titles(dataset)
+
+
+def loaded(run: KeptRun, dataset: Dataset, titles: Titles) -> Service:
+    """Ends the program with status 1 where files fail."""
+    from .service import Service
+
+    try:
+        return Service.of(run, dataset, titles)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def bar(share: float) -> str:
+    """A share of 1 as characters."""
+    return "#" * round(BAR * share)
+
+
+def shown(answer: Answer, service: Service, top: int) -> Iterator[str]:
+    """The lines of the answer."""
+    yield service.label
+    yield f"after: {'; '.join(answer.history)}"
+    yield from (f"note: {note}" for note in answer.notes)
+    best = answer.ranked[:top]
+    width = max(len("title"), *(len(found.title) for found in best))
+    yield ""
+    yield f"rank  {'title':{width}}  probability  {service.sequence_kind} rank"
+    for found in best:
+        yield (
+            f"{found.rank:4}  {found.title:{width}}  {found.probability:11.1%}  "
+            f"{found.sequence_rank:{len(service.sequence_kind) + 5}}"
+        )
+    rest = len(answer.ranked) - len(best)
+    if rest:
+        yield f"      {f'and {rest} more':{width}}  {sum(r.probability for r in answer.ranked[top:]):11.1%}"
+    yield ""
+    yield f"expert weights ({answer.gate_source})"
+    yield from (f"{expert:4}  {weight:6.3f}  {bar(weight)}" for expert, weight in enumerate(answer.gate, 1))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 0, or 2 where the titles or options are wrong."""
+    made = parser()
+    options = made.parse_args(argv)
+    if options.top < 1:
+        made.error(f"--top: expected 1 or more, got {options.top}")
+    quiet()
+    run, dataset, titles = opened(options.run, options.root)
+    try:
+        titles.find([*options.titles, *options.candidates])  # before anything heavy
+        service = loaded(run, dataset, titles)
+        answer = service.answer(options.titles, options.candidates, options.shortlist)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        from .service import as_json
+
+        print(json.dumps(as_json(answer, service.label, run.folder, options.top), indent=1))
+    else:
+        print("\n".join(shown(answer, service, options.top)))
+    return 0
+
+
+if __name__ == "__main__":
+    gc.disable()  # imports make objects by the million and this process is short: a second of its ten
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""A trained recommender, loaded once, that answers what a person asks it: for the command and for the page."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import MAX_HISTORY, MIN_HISTORY, NUM_CANDIDATES, Dataset, Example
+from .kept import KeptRun
+from .prompts import Choice, Prompts
+from .recommender import Recommender
+from .scoring import candidate_likelihoods, gates
+from .sequence_models import pad_histories
+from .titles import Titles
+
+SOURCES = {
+    "sequence": "from the history, as {kind} reads it",
+    "prompt": "from the words of the prompt",
+    "random": "drawn once, the same for every history",
+    "uniform": "one plain LoRA: nothing is weighed",
+}
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A candidate. probability: among the scored candidates. log_likelihood: of its title, after the prompt.
+    sequence_rank: from 1, among all items that are not in the history, by the sequence model alone."""
+
+    rank: int
+    title: str
+    probability: float
+    log_likelihood: float
+    sequence_rank: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The scored candidates, best first, and the gate behind them.
+
+    history: the titles used, oldest first. gate: one weight for each expert. gate_source: what they come from.
+    notes: where the question is not like those of the training.
+    """
+
+    history: list[str]
+    ranked: list[Recommendation]
+    gate: list[float]
+    gate_source: str
+    notes: list[str]
+
+
+class Service:
+    """Answers with one recommender. Several threads may ask; one is answered at a time.
+
+    Args:
+        model: in eval mode. prompts: of its data set and tokenizer. hybrid: whether it was trained with item
+            embeddings in the prompts. label: what the model is, for people.
+    """
+
+    def __init__(
+        self, model: Recommender, prompts: Prompts, hybrid: bool, label: str = "", titles: Titles | None = None
+    ) -> None:
+        self.model, self.prompts, self.label = model, prompts, label
+        self.titles = titles or Titles(prompts.dataset)
+        self.choice = Choice(0, hybrid)
+        self.sequence_kind = type(model.encoder.model).__name__
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, run: KeptRun, dataset: Dataset, titles: Titles | None = None) -> Service:
+        """Loads the recommender of a kept run. Raises as `KeptRun.load`."""
+        model, prompts = run.load(dataset)
+        return cls(model, prompts, run.hybrid, f"{run.arm}; {run.model}; {dataset.name}", titles)
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.prompts.dataset
+
+    def answer(self, history: Sequence[str], candidates: Sequence[str] = (), shortlist: int = NUM_CANDIDATES) -> Answer:
+        """Ranks the candidates for somebody who liked the titles of the history, oldest first.
+
+        Without candidates: the `shortlist` items that the sequence model ranks highest. Raises `UnknownTitles`, or
+        ValueError for no history, repeated titles, candidates of the history, fewer than two candidates, and more
+        than the language model has room for.
+        """
+        used, chosen, notes = self._asked(history, candidates)
+        with self._lock, torch.no_grad():
+            order = self._by_sequence(used)
+            place = {item: rank for rank, item in enumerate(order, 1)}
+            chosen = chosen or self._shortlist(used, order, shortlist)
+            if len(chosen) != NUM_CANDIDATES:
+                notes.append(f"{len(chosen)} candidates: the model was trained with {NUM_CANDIDATES}")
+            example = asked(used, chosen)
+            self._check_room(example)
+            scores = candidate_likelihoods(self.model, self.prompts, [example], self.choice)[0]
+            gate = gates(self.model, self.prompts, [example], self.choice)[0]
+        return Answer(
+            [self.dataset.titles[item] for item in used],
+            self._ranked(example, scores, place),
+            gate.tolist(),
+            SOURCES[self.model.settings.gate].format(kind=self.sequence_kind),
+            notes,
+        )
+
+    def _asked(self, history: Sequence[str], candidates: Sequence[str]) -> tuple[list[int], list[int], list[str]]:
+        """(items of the history that are used, of the candidates, notes)"""
+        if not history:
+            raise ValueError("the history is empty: give one title or more")
+        found = self.titles.find([*history, *candidates])
+        liked, chosen = found[: len(history)], found[len(history) :]
+        for items in (liked, chosen):
+            twice = dict.fromkeys(self.dataset.titles[item] for item in items if items.count(item) > 1)
+            if twice:
+                raise ValueError(f"given more than once: {', '.join(twice)}")
+        both = [self.dataset.titles[item] for item in chosen if item in liked]
+        if both:
+            raise ValueError(f"both in the history and among the candidates: {', '.join(both)}")
+        if len(chosen) == 1:
+            raise ValueError(f"one candidate cannot be ranked, give two or more: {self.dataset.titles[chosen[0]]}")
+        notes = []
+        if len(liked) > MAX_HISTORY:
+            notes.append(f"{len(liked)} titles: the last {MAX_HISTORY} are used, as in the training")
+        if len(liked) < MIN_HISTORY:
+            notes.append(f"{len(liked)} of the {MIN_HISTORY} to {MAX_HISTORY} titles that the model was trained with")
+        return liked[-MAX_HISTORY:], chosen, notes
+
+    def _by_sequence(self, history: Sequence[int]) -> list[int]:
+        """All items that are not in the history, the sequence model's first choice first."""
+        rows = pad_histories([history], self.dataset.num_items).to(self.model.device)
+        scores = self.model.encoder.model(rows)[0]
+        return [item for item in scores.argsort(descending=True, stable=True).tolist() if item not in history]
+
+    def _shortlist(self, history: Sequence[int], order: Sequence[int], count: int) -> list[int]:
+        """The first items with titles of their own, as in `data.with_candidates`."""
+        if count < 2:
+            raise ValueError(f"a shortlist of {count} cannot be ranked, give two or more")
+        names = self.dataset.names
+        seen, chosen = {names[item] for item in history}, []
+        for item in order:
+            if names[item] not in seen:
+                seen.add(names[item])
+                chosen.append(item)
+        if len(chosen) < count:
+            raise ValueError(f"a shortlist of {count}: only {len(chosen)} titles are not in the history")
+        return chosen[:count]
+
+    def _check_room(self, example: Example) -> None:
+        """Positions beyond those of its training would give numbers that mean nothing."""
+        room = getattr(self.model.lm.config, "max_position_embeddings", None)
+        longest = max(len(self.prompts.answer(item)) for item in example.candidates)
+        length = len(self.prompts.prompt(example, self.choice)[0]) + longest
+        if room is not None and length > room:
+            raise ValueError(
+                f"{len(example.candidates)} candidates make {length} tokens, the language model has room for {room}: "
+                "ask for a shorter list"
+            )
+
+    def _ranked(self, example: Example, scores: Tensor, place: dict[int, int]) -> list[Recommendation]:
+        probabilities = scores.double().softmax(0).tolist()
+        order = scores.argsort(descending=True, stable=True).tolist()
+        found = [(example.candidates[i], probabilities[i], float(scores[i])) for i in order]
+        return [
+            Recommendation(rank, self.dataset.titles[item], probability, score, place[item])
+            for rank, (item, probability, score) in enumerate(found, 1)
+        ]
+
+    def histories(self, count: int = 4, length: int = 5) -> list[list[str]]:
+        """The latest titles of some users of the data set, to try."""
+        long_enough = [user for user, items in sorted(self.dataset.users.items()) if len(items) >= length]
+        users = random.Random(0).sample(long_enough, min(count, len(long_enough)))
+        return [[self.dataset.titles[item] for item in self.dataset.users[user][-length:]] for user in users]
+
+
+def asked(history: Sequence[int], candidates: Sequence[int]) -> Example:
+    """The question as the recommender was trained on it: the candidates in a random order, always the same one for
+    the same question, so that none gains by its place. The target, which is unknown, is the first of them."""
+    shuffled = sorted(candidates)
+    random.Random(f"{tuple(history)}/{shuffled}").shuffle(shuffled)
+    return Example("somebody", tuple(history), shuffled[0], tuple(shuffled))
+
+
+def as_json(answer: Answer, label: str, folder: Path, top: int) -> dict[str, Any]:
+    """The answer with its `top` first recommendations, JSON-able."""
+    found = asdict(answer)
+    scored = found.pop("ranked")
+    gate = {"source": found.pop("gate_source"), "weights": found.pop("gate")}
+    head = {"model": label, "run": str(folder), **found, "scored": len(scored)}
+    return {**head, "recommendations": scored[:top], "gate": gate}
