@@ -172,9 +172,10 @@ class Service:
 
     def histories(self, count: int = 4, length: int = 5) -> list[list[str]]:
         """The latest titles of some users of the data set, to try."""
-        long_enough = [user for user, items in sorted(self.dataset.users.items()) if len(items) >= length]
-        users = random.Random(0).sample(long_enough, min(count, len(long_enough)))
-        return [[self.dataset.titles[item] for item in self.dataset.users[user][-length:]] for user in users]
+        users = (items for _, items in sorted(self.dataset.users.items()))
+        found = (list(dict.fromkeys(self.dataset.titles[item] for item in items)) for items in users)
+        long_enough = [titles[-length:] for titles in found if len(titles) >= length]
+        return random.Random(0).sample(long_enough, min(count, len(long_enough)))
 
 
 def asked(history: Sequence[int], candidates: Sequence[int]) -> Example:

@@ -1,0 +1,327 @@
+"""The command that recommends: titles, kept runs, the ranking, the gate, what it prints and how it refuses."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kept_runs import FILMS, kept_run, movielens_files
+from sequential_recommendation import compare, kept, page, recommend
+from sequential_recommendation.data import Dataset
+from sequential_recommendation.kept import NoRun, find_run, read_run
+from sequential_recommendation.scoring import candidate_likelihoods, gates
+from sequential_recommendation.service import Service, asked
+from sequential_recommendation.synthetic import synthetic
+from sequential_recommendation.titles import Titles, UnknownTitles, forms
+
+ROOT = Path(__file__).resolve().parent.parent
+LIKED = ["Toy Story", "alien", "the usual suspects"]
+ITEMS = [0, 2, 1]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """(folder of the data, folder of a run on it)"""
+    folder = tmp_path_factory.mktemp("films")
+    data = movielens_files(folder / "data")
+    return data, kept_run(folder / "out", data="ml-100k", root=data)
+
+
+@pytest.fixture(scope="module")
+def service(films):
+    run = find_run(films[1])
+    return Service.of(run, run.dataset())
+
+
+@pytest.fixture(scope="module")
+def titles(films):
+    return Titles(read_run(films[1]).dataset())
+
+
+def found(titles, title):
+    return titles.dataset.titles[titles.find([title])[0]]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("Toy Story (1995)", "Toy Story (1995)"),
+        ("  TOY   story", "Toy Story (1995)"),
+        ("usual suspects", "Usual Suspects, The (1995)"),
+        ("The Usual Suspects", "Usual Suspects, The (1995)"),
+        ("the usual suspects (1995)", "Usual Suspects, The (1995)"),
+        ("usual suspects, the", "Usual Suspects, The (1995)"),
+        ("le bonheur", "Bonheur, Le (1965)"),
+        ("Bonheur", "Bonheur, Le (1965)"),
+        ("amelie and co", None),
+        ("Amelie & Co", "Amélie & Co. (1997)"),
+        ("sabrina (1954)", "Sabrina (1954)"),
+        ("Sabrina", None),
+        ("Toy Story (1996)", None),
+        ("Story", None),
+    ],
+)
+def test_a_title_is_found_by_what_is_left_of_it(titles, typed, meant):
+    if meant is None:
+        with pytest.raises(UnknownTitles):
+            titles.find([typed])
+    else:
+        assert found(titles, typed) == meant
+
+
+def test_all_wrong_titles_are_named_with_what_is_near(titles):
+    with pytest.raises(UnknownTitles) as caught:
+        titles.find(["Toy Story", "Sabrina", "Toy Storry", "story", "qqqq"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "'Sabrina' is several: 'Sabrina (1954)', 'Sabrina (1995)'"
+    assert lines[1] == "'Toy Storry' is not known; near it: 'Toy Story (1995)'"
+    assert lines[2].startswith("'story' is not known; near it: 'Toy Story (1995)'")
+    assert lines[3:] == ["'qqqq' is not known"]
+
+
+def test_items_of_one_title_are_one_to_a_person(titles):
+    assert titles.find(["chasing amy"]) == [8]  # of 7 and 8 the one that more users met
+    assert titles.known.count("Chasing Amy (1997)") == 1
+    assert len(titles.known) == len(FILMS) - 1
+    plain = Titles(Dataset("plain", ["Toy Story", "!!!", "The The"], {}))
+    assert plain.find(["Toy Story (1995)", "!!!", "the"]) == [0, 1, 2]  # without years a year says nothing
+    assert forms("!!!") == ("!!!", "!!!", "!!!")
+
+
+def test_the_ranking_is_that_of_the_likelihoods(service):
+    answer = service.answer(LIKED)
+    order = service._by_sequence(ITEMS)
+    shortlist = [item for item in order if item != 7 or order.index(8) > order.index(7)]
+    shortlist = [item for item in shortlist if item != 8 or order.index(7) > order.index(8)][:20]
+    example = asked(ITEMS, shortlist)
+    scores = candidate_likelihoods(service.model, service.prompts, [example], service.choice)[0]
+    assert len(set(scores.tolist())) == 20
+    by_title = {FILMS[item]: score for item, score in zip(example.candidates, scores.tolist(), strict=True)}
+    assert [r.title for r in answer.ranked] == sorted(by_title, key=by_title.get, reverse=True)
+    assert [r.log_likelihood for r in answer.ranked] == sorted(by_title.values(), reverse=True)
+    probabilities = torch.tensor([r.probability for r in answer.ranked], dtype=torch.float64)
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+    torch.testing.assert_close(probabilities, scores.double().sort(descending=True).values.softmax(0))
+    assert [r.rank for r in answer.ranked] == list(range(1, 21))
+    assert {r.title: r.sequence_rank for r in answer.ranked} == {FILMS[i]: order.index(i) + 1 for i in shortlist}
+    assert not {FILMS[item] for item in ITEMS} & set(by_title)
+
+
+def test_the_gate_is_the_models(service):
+    answer = service.answer(LIKED)
+    batch = service.prompts.collate([asked(ITEMS, [3, 4, 5])], [service.choice], answers=False)
+    with torch.no_grad():
+        assert answer.gate == service.model.gate(batch)[0].tolist()
+    assert sum(answer.gate) == pytest.approx(1)
+    assert answer.gate_source == "from the history, as SASRec reads it"
+    turned = service.answer(LIKED[::-1])
+    assert turned.gate != answer.gate
+    assert [r.probability for r in turned.ranked] != [r.probability for r in answer.ranked]
+    assert service.answer(LIKED) == answer
+
+
+def test_candidates_of_ones_own_and_longer_lists(service):
+    own = service.answer(LIKED, ["Sabrina (1995)", "heat <b>", "chasing amy"])
+    assert {r.title for r in own.ranked} == {"Sabrina (1995)", "Heat <b>(1995)", "Chasing Amy (1997)"}
+    assert own == service.answer(LIKED, ["chasing amy", "Sabrina (1995)", "heat <b>"])
+    assert any("3 candidates" in note for note in own.notes)
+    assert len(service.answer(LIKED, shortlist=30).ranked) == 30
+    assert service.answer(LIKED).notes == []
+    assert "1 of the 3 to 10" in service.answer(["alien"]).notes[0]
+    many = [f"film number {n}" for n in range(12)]
+    answer = service.answer(many)
+    assert answer.history == FILMS[12:22]
+    assert "the last 10 are used" in answer.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "words"),
+    [
+        (([],), "empty"),
+        ((["alien", "toy story", "Alien (1979)"],), r"more than once: Alien \(1979\)"),
+        ((["alien"], ["toy story", "Toy Story"]), "more than once: Toy Story"),
+        ((["alien"], ["alien", "toy story"]), "both in the history and among the candidates: Alien"),
+        ((["alien"], ["toy story"]), "one candidate cannot be ranked"),
+        ((["alien"], [], 1), "a shortlist of 1"),
+        ((["alien"], [], 100), "only 38 titles are not in the history"),
+        ((["alien", "nobody"], ["nothing"]), "'nobody' is not known.*\n'nothing' is not known"),
+    ],
+)
+def test_what_cannot_be_answered(service, asked_for, words):
+    with pytest.raises(ValueError, match=words):
+        service.answer(*asked_for)
+
+
+def test_a_prompt_longer_than_the_model_can_read(service, monkeypatch):
+    monkeypatch.setattr(service.model.lm.config, "max_position_embeddings", 100)
+    with pytest.raises(ValueError, match="room for 100: ask for a shorter list"):
+        service.answer(LIKED)
+
+
+@pytest.mark.parametrize("gate", ["uniform", "prompt", "random"])
+def test_other_gates(tmp_path, gate):
+    run = find_run(kept_run(tmp_path, gate))
+    dataset = run.dataset()
+    service = Service.of(run, dataset)
+    liked = dataset.titles[:3]
+    answer = service.answer(liked)
+    example = asked([0, 1, 2], [service.titles.items[r.title.casefold()] for r in answer.ranked])
+    assert answer.gate == gates(service.model, service.prompts, [example], service.choice)[0].tolist()
+    assert len(answer.gate) == (1 if gate == "uniform" else 4)
+    assert {"uniform": "plain LoRA", "prompt": "the words", "random": "drawn once"}[gate] in answer.gate_source
+
+
+def test_a_run_says_what_it_is_of(films):
+    data, folder = films
+    run = read_run(folder)
+    assert (run.data, run.root, run.plain, run.users, run.gate, run.hybrid) == (
+        "ml-100k",
+        data,
+        False,
+        40,
+        "sequence",
+        True,
+    )
+    assert run.dataset() == compare.Experiment(folder, "ml-100k", data).dataset()
+    assert run.comparison == folder.parents[2]
+    assert compare.PROMPTS == kept.KINDS
+    assert compare.MADE_UP == kept.MADE_UP
+
+
+def test_run_files_that_say_too_little(tmp_path):
+    folder = kept_run(tmp_path)
+    file = folder / "run.json"
+    good = json.loads(file.read_text())
+
+    def refused(words, **experiment):
+        file.write_text(json.dumps(good | {"experiment": good["experiment"] | experiment}))
+        with pytest.raises(ValueError, match=words):
+            read_run(folder)
+
+    refused("run.json: .*expected True or False, got 'maybe'", plain="maybe")
+    refused("run.json: .*unknown data 'books'", data="books")
+    refused("run.json: .*invalid literal", users="many")
+    file.write_text(json.dumps({"arm": good["arm"]}))
+    with pytest.raises(ValueError, match="run.json: .*it has no 'settings'"):
+        read_run(folder)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="run.json"):
+        read_run(folder)
+    assert json.loads(json.dumps(good))["experiment"]["plain"] == "False"  # what bool() would take for true
+
+
+def test_the_best_run_of_a_comparison_is_taken(tmp_path):
+    kept_run(tmp_path, "uniform", validation=0.9)
+    kept_run(tmp_path, seed=1, validation=0.2)
+    best = kept_run(tmp_path, seed=2, validation=0.4)
+    kept_run(tmp_path, seed=3)
+    assert find_run(tmp_path).folder == best
+    assert find_run(best.parent).folder == best
+    assert find_run(tmp_path / "synthetic-leave-one-out-tiny" / "runs" / "ilora-uniform").gate == "uniform"
+    kept_run(tmp_path, data="tastes")
+    with pytest.raises(NoRun, match="several comparisons(.|\n)*tastes"):
+        find_run(tmp_path)
+
+
+def run_command(capsys, *arguments):
+    """(exit status, stdout, stderr)"""
+    try:
+        status = recommend.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
+
+
+def test_the_command_prints_a_table(films, service, capsys):
+    status, out, _ = run_command(capsys, "--run", films[1], "--top", 3, *LIKED)
+    answer = service.answer(LIKED)
+    lines = out.splitlines()
+    assert status == 0
+    assert lines[:2] == [service.label, "after: Toy Story (1995); Alien (1979); Usual Suspects, The (1995)"]
+    for line, r in zip(lines[4:7], answer.ranked, strict=False):
+        assert line.startswith(f"{r.rank:4}  {r.title} ")
+        assert line.split()[-2:] == [f"{r.probability:.1%}", str(r.sequence_rank)]
+    assert "and 17 more" in lines[7]
+    assert [line.split()[1] for line in lines[-4:]] == [f"{weight:.3f}" for weight in answer.gate]
+    assert [line.count("#") for line in lines[-4:]] == [round(30 * weight) for weight in answer.gate]
+
+
+def test_the_command_prints_json(films, service, capsys):
+    status, out, _ = run_command(capsys, "--run", films[1], "--json", "--top", 2, *LIKED, "--shortlist", 5)
+    answer = service.answer(LIKED, shortlist=5)
+    said = json.loads(out)
+    assert (status, said["scored"], said["history"]) == (0, 5, answer.history)
+    assert said["gate"] == {"source": answer.gate_source, "weights": answer.gate}
+    assert [r["title"] for r in said["recommendations"]] == [r.title for r in answer.ranked[:2]]
+    assert said["recommendations"][0]["log_likelihood"] == answer.ranked[0].log_likelihood
+    assert said["notes"] == ["5 candidates: the model was trained with 20"]
+
+
+def test_how_the_command_refuses(films, tmp_path, capsys):
+    data, folder = films
+    status, out, err = run_command(capsys, "--run", folder, "Toy Storry", "sabrina", "alien")
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 2
+    assert "near it: 'Toy Story (1995)'" in err
+    assert run_command(capsys, "--run", folder)[0] == 2
+    assert run_command(capsys, "--run", folder, "alien", "Alien")[0] == 2
+    assert run_command(capsys, "--run", folder, "--top", 0, "alien")[0] == 2
+    status, out, _ = run_command(capsys, "--run", tmp_path / "none", "alien")
+    assert f"{kept.COMPARE} --out {tmp_path / 'none'}" in status  # sys.exit prints it and ends with 1
+    status, *_ = run_command(capsys, "--run", folder, "--root", tmp_path / "gone", "alien")
+    assert "give --root DIR" in status
+    (tmp_path / "other").mkdir()
+    for name in ("u.item", "u.data"):
+        lines = (data / name).read_text("latin-1").splitlines(keepends=True)
+        (tmp_path / "other" / name).write_text("".join(lines), "latin-1")
+    with (tmp_path / "other" / "u.item").open("a") as file:
+        file.write("99|A new film (1999)|\n")
+    status, *_ = run_command(capsys, "--run", folder, "--root", tmp_path / "other", "alien")
+    assert "the files that it was trained on" in str(status)
+
+
+def test_the_command_by_its_path_and_without_a_run(tmp_path):
+    script = ROOT / "examples" / "sequential_recommendation" / "recommend.py"
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script, "Heat"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no trained recommender in recommender-comparison" in done.stderr
+    command = next(line.strip() for line in done.stderr.splitlines() if "compare.py" in line)
+    assert command == kept.COMPARE
+    assert (ROOT / command.split()[1]).exists()
+
+
+def test_what_the_page_shows(service):
+    answer = service.answer(LIKED)
+    ranking, gate = page.respond(service, LIKED)
+    assert ranking.count("<tr>") == 21
+    places = [ranking.index(page.escape(r.title)) for r in answer.ranked]
+    assert places == sorted(places)
+    assert "<b>" not in ranking
+    for weight in answer.gate:
+        assert f"width:{100 * weight:.1f}%" in gate
+    wrong, nothing = page.respond(service, ["Toy Storry"])
+    assert 'role="alert"' in wrong
+    assert "near it: &#x27;Toy Story (1995)&#x27;" in wrong
+    assert nothing == ""
+    assert "give one title or more" in page.respond(service, None)[0]
+    for history in service.histories():
+        service.answer(history)
+
+
+def test_the_commands_of_the_how_to():
+    lines = (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8").splitlines()
+    commands = [
+        shlex.split(line)[1:] for line in lines if line.startswith("python examples/sequential_recommendation/")
+    ]
+    parsers = {"compare.py": compare.parse, "recommend.py": recommend.parser().parse_args, "page.py": page.parse}
+    said = [parsers[Path(script).name](arguments) for script, *arguments in commands]
+    assert {Path(script).name for script, *_ in commands} == set(parsers)
+    made_up = Titles(synthetic())
+    for options in said:
+        if getattr(options, "titles", None) and options.run == kept.FOLDER:
+            made_up.find([*options.titles, *options.candidates])
