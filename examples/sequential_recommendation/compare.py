@@ -44,6 +44,7 @@ from .experiments import (
     Experiment,
     Run,
     train_sequence,
+    unpacked,
     write_whole,
 )
 from .metrics import Ratio, candidate_scores, popularity, ranks
@@ -51,9 +52,9 @@ from .pictures import draw
 from .prompts import Prompts
 from .sequence_models import KINDS
 from .sequence_training import candidate_ranks
+from .settings import LEARNING_RATES, TrainingSettings
 from .tables import described_ranks, table
 from .tiny_model import pretrain, tiny_lm
-from .training import LEARNING_RATES, TrainingSettings
 
 STEPS, BATCH = 300, 32  # of the tiny model
 RATES = {"uniform": 3e-3, "sequence": 1e-2, "random": 3e-3, "prompt": 3e-3}  # of 3e-3 and 1e-2, see --lr
@@ -165,6 +166,8 @@ def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pret
         staged.rename(experiment.lm_folder)
         spent = f"{len(losses)} steps, {time.perf_counter() - start:.0f} s"
         print(f"tiny language model: loss {losses[0]:.2f} -> {losses[-1]:.2f}, {spent}", flush=True)
+    if experiment.model == SMOLLM2:
+        unpacked(experiment.smollm2_folder)
     counts = popularity(parts.train, dataset.num_items).expand(len(test), -1)
     found = {"popularity": described_ranks(ranks(*candidate_scores(counts, test)))}
     return found | {NAMES[kind]: described_ranks(candidate_ranks(model, test)) for kind, model in models.items()}

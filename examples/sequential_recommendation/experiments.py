@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import sys
+import uuid
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,10 +24,10 @@ from .prompts import Choice
 from .readers import READERS, plain_titles
 from .sequence_models import SequenceModel
 from .sequence_training import train_sequence_model
+from .settings import TrainingSettings
 from .synthetic import synthetic
 from .tastes import tastes
 from .tiny_model import tiny_tokenizer
-from .training import TrainingSettings
 
 PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
 MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
@@ -62,12 +66,24 @@ class Experiment:
     plain: bool = False
     guide: str = "sasrec"
 
+    @classmethod
+    def read(cls, described: dict[str, str], folder: Path) -> Experiment:
+        """From what `Run.described` says of it, now in this folder; what that lacks has its default.
+
+        Raises ValueError for values that are none of a field's, or another data set than there is.
+        """
+        readers: dict[type, Callable[[str], Any]] = {bool: _truth, int: int, str: str, type(None): _path}
+        given = {f.name: readers[type(f.default)](described[f.name]) for f in fields(cls)[1:] if f.name in described}
+        if given.get("data") not in PROMPTS:
+            raise ValueError(f"data: expected one of {', '.join(PROMPTS)}, got {given.get('data')!r}")
+        return cls(folder, **given)
+
     def dataset(self) -> Dataset:
         """Raises OSError or ValueError where the raw files are missing or damaged."""
         if self.data in MADE_UP:
             return MADE_UP[self.data](self.users, seed=self.data_seed)
-        if self.root is None:
-            raise ValueError(f"--data {self.data} needs --root, the folder of its files")
+        if self.root is None or not self.root.is_dir():
+            raise FileNotFoundError(f"the files of {self.data} are to be in --root, a folder, which is {self.root}")
         dataset = READERS[self.data](self.root)
         dataset = plain_titles(dataset) if self.plain else dataset
         return dataset if self.min_users == 1 else frequent(dataset, items=self.min_users)
@@ -85,24 +101,63 @@ class Experiment:
     def lm_folder(self) -> Path:
         return self.folder / "tiny-lm"
 
+    @property
+    def smollm2_folder(self) -> Path:
+        return self.folder.parent / "smollm2"
+
     def language_model(self, dataset: Dataset) -> tuple[Any, Any]:
-        """(model, tokenizer), fresh, on the GPU where there is one."""
+        """(model, tokenizer), fresh, on the GPU where there is one. Raises OSError where the model is missing."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         if self.model == TINY:
+            if not self.lm_folder.is_dir():
+                raise FileNotFoundError(f"{self.lm_folder}: the tiny language model of this comparison is missing")
             lm, tokenizer = AutoModelForCausalLM.from_pretrained(self.lm_folder), self.tokenizer(dataset)
-        elif self.model == SMOLLM2:
-            lm, tokenizer = importlib.import_module("smollm2_text").load(None)  # the example beside this package
         else:
-            lm = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            name = str(unpacked(self.smollm2_folder)) if self.model == SMOLLM2 else self.model
+            lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(name)
         return lm.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
     def tokenizer(self, dataset: Dataset) -> Any:
         """The tiny model's."""
         return tiny_tokenizer(dataset, PROMPTS[self.data])
+
+
+def _truth(text: str) -> bool:
+    """Of what str makes of a bool; bool("False") would be true."""
+    if text not in ("True", "False"):
+        raise ValueError(f"expected True or False, got {text!r}")
+    return text == "True"
+
+
+def _path(text: str) -> Path | None:
+    return None if text == "None" else Path(text)
+
+
+def unpacked(folder: Path) -> Path:
+    """The folder with SmolLM2 in float32 as safetensors; made the first time, since GGUF takes half a minute to read.
+    It appears whole or not at all."""
+    if folder.is_dir():
+        return folder
+    from transformers import AutoModelForCausalLM
+
+    print(f"unpacking SmolLM2 to {folder}, this once: half a gigabyte, about a minute", file=sys.stderr, flush=True)
+    packed, tokenizer = importlib.import_module("smollm2_text").load(None)  # the example beside this package
+    config = deepcopy(packed.config)
+    del config.quantization_config  # transformers refuses to write a model that was quantised once
+    lm = AutoModelForCausalLM.from_config(config, dtype=packed.dtype)
+    lm.load_state_dict(packed.state_dict())
+    stage = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    try:
+        lm.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        stage.rename(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return folder
 
 
 class Run(NamedTuple):

@@ -66,7 +66,7 @@ def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
     """The run, its data set and its titles; nothing heavy yet. Ends the program with status 1 where files fail."""
     try:
         run = find_run(folder, root)
-        dataset = run.dataset()
+        dataset = run.experiment.dataset()
     except (OSError, NoRun, ValueError) as error:
         sys.exit(str(error))
     return run, dataset, Titles(dataset)

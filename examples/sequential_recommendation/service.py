@@ -76,7 +76,7 @@ class Service:
     def of(cls, run: KeptRun, dataset: Dataset, titles: Titles | None = None) -> Service:
         """Loads the recommender of a kept run. Raises as `KeptRun.load`."""
         model, prompts = run.load(dataset)
-        return cls(model, prompts, run.hybrid, f"{run.arm}; {run.model}; {dataset.name}", titles)
+        return cls(model, prompts, run.hybrid, f"{run.arm.name}; {run.experiment.model}; {dataset.name}", titles)
 
     @property
     def dataset(self) -> Dataset:

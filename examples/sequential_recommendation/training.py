@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,64 +20,31 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .data import Example, Window, with_candidates
 from .prompts import Choice, Prompts, choose, hybrid_share
 from .recommender import Recommender
+from .settings import TrainingSettings
 
-LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # of the paper, by data set
 
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How a recommender is trained; the defaults are the paper's.
-
-    epochs, or steps where it is not 0. batch_size examples at once, accumulated to effective_batch for a step (of one
-    process). The learning rate rises from lr/100 over the first `warmup` of all steps and falls to lr/100 as a cosine;
-    the gate's is gate_lr times that. weight_decay: of projector and gate. curriculum: over which part of all steps the
-    share of hybrid prompts rises from 0 to 1 (0: hybrid from the start; None: never). precision: fp32, bf16 or fp16.
-    save_steps: a checkpoint every so often; 0: none.
-    """
-
-    epochs: float = 5
-    steps: int = 0
-    lr: float = 8e-4
-    gate_lr: float = 0.3
-    batch_size: int = 8
-    effective_batch: int = 128
-    warmup: float = 0.05
-    weight_decay: float = 1e-5
-    curriculum: float | None = 1.0
-    seed: int = 0
-    workers: int = 0
-    precision: str = "fp32"
-    logging_steps: int = 10
-    save_steps: int = 0
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision: expected fp32, bf16 or fp16, got {self.precision!r}")
-        if self.effective_batch % self.batch_size:
-            raise ValueError(f"effective_batch={self.effective_batch}: expected a multiple of {self.batch_size=}")
-
-    def arguments(self, out: Path) -> TrainingArguments:
-        return TrainingArguments(
-            output_dir=str(out),
-            num_train_epochs=self.epochs,
-            max_steps=self.steps or -1,
-            learning_rate=self.lr,
-            per_device_train_batch_size=self.batch_size,
-            gradient_accumulation_steps=self.effective_batch // self.batch_size,
-            bf16=self.precision == "bf16",
-            fp16=self.precision == "fp16",
-            seed=self.seed,
-            dataloader_num_workers=self.workers,
-            logging_steps=self.logging_steps,
-            save_strategy="steps" if self.save_steps else "no",
-            save_steps=self.save_steps or 500,
-            disable_tqdm=not self.progress,
-            remove_unused_columns=False,
-            dataloader_drop_last=False,
-            use_cpu=not torch.cuda.is_available(),
-            report_to=[],
-        )
+def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
+    """The Trainer's. out: for checkpoints."""
+    return TrainingArguments(
+        output_dir=str(out),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        learning_rate=settings.lr,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.effective_batch // settings.batch_size,
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        seed=settings.seed,
+        dataloader_num_workers=settings.workers,
+        logging_steps=settings.logging_steps,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        disable_tqdm=not settings.progress,
+        remove_unused_columns=False,
+        dataloader_drop_last=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+    )
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
@@ -115,7 +81,7 @@ class RecommenderTrainer(Trainer):
         self.prompts, self.windows, self.settings = prompts, windows, settings
         super().__init__(
             model,
-            settings.arguments(out),
+            arguments(settings, out),
             train_dataset=range(len(windows)),
             data_collator=numbers,
             callbacks=callbacks,
