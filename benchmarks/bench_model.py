@@ -11,11 +11,12 @@ The default model has SmolLM2-135M's shape and random weights; --model FOLDER ta
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,19 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "rope_theta": 100000.0,
 }
+LLAMA3_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 TINY = {**SMOLLM2, "vocab_size": 512, "hidden_size": 72, "intermediate_size": 96, "num_hidden_layers": 2}
-SHAPES = {"smollm2": SMOLLM2, "tiny": TINY}
+SHAPES = {"smollm2": SMOLLM2, "llama3-8b": LLAMA3_8B, "tiny": TINY}
 Step = Callable[[], None]
 
 
@@ -48,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2", help=f"{', '.join(SHAPES)}, or a folder of a causal language model")
+    add("--layers", type=int, help="of the shape, only so many layers")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--batch", type=int, default=8)
@@ -64,23 +77,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_model(options: argparse.Namespace) -> Any:
-    """The same model every time."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    """The same model every time, made where it is to run: a large one takes minutes on a CPU."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)
     if options.model in SHAPES:
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.model])).to(dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    model = model.to(options.device).train()
+        config = LlamaConfig(**SHAPES[options.model])
+        config.num_hidden_layers = options.layers or config.num_hidden_layers
+        with options.device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device)
+
+
+def twin(model: Any, options: argparse.Namespace) -> Any:
+    """A model of its own over the very same weights, which nobody trains: memory for one is enough for all."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, shared).train()
     if options.checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
+        copied.gradient_checkpointing_enable({"use_reentrant": False})
+    return copied
 
 
-def frozen_step(options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
-    model = make_model(options).requires_grad_(False)
+def frozen_step(model: Any, options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
+    model.requires_grad_(False)
 
     def step() -> None:
         embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -101,16 +121,16 @@ def trained_step(model: Any, ids: Tensor, **more: Any) -> tuple[Step, int]:
     return step, sum(p.numel() for p in parameters)
 
 
-def peft_step(options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
+def peft_step(model: Any, options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
     import peft
 
     config = peft.LoraConfig(r=options.rank, lora_alpha=32, lora_dropout=dropout, target_modules="all-linear")
-    return trained_step(peft.get_peft_model(make_model(options), config, autocast_adapter_dtype=False), ids)
+    return trained_step(peft.get_peft_model(model, config, autocast_adapter_dtype=False), ids)
 
 
-def ilora_step(options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
+def ilora_step(model: Any, options: argparse.Namespace, dropout: float, ids: Tensor) -> tuple[Step, int]:
     config = ilora.ILoRAConfig(r=options.rank, lora_alpha=32, lora_dropout=dropout, num_experts=options.experts)
-    model = ilora.inject(make_model(options), config, gate=ilora.SequenceGate(64, options.experts))
+    model = ilora.inject(model, config, gate=ilora.SequenceGate(64, options.experts))
     return trained_step(model, ids, ilora_z=torch.randn(options.batch, 64, device=options.device))
 
 
@@ -125,13 +145,16 @@ def timed(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(options: argparse.Namespace, dropout: float) -> list[dict[str, Any]]:
-    """A row for each kind of step, all in the same rounds."""
-    vocabulary = make_model(options).get_input_embeddings().weight.shape[0]
+def measure(
+    options: argparse.Namespace, dropout: float, kinds: Iterable[str] = tuple(STEPS), base: Any = None
+) -> list[dict[str, Any]]:
+    """A row for each kind of step, all in the same rounds, over the weights of `base` (None: made here)."""
+    base = make_model(options) if base is None else base
+    vocabulary = base.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (options.batch, options.length), device=options.device)
     steps, trained = {}, {}
-    for name, build in STEPS.items():
-        steps[name], trained[name] = build(options, dropout, ids)
+    for name in kinds:
+        steps[name], trained[name] = STEPS[name](twin(base, options), options, dropout, ids)
         timed(steps[name], options.device)
     times: dict[str, list[float]] = {name: [] for name in steps}
     shuffle, names = random.Random(0), list(steps)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Eager, Graphed, Program, WrongPeer, bf16_cost, check, interleave, summarise
+from measure import Eager, Graphed, Program, WrongPeer, bf16_cost, check, input_sets, interleave, summarise
 from memory import peak_bytes, saved_bytes
-from peers import PEERS, Case, Settings, make_case, unavailable
+from peers import PEERS, Settings, make_case, unavailable
 from report import busy, heading, machine, table, write_json
 from tqdm import tqdm
 
@@ -169,7 +168,7 @@ def run_case(settings: Settings, options: argparse.Namespace, say: Callable[[str
     """One row for each peer; the one that the check refuses has an `error` and no times."""
     torch.compiler.reset()  # each case is a graph of its own; dynamo keeps only a few
     device, first = settings.device, make_case(settings)
-    inputs = [first, *(make_case(settings, seed) for seed in range(1, _input_sets(first)))]
+    inputs = [first, *(make_case(settings, seed) for seed in range(1, input_sets(first)))]
     rows: dict[str, dict[str, Any]] = {}
     programs: dict[str, Eager] = {}
     for name in options.peers[settings.dtype]:
@@ -205,14 +204,6 @@ def _time(
     times = interleave(programs, device, options.seconds, options.repeats, lambda n: say(f"{variant}, round {n}"))
     for name, series in times.items():
         rows[name][variant] = {"rounds": len(series), **summarise(series, times["frozen"])}
-
-
-def _input_sets(case: Case) -> int:
-    """On a GPU enough sets of tensors that three L2 caches cannot hold them; on a CPU one."""
-    if case.x.device.type == "cpu":
-        return 1
-    size = sum(t.nbytes for t in (case.x, case.dy, case.weight, case.A, case.B))
-    return math.ceil(3 * torch.cuda.get_device_properties(case.x.device).L2_cache_size / size)
 
 
 def main(argv: list[str] | None = None) -> int:

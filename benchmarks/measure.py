@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -101,12 +101,12 @@ def _check_moments(peer: Peer, case: Case) -> None:
 
 
 class Program(Protocol):
-    """What is timed: `forward` over all its input sets, then `backward` over all of them."""
+    """What is timed: its parts in order (forward, backward), each over all its input sets."""
 
     sets: int
 
-    def forward(self) -> None: ...
-    def backward(self) -> None: ...
+    @property
+    def parts(self) -> Sequence[Callable[[], object]]: ...
 
 
 class Eager:
@@ -114,6 +114,10 @@ class Eager:
 
     def __init__(self, peers: list[Peer], cases: list[Case]) -> None:
         self.pairs, self.sets, self.outputs = list(zip(peers, cases, strict=True)), len(peers), list[Tensor]()
+
+    @property
+    def parts(self) -> Sequence[Callable[[], object]]:
+        return self.forward, self.backward
 
     def forward(self) -> None:
         self.outputs = [peer.call(case.x) for peer, case in self.pairs]
@@ -129,42 +133,42 @@ class Eager:
 
 
 class Graphed:
-    """The same calls as two CUDA graphs, forward and backward: only the device's time is left."""
+    """The same calls as CUDA graphs, one for each part: only the device's time is left."""
 
-    def __init__(self, eager: Eager) -> None:
-        self.sets, stream = eager.sets, torch.cuda.Stream()
+    def __init__(self, program: Program) -> None:
+        self.sets, stream = program.sets, torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # lazy set-up (workspaces, autotuning) must not happen inside a capture
-            for _ in range(3):
-                eager.both()
+            for part in [*program.parts] * 3:
+                part()
         torch.cuda.current_stream().wait_stream(stream)
-        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(first):
-            eager.forward()
-        with torch.cuda.graph(second, pool=first.pool()):
-            eager.backward()
-        self.forward, self.backward = first.replay, second.replay
+        graphs: list[torch.cuda.CUDAGraph] = []
+        for part in program.parts:  # one pool: a backward reads what its forward has left there
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+                part()
+            graphs.append(graph)
+        self.parts: Sequence[Callable[[], object]] = [graph.replay for graph in graphs]
 
 
-def time_once(program: Program, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of one forward and of one backward, per input set."""
+def time_once(program: Program, device: torch.device) -> tuple[float, ...]:
+    """Milliseconds of each part, per input set."""
     if device.type == "cpu":
         marks = [time.perf_counter()]
-        for part in (program.forward, program.backward):
+        for part in program.parts:
             part()
             marks.append(time.perf_counter())
-        forward, backward = (1e3 * (end - start) for start, end in zip(marks, marks[1:], strict=False))
+        times = [1e3 * (end - start) for start, end in zip(marks, marks[1:], strict=False)]
     else:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(program.parts) + 1)]
         torch.cuda.synchronize(device)
         events[0].record()
-        program.forward()
-        events[1].record()
-        program.backward()
-        events[2].record()
+        for part, event in zip(program.parts, events[1:], strict=True):
+            part()
+            event.record()
         torch.cuda.synchronize(device)
-        forward, backward = (a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
-    return forward / program.sets, backward / program.sets
+        times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return tuple(each / program.sets for each in times)
 
 
 def interleave(
@@ -173,12 +177,12 @@ def interleave(
     seconds: float,
     repeats: int,
     progress: Callable[[int], None] = lambda round_number: None,
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, list[tuple[float, ...]]]:
     """Rounds over all programs, each in a new random order, so that a slow moment of the machine hits all alike.
 
     Rounds end after `seconds` for each program or after `repeats`, but not before the third.
     """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in programs}
     order, shuffle = list(programs), random.Random(0).shuffle
     gc.collect()
     deadline = time.perf_counter() + seconds * len(programs)
@@ -192,18 +196,27 @@ def interleave(
     return times
 
 
-def summarise(times: list[tuple[float, float]], frozen: list[tuple[float, float]]) -> dict[str, dict[str, float]]:
-    """For forward, backward and both: the median in ms, and the ratio to the frozen layer.
+def summarise(times: list[tuple[float, ...]], frozen: list[tuple[float, ...]]) -> dict[str, dict[str, float]]:
+    """For forward, backward and both (forward alone, where that is all): the median in ms, and the ratio to the frozen
+    layer.
 
     The ratio is taken within each round and its median reported, with the quartiles as low and high.
     """
     summary = {}
-    for i, part in enumerate(PARTS):
+    for i, part in enumerate(PARTS if len(frozen[0]) > 1 else PARTS[:1]):
         mine, limit = ([sum(t) if i == 2 else t[i] for t in series] for series in (times, frozen))
         ratios = [a / b for a, b in zip(mine, limit, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         summary[part] = {"ms": statistics.median(mine), "ratio": statistics.median(ratios), "low": low, "high": high}
     return summary
+
+
+def input_sets(case: Case) -> int:
+    """On a GPU enough sets of tensors that three L2 caches cannot hold them; on a CPU one."""
+    if case.x.device.type == "cpu":
+        return 1
+    size = sum(t.nbytes for t in (case.x, case.dy, case.weight, case.A, case.B))
+    return math.ceil(3 * torch.cuda.get_device_properties(case.x.device).L2_cache_size / size)
 
 
 def bf16_cost() -> float:

@@ -40,8 +40,13 @@ def table(title: object, rows: list[dict[str, Any]]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """A Markdown table of one run, forward + backward over the frozen layer's: a row a peer, a column a shape.
 
-    A cell holds one figure for each dropout probability, in order; saved MB is that of the last shape.
+    A cell holds one figure for each dropout probability, in order; saved MB is that of the last shape. Of a GPU report
+    these are the rows of its main case, by the device's time alone. Raises ValueError for a dry run.
     """
+    if results.get("dry_run"):
+        raise ValueError("this is a dry run of gpu_report.py on a CPU: its figures mean nothing, publish none of them")
+    if "parts" in results:
+        results = {"rows": [row for row in results["parts"]["layer"]["rows"] if row["level"] == 0 and "graph" in row]}
     if "steps" in results:
         return _steps_markdown(results["steps"])
     rows = {(r["peer"], (r["d_in"], r["d_out"]), r["dropout"]): r for r in results["rows"]}
@@ -51,11 +56,18 @@ def markdown(results: dict[str, Any]) -> str:
     for peer in peers:
         cells = [peer]
         for shape in shapes:
-            ratios = [rows[peer, shape, p]["eager"]["both"]["ratio"] for p in dropouts]
-            cells.append(" / ".join(f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}" for ratio in ratios))
-        saved = (rows[peer, shapes[-1], p]["saved_bytes"] / 1e6 for p in dropouts)
-        lines.append(f"| {' | '.join(cells)} | {' / '.join(f'{mb:.1f}' for mb in saved)} MB |")
+            cells.append(" / ".join(_ratio(rows.get((peer, shape, p))) for p in dropouts))
+        kept = (rows.get((peer, shapes[-1], p)) for p in dropouts)
+        saved = " / ".join("–" if row is None else f"{row['saved_bytes'] / 1e6:.1f}" for row in kept)
+        lines.append(f"| {' | '.join(cells)} | {saved} MB |")
     return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    ratio = row.get("graph", row["eager"])["both"]["ratio"]
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
 
 
 def _steps_markdown(steps: list[dict[str, Any]]) -> str:
@@ -103,9 +115,13 @@ def busy(machine: dict[str, Any]) -> str | None:
 
 
 def write_json(results: dict[str, Any], file: Path) -> None:
+    write_text(json.dumps(results, indent=1) + "\n", file)
+
+
+def write_text(text: str, file: Path) -> None:
     """Whole or not at all: to a temporary file beside it, which is then renamed."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.write_text(text)
     temporary.replace(file)
 
 

@@ -1,0 +1,140 @@
+"""What the layer sweep times: ours by each strategy, the peers of peers.py, and two kernel libraries where they are."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from typing import NamedTuple
+
+import peers
+import torch
+from measure import Program
+from peers import Case, Peer, Settings
+
+from .machine import backend_of
+
+
+class Arm(NamedTuple):
+    """strategy: what ILORA_STRATEGY says while it runs, None for a peer; bias: whether it has the frozen layer's."""
+
+    name: str
+    build: Callable[[Case], Peer]
+    strategy: str | None = None
+    bias: bool = True
+
+
+@contextmanager
+def using(strategy: str | None) -> Iterator[None]:
+    """ILORA_STRATEGY for a while; None leaves it alone."""
+    before = os.environ.get("ILORA_STRATEGY")
+    if strategy is not None:
+        os.environ["ILORA_STRATEGY"] = strategy
+    try:
+        yield
+    finally:
+        if strategy is not None:
+            del os.environ["ILORA_STRATEGY"]
+            if before is not None:
+                os.environ["ILORA_STRATEGY"] = before
+
+
+class Under:
+    """A program whose parts run under a strategy."""
+
+    def __init__(self, program: Program, strategy: str | None) -> None:
+        self.sets = program.sets
+        self.parts: Sequence[Callable[[], object]] = [partial(self._part, strategy, part) for part in program.parts]
+
+    @staticmethod
+    def _part(strategy: str | None, part: Callable[[], object]) -> None:
+        with using(strategy):
+            part()
+
+
+def unsloth(case: Case) -> Peer:
+    """Unsloth's LoRA of one projection, under the uniform gate as PEFT's: no dropout, no bias."""
+    lora = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
+    scale = case.scaling / case.settings.experts
+    A, B = peers._leaves(case.A, case.B)
+    gate = torch.full_like(case.gate, 1.0 / case.settings.experts)
+    return Peer(lambda x: lora.apply(x, case.weight, None, A, B, scale), gate, {"A": [A], "B": [B]})
+
+
+def lorafusion(case: Case) -> Peer:
+    """LoRAFusion's fused linear, under the uniform gate; its seed is a host's number, the same in every call."""
+    fused = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
+    drop = importlib.import_module("lorafusion.ops.triton_ops.dropout").seeded_dropout
+    scale, p, seed = case.scaling / case.settings.experts, case.settings.dropout, 1234
+    A, B = peers._leaves(case.A, case.B)
+    gate = torch.full_like(case.gate, 1.0 / case.settings.experts)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return fused(x, case.weight, A, B, scale, seed=seed, dropout_p=p, linear_bias=case.bias)
+
+    def mask() -> torch.Tensor:
+        ones = torch.ones(case.x[..., 0].numel(), case.x.shape[-1], dtype=case.x.dtype, device=case.x.device)
+        return drop(x=ones, p=p, seed=seed, store_mask=True)[0].view_as(case.x)
+
+    return Peer(call, gate, {"A": [A], "B": [B]}, mask)
+
+
+@cache
+def _missing(module: str, function: str) -> str | None:
+    """Why a library outside of this project cannot be timed; trying is the only way to know."""
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        return f"{module.split('.')[0]} is not installed (--peer-path names a folder that holds it)"
+    try:
+        getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever its import does; the reason is in the report
+        return f"{module} does not import here: {type(error).__name__}: {error}"[:300]
+    return None
+
+
+def _libraries(p: float) -> list[tuple[Arm, str | None]]:
+    first = _missing("unsloth.kernels.fast_lora", "LoRA_W")
+    second = _missing("lorafusion.ops.lora_v1", "fused_linear_lora")
+    return [
+        (Arm("unsloth", unsloth, bias=False), first or ("it has no dropout" if p else None)),
+        (Arm("lorafusion", lorafusion), second or (None if p else "its backward wants a dropout mask")),
+    ]
+
+
+def ours(settings: Settings, every: bool) -> list[tuple[Arm, str | None]]:
+    """Our arms, each with the reason why it cannot run, or None."""
+    backend = backend_of(settings.device, settings.dtype)
+    triton = backend == "triton"
+    wide = settings.dtype.itemsize == 2
+    forced = None if triton else f"strategies are Triton's; this runs on {backend}"
+    tensor = forced or (None if wide else f"it computes in float16 and bfloat16, not {settings.dtype}")
+    build = _build(backend)
+    arms = [(Arm("ilora[beta]", build, "beta"), forced), (Arm("ilora[gemm]", build, "gemm"), tensor)]
+    return [(Arm("ilora", build, "auto"), None)] * every + arms
+
+
+@cache
+def _build(backend: str) -> Callable[[Case], Peer]:
+    return partial(peers.ours, backend=backend)  # one object: measure.check remembers what has passed
+
+
+def arms_of(settings: Settings, every: bool) -> tuple[list[Arm], dict[str, str]]:
+    """The arms that run here, the frozen layer first, and why the others do not; every: all peers, else PEFT alone."""
+    device, dtype, p = settings.device, settings.dtype, settings.dropout
+    names = ["frozen", "peft"] + ["published", "loop", "eager", "compile"] * every
+    known = [(Arm(name, peers.PEERS[name]), peers.unavailable(name, device, dtype)) for name in names]
+    candidates = known[:1] + ours(settings, every) + known[1:] + (_libraries(p) if every else [])
+    if all(reason for arm, reason in candidates if arm.name.startswith("ilora")):  # some other backend's dry run
+        candidates.insert(1, (Arm("ilora", _build(backend_of(device, dtype)), "auto"), None))
+    return (
+        [arm for arm, reason in candidates if reason is None],
+        {arm.name: reason for arm, reason in candidates if reason is not None},
+    )
+
+
+def case_for(arm: Arm, case: Case) -> Case:
+    """The case as the arm computes it: without a bias where it has none."""
+    return case if arm.bias else replace(case, bias=torch.zeros_like(case.bias))

@@ -1,0 +1,166 @@
+"""Whether the kernels are right on this device, by the tests' rule: the error against float64 is below twice that of
+plain torch in the same dtype, give or take one rounding. And whether two runs give the same bits."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import ilora.native
+
+from . import sanitizer, workers
+from .arms import using
+from .machine import LostDevice, Machine, backend_of, reason_of
+
+CASES: Any = importlib.import_module("cases")  # tests/cases.py: the rule is written there, once
+DTYPES = {"bf16": CASES.BF16, "fp16": CASES.F16, "fp32": CASES.F32}
+EVEN = {"M": 300, "N": 3, "d_in": 264, "d_out": 136}
+ODD = {"M": 67, "N": 1, "d_in": 131, "d_out": 97}
+SEGMENTS = {"lengths": (0, 5, 0, 0, 90, 0), "d_in": 136, "d_out": 200}
+LARGE = {"M": 4096, "N": 8, "d_in": 1024, "d_out": 4096}
+TINY = {"M": 72, "N": 3, "d_in": 16, "d_out": 8}
+
+
+class Check(NamedTuple):
+    """What a process computes by itself. strategy "cuda": the CUDA library's decode instead of a strategy of Triton's;
+    mixed: A and B in float32."""
+
+    shape: str
+    strategy: str
+    dtype: str
+    R: int
+    p: float
+    fields: tuple[tuple[str, Any], ...]
+    device: str
+    mixed: bool = False
+
+    def case(self) -> Any:
+        adapter = CASES.F32 if self.mixed else None
+        more = {"dtype": DTYPES[self.dtype], "adapter_dtype": adapter, "R": self.R, "E": 4, "dropout_p": self.p}
+        return CASES.Case(device=self.device, **more, **dict(self.fields))
+
+
+def checks(device: torch.device, quick: bool, dry: bool) -> list[Check]:
+    """Every combination that the kernels take, in order of importance; in a dry run a few tiny ones."""
+    every: list[Check] = []
+
+    def add(shape: str, fields: dict[str, Any], strategy: str, rank: int, p: float, kind: tuple[str, bool]) -> None:
+        dtype, mixed = kind
+        every.append(Check(shape, strategy, dtype, rank, p, tuple(fields.items()), str(device), mixed))
+
+    kinds = [("fp16", False)] if dry else [*((name, False) for name in DTYPES), ("bf16", True)]
+    shapes = {"tiny": TINY} if dry else {"even": EVEN, "empty segments": SEGMENTS, "odd": ODD}
+    decoded = {"few rows": (24, 16)} if dry else {"few rows": (264, 136), "few odd rows": (131, 97)}
+    library = device.type == "cuda" and ilora.native.cuda_unavailable() is None
+    for rank, kind in itertools.product((16,) if quick or dry else (16, 8, 64), kinds):
+        for p, (shape, fields) in itertools.product((0.0, 0.1), shapes.items()):
+            add(shape, fields, "beta", rank, p, kind)
+            if shape != "odd" and kind in (("bf16", False), ("fp16", False)):
+                add(shape, fields, "gemm", rank, p, kind)
+        for M, (shape, (d_in, d_out)) in itertools.product(
+            (16, 64) if quick or dry else (1, 7, 16, 64), decoded.items()
+        ):
+            for strategy in ("auto", "cuda") if library else ("auto",):
+                add(shape, {"M": M, "N": M, "d_in": d_in, "d_out": d_out}, strategy, rank, 0.0, kind)
+    for p, strategy in itertools.product(() if dry else (0.0, 0.1), ("beta", "gemm")):
+        add("large", LARGE, strategy, 16, p, ("bf16", False))
+    return every
+
+
+_lost: list[str] = []  # this process's: once its device is gone, nothing that follows is a verdict
+
+
+def work(check: Check) -> dict[str, Any]:
+    """One row of the report; `problem` is None where the kernels are right."""
+    row = {**check._asdict(), "fields": dict(check.fields)}
+    if _lost:
+        return row | {"problem": f"not run: its process had lost the device before ({_lost[0]})"}
+    try:
+        problem = _cuda_decode(check) if check.strategy == "cuda" else _update(check)
+    except LostDevice as error:
+        _lost.append(f"{check.shape}, {check.strategy}: {error}")
+        problem = str(error)
+    return row | {"problem": problem}
+
+
+def _update(check: Check) -> str | None:
+    case = check.case()
+    backend = backend_of(torch.device(check.device), torch.float32 if check.mixed else case.dtype)
+    try:
+        with using(check.strategy):
+            CASES.check(case, backend)
+            first, second = CASES.run(case, backend), CASES.run(case, backend)
+    except Exception as error:  # a wrong answer, a kernel that does not compile: all are findings
+        return reason_of(error)
+    return _differing(first, second)
+
+
+def _differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> str | None:
+    names = [name for name in first if not torch.equal(first[name], second[name])]
+    return f"two runs differ in {', '.join(names)}" if names else None
+
+
+def _cuda_decode(check: Check) -> str | None:
+    """y of the CUDA library by the same rule; above its rows for a weight, upon the frozen layer's output."""
+    case = check.case()
+    try:
+        got, again = decoded(case), decoded(case)
+        want, torchs = CASES.run(case, None, wide=True)["y"], CASES.run(case, None)["y"]
+        size = CASES.run(case, None, wide=True, squared=True)["y"].max().sqrt().item()
+    except Exception as error:
+        return reason_of(error)
+    error, theirs = ((each.double() - want).abs().max().item() for each in (got, torchs))
+    allowed = 2 * theirs + CASES.ROUNDING[case.dtype] * size
+    if not error <= allowed:
+        return f"y: error {error:.3g}, allowed {allowed:.3g}"
+    return _differing({"y": got}, {"y": again})
+
+
+def decoded(case: Any) -> torch.Tensor:
+    t = case.tensors()
+    low = (t["A"], t["B"], t["gate"], None, 2.0)
+    weight, bias, base = t["weight"], t["bias"], None
+    if case.M > ilora.native.DECODE_FUSED_ROWS:
+        weight, bias, base = None, None, torch.nn.functional.linear(t["x"], weight, bias)
+    result = ilora.native.decode(t["x"], weight, bias, base, *low)
+    if result is None:
+        raise ValueError(f"the CUDA library refuses {case}")
+    return result[0]
+
+
+def measure(here: Machine, quick: bool, processes: int, left: Callable[[], float]) -> dict[str, Any]:
+    """The part. failed: rows with a problem, and what memcheck found; not_run: checks that there was no time for."""
+    watching = sanitizer.start()
+    every = checks(here.device, quick, here.dry)
+    try:
+        rows = [row for _, row in workers.done(work, every, processes, left)]
+    finally:
+        watched = sanitizer.finish(watching, left)
+    failed = sum(row["problem"] is not None for row in rows)
+    failed += sum(each["findings"] or 0 for each in watched if each["tool"] == "memcheck")
+    part = {"rows": rows, "failed": failed, "not_run": len(every) - len(rows), "sanitizer": watched}
+    return part if watched else part | {"unavailable": {"compute-sanitizer": "it is not on the PATH"}}
+
+
+def small(device: str) -> None:
+    """A small layer by each strategy, for a memory checker to watch."""
+    for strategy, p in (("beta", 0.1), ("gemm", 0.1), ("gemm", 0.0), ("beta", 0.0)):
+        case = CASES.Case(M=96, N=3, R=16, d_in=136, d_out=200, dtype=CASES.F16, dropout_p=p, device=device)
+        backend = backend_of(torch.device(device), case.dtype)
+        with using(strategy):
+            CASES.run(case, backend)
+    for M in (7, 40):
+        case = CASES.Case(M=M, N=1, R=16, d_in=136, d_out=200, dtype=CASES.F16, device=device)
+        with using("auto"):
+            CASES.run(case, backend_of(torch.device(device), case.dtype))
+        if device == "cuda" and ilora.native.cuda_unavailable() is None:
+            decoded(case)
+
+
+if __name__ == "__main__":
+    small("cuda" if torch.cuda.is_available() else "cpu")
+    print("the small layers ran")
