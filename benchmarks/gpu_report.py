@@ -27,7 +27,7 @@ from gpu import ceilings, correctness, decode, host, layer, model, plan
 from gpu import results as files
 from gpu.budget import PARTS, Budget
 from gpu.machine import Machine, backend_of, facts, machine_of
-from gpu.markdown import markdown
+from gpu.markdown import summary
 
 MINUTES, QUICK_MINUTES = 8.0, 2.0
 Keep = Callable[[dict[str, Any]], None]
@@ -44,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--peer-path", type=Path, action="append", default=[], metavar="DIR", help="holds unsloth or lorafusion")
     add("--processes", type=int, help="that check and compile side by side (default: cores less two, at most 12)")
     add("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu for a dry run")
+    add("--commit", help="what was checked out, for the report, where there is no git to ask")
     add("--render", type=Path, metavar="JSON", help="only write Markdown, table and plots of this report again")
     options = parser.parse_args(argv)
     options.only = [part for part in PARTS if part in options.only]  # in the order they run
@@ -94,12 +95,13 @@ def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], fol
         if wrong and not options.force:
             keep({"left_out": [f"correctness failed ({wrong} findings); --force measures all the same"]})
             continue
-        here.tidy()
         try:
+            here.tidy()
             keep(functions[name](left, keep))
         except Exception as error:  # the other parts may well run; this one's reason is in the report and shown here
             traceback.print_exc()
             keep({**results["parts"].get(name, {}), "error": f"{type(error).__name__}: {error}"[:1000]})
+        files.render(results, folder, plots=False)
         well = well and _well(name, results["parts"][name])
     return well
 
@@ -121,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         here = machine_of(options.device)
         sys.path[:0] = [str(folder.resolve()) for folder in options.peer_path]
         results = {"kind": "gpu_report", "dry_run": here.dry, "machine": facts(here), "settings": _settings(options)}
+        if options.commit:
+            results["machine"]["git_commit"] = options.commit
         results["started"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         folder = files.folder_of(options.out, results["machine"], here.dry)
         results["parts"] = {} if here.dry else files.earlier_parts(folder / "report.json", results)
@@ -133,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     files.save(results, folder)
     well = run(here, options, results, folder)
     written = ["report.json", *files.render(results, folder)]
-    print(markdown(results), f"{folder}: {', '.join(written)}", sep="\n")
+    print(summary(results), f"{folder}: {', '.join(written)}", sep="\n")
     if here.dry:
         print("A dry run: every part was gone through, no figure means anything.")
     return 0 if well else 1

@@ -13,8 +13,12 @@ from typing import NamedTuple
 
 import peers
 import torch
+import torch.nn.functional as F
 from measure import Program
 from peers import Case, Peer, Settings
+from torch import Tensor
+
+import ilora.native
 
 from .machine import backend_of
 
@@ -57,7 +61,8 @@ class Under:
 
 
 def unsloth(case: Case) -> Peer:
-    """Unsloth's LoRA of one projection, under the uniform gate as PEFT's: no dropout, no bias."""
+    """Unsloth's LoRA of one projection, under the uniform gate as PEFT's: no dropout, no bias. Importing the package
+    patches PEFT and transformers for the rest of the run."""
     lora = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
     scale = case.scaling / case.settings.experts
     A, B = peers._leaves(case.A, case.B)
@@ -73,10 +78,10 @@ def lorafusion(case: Case) -> Peer:
     A, B = peers._leaves(case.A, case.B)
     gate = torch.full_like(case.gate, 1.0 / case.settings.experts)
 
-    def call(x: torch.Tensor) -> torch.Tensor:
+    def call(x: Tensor) -> Tensor:
         return fused(x, case.weight, A, B, scale, seed=seed, dropout_p=p, linear_bias=case.bias)
 
-    def mask() -> torch.Tensor:
+    def mask() -> Tensor:
         ones = torch.ones(case.x[..., 0].numel(), case.x.shape[-1], dtype=case.x.dtype, device=case.x.device)
         return drop(x=ones, p=p, seed=seed, store_mask=True)[0].view_as(case.x)
 
@@ -133,6 +138,20 @@ def arms_of(settings: Settings, every: bool) -> tuple[list[Arm], dict[str, str]]
         [arm for arm, reason in candidates if reason is None],
         {arm.name: reason for arm, reason in candidates if reason is not None},
     )
+
+
+def cuda_decode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, gate: Tensor, scaling: float
+) -> Tensor:
+    """y by the CUDA library: in one launch, or, above its rows for a weight, upon the frozen layer's output."""
+    if len(x) > ilora.native.DECODE_FUSED_ROWS:
+        base = F.linear(x, weight, bias)
+        result = ilora.native.decode(x, None, None, base, A, B, gate, None, scaling)
+    else:
+        result = ilora.native.decode(x, weight, bias, None, A, B, gate, None, scaling)
+    if result is None:
+        raise ValueError(f"the CUDA library refuses x {list(x.shape)}, {x.dtype}, R = {len(A)}")
+    return result[0]
 
 
 def case_for(arm: Arm, case: Case) -> Case:

@@ -16,7 +16,7 @@ from torch import Tensor
 import ilora.native
 from ilora import reference
 
-from .arms import Under
+from .arms import Under, cuda_decode
 from .ceilings import Calls
 from .layer import attempt, time_all
 from .machine import Machine, backend_of
@@ -38,19 +38,8 @@ def ours(case: Case) -> Call:
 
 
 def cuda(case: Case) -> Call:
-    """Above its rows for a weight the library adds the update to the frozen layer's output."""
-    low = (case.A, case.B)
-
-    def call(x: Tensor, gate: Tensor) -> Tensor:
-        weight, bias, base = case.weight, case.bias, None
-        if len(x) > ilora.native.DECODE_FUSED_ROWS:
-            weight, bias, base = None, None, F.linear(x, case.weight, case.bias)
-        result = ilora.native.decode(x, weight, bias, base, *low, gate, None, case.scaling)
-        if result is None:
-            raise ValueError(f"the CUDA library refuses {case.settings}")
-        return result[0]
-
-    return call
+    fixed = (case.weight, case.bias, case.A, case.B)
+    return lambda x, gate: cuda_decode(x, *fixed, gate, case.scaling)
 
 
 def peft(case: Case) -> Call:
@@ -133,8 +122,8 @@ def _rows(
 def _check(name: str, case: Case, call: Call, x: Tensor, gate: Tensor) -> bool:
     """True, or WrongPeer: y against the reference in float32."""
     gates = {"frozen": torch.zeros_like(gate), "peft": torch.full_like(gate, 1.0 / gate.shape[1])}
-    wide = (tensor.float() for tensor in (x, case.weight, case.bias, case.A, case.B, gates.get(name, gate)))
-    want = reference.ilora_linear(*wide, case.scaling)
+    low = (case.A.float(), case.B.float(), gates.get(name, gate).float())
+    want = reference.ilora_linear(x.float(), case.weight.float(), case.bias.float(), *low, case.scaling)
     error = float((call(x, gate).float() - want).abs().max() / want.abs().max())
     if not error <= TOLERANCE[x.dtype]:
         raise WrongPeer(f"y differs from the reference by {error:.2g} of its largest value")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -33,6 +34,7 @@ class Warm(NamedTuple):
 def warm(job: Warm) -> str | None:
     """None, or why the arm cannot run: it is not timed then, lest it take this process's device with it."""
     try:
+        torch.compiler.reset()  # its limit of graphs is a process's
         (arm,) = (arm for arm in arms_of(job.settings, job.every)[0] if arm.name == job.arm)
         case = case_for(arm, make_case(job.settings))
         with using(arm.strategy):
@@ -74,6 +76,8 @@ def measure(
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """The part: rows in order of the plan, as many as there is time for, kept after every case."""
+    gc.collect()
+    gc.freeze()  # what is here stays; collecting between cases then takes no time
     part: dict[str, Any] = {"levels": LEVELS, "rows": [], "unavailable": {}, "warm_up": {}, "left_out": []}
     broken = _warm_up(planned, processes, left, part)
     longest = {True: 0.0, False: 0.0}  # seconds of a case, by whether all peers are in it
@@ -87,9 +91,12 @@ def measure(
         for arm in [arm for arm in arms if (settings, arm.name) in broken]:
             arms.remove(arm)
             part["rows"].append(_row(level, settings, arm) | {"error": broken[settings, arm.name]})
-        part["rows"] += run_case(here, level, settings, arms)
+        rows = run_case(here, level, settings, arms)
+        part["rows"] += rows
+        print(f"  {settings}: {_line(rows)}", flush=True)
         longest[level == 0] = max(longest[level == 0] * 0.8, time.monotonic() - start)
         keep(part)
+    gc.unfreeze()
     return part
 
 
@@ -104,6 +111,13 @@ def _warm_up(
     return {(jobs[i].settings, jobs[i].arm): reason for i, reason in came.items() if reason is not None}
 
 
+def _line(rows: list[dict[str, Any]]) -> str:
+    """Forward + backward over the frozen layer's, of each arm."""
+    timed = {row["peer"]: row.get("graph", row.get("eager")) for row in rows if row["peer"] != "frozen"}
+    shown = {name: f"{each['both']['ratio']:.2f}" if each else "FAILED" for name, each in timed.items()}
+    return ", ".join(f"{name} {ratio}" for name, ratio in shown.items())
+
+
 def _row(level: int, settings: Settings, arm: Arm) -> dict[str, Any]:
     M = settings.batch * settings.length
     return {"level": level, "M": M, **settings.as_json(), "peer": arm.name}
@@ -111,7 +125,8 @@ def _row(level: int, settings: Settings, arm: Arm) -> dict[str, Any]:
 
 def run_case(here: Machine, level: int, settings: Settings, arms: list[Arm]) -> list[dict[str, Any]]:
     """One row for each arm; the one that is wrong or does not run has an `error`, and no times beyond it."""
-    torch.compiler.reset()  # each case is a graph of its own; dynamo keeps only a few
+    if any(arm.name == "compile" for arm in arms):
+        torch.compiler.reset()  # each case is a graph of its own; dynamo keeps only a few
     here.tidy()
     case = make_case(settings)
     size = sum(tensor.nbytes for tensor in (case.x, case.dy, case.weight, case.A, case.B))

@@ -31,9 +31,24 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(results: dict[str, Any]) -> str:
+    """What to read first: the verdict, the main layers, whatever failed or was left out."""
+    lines, parts = [heading(results["machine"])], results["parts"]
+    if "rows" in parts.get("correctness", {}):
+        lines += _correctness(parts["correctness"], results)
+    else:
+        lines.append("correctness: NOT CHECKED in this report")
+    if "rows" in parts.get("layer", {}):
+        lines += _layer(parts["layer"], results, main=True)
+    for name, part in parts.items():
+        remarks = ([f"the part failed: {part['error']}"] if "error" in part else []) + _remarks(part)
+        lines += [f"{name}: {each}" for each in remarks if each]
+    return "\n".join(lines)
+
+
 def _remarks(part: dict[str, Any]) -> list[str]:
     """What is not in the tables, and why."""
-    failures = {}
+    failures: dict[str, Rows] = {}
     for row in part.get("rows", ()):
         for key in ("error", "graph_error"):
             if key in row:
@@ -87,22 +102,22 @@ def _ceilings(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _layer(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
-    """A table for each M, R, E and way of timing; the main case has its forward and its backward besides."""
-    timed = [row for row in part["rows"] if "eager" in row]
+def _layer(part: dict[str, Any], results: dict[str, Any], main: bool = False) -> list[str]:
+    """A table for each M, R, E and way of timing; the main case, or it alone, has forward and backward besides."""
+    timed = [row for row in part["rows"] if "eager" in row and (row["level"] == 0 or not main)]
     lines = ["Time over the frozen layer's (whose backward is dx alone), dropout "]
     lines[0] += " / ".join(f"{p:g}" for p in dict.fromkeys(row["dropout"] for row in timed))
     lines[0] += "; medians over interleaved rounds on inputs that no cache holds; graph: CUDA-graph replays."
     for key in dict.fromkeys((row["M"], row["rank"], row["experts"]) for row in timed):
         own = [row for row in timed if (row["M"], row["rank"], row["experts"]) == key]
-        main = any(row["level"] == 0 for row in own)
+        first = any(row["level"] == 0 for row in own)
         for variant in ("graph", "eager"):
             having = [row for row in own if variant in row]
-            for direction in ("both", "forward", "backward") if main else ("both",):
+            for direction in ("both", "forward", "backward") if first else ("both",):
                 if having:
                     lines += ["", f"M={key[0]}, R={key[1]}, E={key[2]}: {_named(direction)}, {variant}", ""]
                     lines += grid(having, _peer, shape_of, lambda each, v=variant, d=direction: _cell(each, v, d))  # type: ignore[misc]
-        if main:
+        if first:
             lines += ["", f"M={key[0]}, R={key[1]}: peak / saved memory, MB", ""]
             lines += grid(own, _peer, shape_of, lambda each: " ; ".join(map(_memory, each)))
             lines += _achieved(own, results)

@@ -47,10 +47,10 @@ def save(results: dict[str, Any], folder: Path) -> None:
     write_json(results, folder / "report.json")
 
 
-def render(results: dict[str, Any], folder: Path) -> list[str]:
+def render(results: dict[str, Any], folder: Path, plots: bool = True) -> list[str]:
     """Writes Markdown, strategy table and plots; their names."""
     write_text(markdown(results), folder / "report.md")
     names = ["report.md"]
     if not results["dry_run"] and table.write(results, folder / "strategy-table.json"):
         names.append("strategy-table.json")
-    return names + figures.draw(results, folder)
+    return names + (figures.draw(results, folder) if plots else [])

@@ -21,8 +21,8 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     pairs: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in results["parts"].get("layer", {}).get("rows", ()):
         if row["peer"] in ("ilora[beta]", "ilora[gemm]") and "graph" in row and row["dtype"] != "float32":
-            shape = tuple(row[name] for name in ("dtype", "M", "d_in", "d_out", "rank"))
-            pairs.setdefault((*shape, row["experts"], row["dropout"]), {})[row["peer"]] = row["graph"]
+            key = tuple(row[name] for name in ("dtype", "M", "d_in", "d_out", "rank"))
+            pairs.setdefault((*key, row["experts"], row["dropout"]), {})[row["peer"]] = row["graph"]
     logs: dict[tuple[Any, ...], list[float]] = {}
     for (*shape, _, _), timed in pairs.items():
         if len(timed) == 2:

@@ -1,0 +1,470 @@
+"""The GPU report without a GPU: what it plans, keeps and writes, and every part gone through on the CPU."""
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import gpu_report
+import measure
+import peers
+import pytest
+import report
+import torch
+from gpu import correctness, decode, figures, layer, machine, model, plan, sanitizer, workers
+from gpu import markdown as shown
+from gpu import results as files
+from gpu import table as strategies
+from gpu.budget import PARTS, SHARES, Budget
+
+from ilora import backends
+
+CPU = torch.device("cpu")
+HERE = machine.machine_of(CPU)
+SMALL = plan.Sizes((72,), (16,), ((16, 24),), (4,), (2,), 8, (0.1,))
+
+
+def timed(ms, ratio):
+    one = {"ms": ms, "ratio": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
+    return {"rounds": 9, "forward": one, "backward": one, "both": one}
+
+
+def layer_row(peer, ratio, backward=None, d=4096, M=4096, p=0.0, R=16, level=0):
+    graph = timed(2.0 * ratio, ratio)
+    graph["backward"] = timed(2.0 * (backward or ratio), backward or ratio)["both"]
+    row = {"level": level, "M": M, "d_in": d, "d_out": d, "batch": 8, "length": M // 8, "rank": R, "experts": 4}
+    row |= {"dropout": p, "dtype": "bfloat16", "device": "cuda", "peer": peer, "saved_bytes": 1e6, "peak_bytes": 2e6}
+    return row | {"error_of_check": 1e-3, "eager": timed(3.0, ratio), "graph": graph}
+
+
+def made_up():
+    """A measurement file as a run leaves it; its figures are this test's."""
+    rows = [layer_row(*each) for each in (("frozen", 1.0), ("ilora[beta]", 1.31), ("ilora[gemm]", 1.17, 1.4))]
+    rows += [layer_row("ilora[beta]", 1.5, d=1024, R=64, level=2), layer_row("frozen", 1.0, d=1024, R=64, level=2)]
+    failed = {key: value for key, value in layer_row("peft", 1.0).items() if key not in ("eager", "graph")}
+    rows.append(failed | {"error": "RuntimeError: no"})
+    about = {"d_in": 4096, "d_out": 4096, "rank": 16, "weight_bytes": 2**25}
+    few = [{**about, "peer": name, "M": M, "eager": timed(0.02, 2.0), "graph": timed(0.0125, 1.1)}
+           for name in ("frozen", "ilora") for M in (1, 16)]  # fmt: skip
+    step = {"shape": "llama3-8b", "layers": 30, "of_layers": 32, "checkpointing": True, "batch": 8, "length": 512}
+    step |= {"rank": 16, "step": "ilora", "dropout": 0.1, "seconds": 0.25, "ratio": 1.08, "low": 1.07, "high": 1.09}
+    check = {
+        "shape": "even",
+        "strategy": "gemm",
+        "dtype": "bf16",
+        "R": 16,
+        "p": 0.1,
+        "fields": {"M": 3},
+        "mixed": False,
+    }
+    parts = {
+        "correctness": {"rows": [check | {"problem": None}], "failed": 0, "not_run": 2, "sanitizer": []},
+        "ceilings": {"copy_bytes": 3e12, "flops": 8e14},
+        "layer": {"rows": rows, "left_out": ["no time for 3 of: these"], "unavailable": {"loop": "it was not wanted"}},
+        "decode": {"rows": few},
+        "model": {"rows": [step | {"peak_bytes": 40e9, "trained": 5}]},
+        "host": {"rows": [{"peer": "frozen", "M": 8} | dict.fromkeys(("inference", "forward", "both"),
+                                                                       {"us": 7.0, "best_us": 6.0})]},
+    }  # fmt: skip
+    known = {**report.machine(CPU), "device": "NVIDIA TEST", "git_changed": False, "git_commit": "abc"}
+    return {"kind": "gpu_report", "dry_run": False, "machine": known, "settings": {}, "started": "today",
+            "parts": {name: part | {"seconds": 1.0} for name, part in parts.items()}}  # fmt: skip
+
+
+def test_the_main_layers_come_first_and_every_layer_once():
+    planned = plan.layers(plan.FULL, torch.bfloat16, torch.device("cuda"))
+    assert len(planned) == len(set(planned)) == 4 * 7 * 3 * 2 * 2
+    first = [each.settings for each in planned[:8]]
+    assert {(s.batch * s.length, s.rank, s.experts) for s in first} == {(4096, 16, 4)}
+    assert [(s.d_in, s.dropout) for s in first] == [(d, p) for d in (4096, 1024, 2048, 8192) for p in (0.0, 0.1)]
+    assert {(s.d_in, s.d_out) for _, s in planned[8:14]} == {(4096, 1024), (4096, 14336), (14336, 4096)}
+    assert [each.level for each in planned] == sorted(each.level for each in planned)
+    assert plan.left_out(planned[10:16])[0].startswith("no time for 4 of: the main M, oblong")
+    assert set(plan.layers(plan.QUICK, torch.bfloat16, torch.device("cuda"))) <= set(planned)
+
+
+def test_what_one_part_leaves_over_is_the_nexts():
+    now = [100.0]
+    budget = Budget(100.0, PARTS, lambda: now[0])
+    assert sum(SHARES.values()) == pytest.approx(1.0)
+    assert budget.left("correctness") == pytest.approx(26.0)
+    assert budget.left("host") == pytest.approx(100.0)
+    now[0] += 10.0
+    assert budget.left("ceilings") == pytest.approx(18.0)
+    alone = Budget(60.0, ["model"], lambda: now[0])
+    assert alone.left("model") == pytest.approx(60.0)
+    now[0] += 61.0
+    assert alone.left("model") < 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "everything"], "everything"),
+        (["--minutes=0"], "--minutes"),
+        (["--processes=-1"], "--processes"),
+        (["--peer-path=/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_unusable_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        gpu_report.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_parts_run_in_order_and_quick_takes_less():
+    assert gpu_report.parse(["--only", "host", "layer"]).only == ["layer", "host"]
+    assert gpu_report.parse(["--quick"]).minutes < gpu_report.parse([]).minutes == 8.0
+    assert gpu_report.parse(["--quick", "--minutes=5"]).minutes == 5.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu_report.main([f"--out={tmp_path}"]) == 2
+    assert "finds no GPU here; --device cpu makes a dry run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Without Triton's interpreter, which is slow: the native kernels run, or else the definition."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends.why_not.cache_clear()
+    yield
+    backends.why_not.cache_clear()
+
+
+def test_a_dry_run_goes_through_every_part(compiled, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(plan, "TINY", SMALL)
+    monkeypatch.setattr(plan, "decode_rows", lambda dry, quick: (1, 17))
+    monkeypatch.setattr(decode, "decode_rows", plan.decode_rows)
+    monkeypatch.setattr(model, "RUNS", (("llama3-8b", False, (0.1,)),))
+    monkeypatch.setattr(peers, "_compiler_trouble", lambda device: "it is slow")
+    assert gpu_report.main(["--device=cpu", f"--out={tmp_path}", "--minutes=5"]) == 0
+    folder = tmp_path / "dry-run"
+    results = json.loads((folder / "report.json").read_text())
+    assert list(results["parts"]) == list(PARTS)
+    parts = results["parts"]
+    assert parts["correctness"]["failed"] == parts["correctness"]["not_run"] == 0
+    assert all(row["problem"] is None for row in parts["correctness"]["rows"])
+    assert parts["ceilings"]["copy_bytes"] > 0
+    assert parts["ceilings"]["flops"] > 0
+    rows = parts["layer"]["rows"]
+    assert {row["peer"] for row in rows} >= {"frozen", "ilora", "published", "loop", "eager"}
+    assert all(row[variant]["both"]["ms"] > 0 for row in rows for variant in ("eager", "graph"))
+    assert all(row[variant]["forward"]["ms"] > 0 for row in parts["decode"]["rows"] for variant in ("eager", "graph"))
+    assert {row["step"] for row in parts["model"]["rows"]} >= {"frozen", "ilora"}
+    assert all(row["both"]["us"] > 0 for row in parts["host"]["rows"])
+    assert "DRY RUN" in (folder / "report.md").read_text()
+    assert not list(folder.glob("*.tmp"))
+    assert not (folder / "strategy-table.json").exists()
+    assert "no figure means anything" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="dry run"):
+        report.markdown(results)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_wrong_kernel_stops_the_report_unless_forced(compiled, tmp_path, monkeypatch, force, capsys):
+    backend = backends.select(machine.backend_of(CPU, torch.float16), "cpu", torch.float16)
+    right = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda *args: (right(*args)[0] * 1.05, right(*args)[1]))
+    arguments = ["--device=cpu", f"--out={tmp_path}", "--only", "correctness", "ceilings"]
+    assert gpu_report.main(arguments + ["--force"] * force) == 1
+    results = json.loads((tmp_path / "dry-run" / "report.json").read_text())
+    part = results["parts"]["correctness"]
+    assert part["failed"] == len(part["rows"])
+    assert "AssertionError: y: error" in part["rows"][0]["problem"]
+    assert ("flops" in results["parts"]["ceilings"]) == force
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_two_runs_with_other_bits_are_a_finding(monkeypatch):
+    (check, *_) = correctness.checks(CPU, True, True)
+    count = iter(range(9))
+    run = correctness.CASES.run
+
+    def restless(*args, **more):
+        found = run(*args, **more)
+        return found | {"dA": found["dA"] + 1e-3 * next(count)} if args[1] and not more else found
+
+    monkeypatch.setattr(correctness.CASES, "check", lambda *args: None)
+    monkeypatch.setattr(correctness.CASES, "run", restless)
+    assert correctness.work(check)["problem"] == "two runs differ in dA"
+
+
+def test_a_failing_part_leaves_the_others_and_what_it_had(tmp_path, monkeypatch, capsys):
+    def breaks(here, planned, processes, left, keep):
+        keep({"rows": [], "left_out": ["half"]})
+        assert "half" in (tmp_path / "dry-run" / "report.json").read_text()  # kept before the part is over
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(layer, "measure", breaks)
+    arguments = ["--device=cpu", f"--out={tmp_path}", "--only", "ceilings", "layer", "host"]
+    assert gpu_report.main(arguments) == 1
+    parts = json.loads((tmp_path / "dry-run" / "report.json").read_text())["parts"]
+    assert parts["layer"]["error"] == "RuntimeError: the device is on fire"
+    assert parts["layer"]["left_out"] == ["half"]
+    assert parts["host"]["rows"]
+    assert "layer: the part failed: RuntimeError" in capsys.readouterr().out
+
+
+def test_the_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    results = made_up()
+    files.save(results, tmp_path)
+    before = (tmp_path / "report.json").read_text()
+    with pytest.raises(TypeError):
+        files.save(results | {"parts": object()}, tmp_path)
+
+    def full(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        files.save(results | {"started": "later"}, tmp_path)
+    assert (tmp_path / "report.json").read_text() == before
+
+
+def test_parts_are_added_to_a_report_of_the_same_commit_only(tmp_path):
+    results = made_up()
+    file = tmp_path / "report.json"
+    assert files.earlier_parts(file, results) == {}
+    files.save(results, tmp_path)
+    assert files.earlier_parts(file, results) == results["parts"]
+    other = results | {"machine": results["machine"] | {"git_commit": "def"}}
+    with pytest.raises(ValueError, match="git_commit abc, now def"):
+        files.earlier_parts(file, other)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"is no report of gpu_report\.py"):
+        files.earlier_parts(file, results)
+    assert files.folder_of(tmp_path, {"device": "NVIDIA H100 80GB HBM3"}, False).name == "gpu-nvidia-h100-80gb-hbm3"
+
+
+def test_the_markdown_of_a_measurement_file():
+    text = shown.markdown(made_up())
+    assert "1 checks passed." in text
+    assert "**Not run for want of time: 2**" in text
+    assert "| ilora[gemm] | 1.17 (1.16–1.18) |" in text
+    assert "| frozen | 2.000 ms |" in text
+    assert "137 TFLOP/s, 17%" in text  # 4 · 4096³ operations in 2 ms, of 8e14 a second
+    assert "| ilora | 12.5 µs, 1.10, 89% | 12.5 µs, 1.10, 89% |" in text
+    assert "- Left out: no time for 3 of: these" in text
+    assert "- **Failed in 1 rows:** peft: RuntimeError: no" in text
+    assert "| llama3-8b, 8×512, R=16 | 30 of 32 | on | 0.1 | ilora | 250.0 ms | 1.080 |" in text
+    assert "| frozen | 7 (6); 7 (6); 7 (6) |" in text
+    wrong = made_up()
+    wrong["parts"]["correctness"]["failed"] = 1
+    wrong["parts"]["correctness"]["rows"][0]["problem"] = "y: error 3"
+    assert "**WRONG: 1 findings. No figure below counts.**" in shown.summary(wrong)
+    assert "R=16, p=0.1: y: error 3" in shown.summary(wrong)
+    del wrong["parts"]["correctness"]
+    assert "correctness: NOT CHECKED" in shown.summary(wrong)
+
+
+def test_the_readmes_table_of_a_measurement_file():
+    lines = report.markdown(made_up()).splitlines()
+    assert lines[0] == "| | 4096→4096 | saved for backward |"
+    assert "| ilora[gemm] | 1.17 | 1.0 MB |" in lines
+
+
+def test_the_strategy_table_is_read_by_the_kernels(tmp_path):
+    pytest.importorskip("triton")
+    from ilora.kernels import strategy
+    from ilora.kernels.launch import Device
+    from ilora.kernels.table import load_table
+
+    file = tmp_path / "strategy-table.json"
+    assert strategies.write(made_up(), file)
+    rows = load_table(str(file))
+    assert {(row.direction, row.M, row.R, row.strategy) for row in rows} == {
+        ("forward", 4096, 16, "gemm"),
+        ("backward", 4096, 16, "beta"),
+    }
+    device = Device(132, 227 * 1024, tma=True, name="NVIDIA TEST")
+    for direction, wanted in (("forward", "gemm"), ("backward", "beta")):
+        choice = strategy.choose(device, direction, 4096, 4096, 4096, 16, torch.bfloat16, str(file))
+        assert choice.strategy == wanted
+    nothing = made_up()
+    nothing["parts"]["layer"]["rows"] = []
+    assert not strategies.write(nothing, tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_dropouts_of_one_shape_count_alike_in_the_table():
+    results = made_up()
+    results["parts"]["layer"]["rows"] = [
+        layer_row(name, ratio, p=p) for p, gemm in ((0.0, 0.9), (0.1, 1.3)) for name, ratio in
+        (("ilora[beta]", 1.0), ("ilora[gemm]", gemm))
+    ]  # fmt: skip
+    assert {row["strategy"] for row in strategies.rows_of(results)} == {"beta"}
+
+
+def test_plots_and_rendering_again(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert figures.draw(made_up(), tmp_path) == ["layer.png", "decode.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("layer.png", "decode.png"))
+    files.save(made_up(), tmp_path)
+    assert gpu_report.main([f"--render={tmp_path / 'report.json'}"]) == 0
+    assert capsys.readouterr().out.split() == ["report.md", "strategy-table.json", "layer.png", "decode.png"]
+    (tmp_path / "report.json").write_text("[]")
+    assert gpu_report.main([f"--render={tmp_path / 'report.json'}"]) == 2
+
+
+def test_a_sweep_without_time_says_what_is_missing(compiled):
+    planned = plan.layers(SMALL._replace(dropouts=(0.0, 0.1)), torch.float32, CPU)
+    planned = [each._replace(level=each.level + 1) for each in planned]  # few peers
+    kept = []
+    part = layer.measure(HERE, planned, 0, lambda: -1.0 if kept else 60.0, lambda part: kept.append(len(part["rows"])))
+    assert {(row["d_out"], row["dropout"]) for row in part["rows"]} == {(16, 0.0)}
+    assert kept == [len(part["rows"])]
+    assert [int(line.split()[3]) for line in part["left_out"]] == [1, 2]
+
+
+class OneSet(machine.Machine):
+    def sets(self, size):
+        return 1
+
+
+def test_both_strategies_are_timed_and_tell_which_won():
+    pytest.importorskip("triton")
+    settings = peers.Settings(16, 24, 2, 4, 4, 2, 0.1, torch.float16, CPU)
+    arms = [arm for arm in layer.arms_of(settings, False)[0] if arm.name in ("frozen", "ilora[beta]", "ilora[gemm]")]
+    assert [arm.strategy for arm in arms] == [None, "beta", "gemm"]
+    rows = layer.run_case(OneSet(*HERE), 1, settings, arms)
+    assert not any("error" in row or "graph_error" in row for row in rows)
+    table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"layer": {"rows": rows}}})
+    assert [(row["direction"], row["M"], row["R"]) for row in table] == [("backward", 8, 4), ("forward", 8, 4)]
+
+
+def test_an_arm_that_breaks_is_a_row_and_the_others_go_on(compiled):
+    (_, settings), *_ = plan.layers(SMALL, torch.float32, CPU)
+    arms, _ = layer.arms_of(settings, False)
+
+    def broken(case):
+        raise RuntimeError("no such kernel")
+
+    rows = layer.run_case(HERE, 1, settings, [*arms, layer.Arm("broken", broken)])
+    assert rows[-1]["error"] == "RuntimeError: no such kernel"
+    assert all("eager" in row for row in rows[:-1])
+    with pytest.raises(measure.WrongPeer, match="the frozen layer itself failed"):
+        layer.run_case(HERE, 1, settings, [layer.Arm("frozen", broken)])
+
+
+def test_an_arm_runs_under_its_strategy_only(monkeypatch):
+    import os
+
+    monkeypatch.setenv("ILORA_STRATEGY", "mine")
+    seen = []
+
+    class Looking:
+        sets, parts = 1, [lambda: seen.append(os.environ["ILORA_STRATEGY"])]
+
+    for name in ("gemm", None):
+        for part in layer.Under(Looking(), name).parts:
+            part()
+    assert seen == ["gemm", "mine"]
+    assert os.environ["ILORA_STRATEGY"] == "mine"
+
+
+def test_graphs_are_captured_after_warm_up_part_by_part_from_one_pool(monkeypatch):
+    """By a stand-in for torch's graph interface, which a machine without CUDA lacks."""
+    events = []
+
+    class Graph:
+        def pool(self):
+            return self
+
+        def replay(self):
+            events.append(("replay", self))
+
+    @contextmanager
+    def capture(graph, pool=None):
+        events.append(("capture", pool))
+        yield
+
+    @contextmanager
+    def stream(which):
+        yield
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append("wait")
+
+    for name, value in (("CUDAGraph", Graph), ("graph", capture), ("stream", stream), ("Stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+
+    class Two:
+        sets, parts = 3, [lambda: events.append("forward"), lambda: events.append("backward")]
+
+    graphed = measure.Graphed(Two())
+    assert events[:8] == ["wait", *["forward", "backward"] * 3, "wait"]
+    (first, _), forward, (second, pool), backward = events[8:]
+    assert (first, forward, second, backward) == ("capture", "forward", "capture", "backward")
+    assert graphed.sets == 3
+    for part in graphed.parts:
+        part()
+    assert events[-2] == ("replay", pool)
+    assert events[-1][1] is not pool
+
+
+@pytest.mark.parametrize(("tail", "findings"), [("ERROR SUMMARY: 2 errors", 2), ("no such device", None)])
+def test_what_a_memory_checker_says_is_kept(tmp_path, monkeypatch, tail, findings):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f'#!/bin/sh\necho "$@"\necho "========= {tail}"\nexit 3\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    rows = sanitizer.finish(sanitizer.start(), lambda: 20.0)
+    assert [row["tool"] for row in rows] == ["memcheck", "racecheck"]
+    assert all(row["status"] == 3 and row["findings"] == findings for row in rows)
+    assert "--tool memcheck" in rows[0]["last_lines"][0]
+    assert rows[0]["last_lines"][0].endswith("-m gpu.correctness")
+
+
+def test_a_memory_checker_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\nsleep 60 & wait\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    start = time.monotonic()
+    rows = sanitizer.finish(sanitizer.start(), lambda: 0.2)
+    assert time.monotonic() - start < 10
+    assert not any(row["finished"] or row["findings"] for row in rows)
+
+
+def test_what_the_checker_watches_runs():
+    correctness.small("cpu")
+
+
+def test_jobs_run_side_by_side_and_what_takes_too_long_is_given_up():
+    assert dict(workers.done(abs, [-1, -2, -3], 2, lambda: 60.0)) == {0: 1, 1: 2, 2: 3}
+    assert dict(workers.done(abs, [-1, -2], 0, lambda: 60.0)) == {0: 1, 1: 2}
+    assert dict(workers.done(time.sleep, [30.0], 1, lambda: 0.5)) == {}
+
+
+def test_layers_that_fit_the_memory(monkeypatch):
+    options = model.options_of(HERE, "llama3-8b", False, 3)
+    options.model = "llama3-8b"
+    needs = {1: (110, 70), 2: (120, 90)}  # a layer: 10 of weights, 20 of a step; besides 100 and 50
+    monkeypatch.setattr(model, "_needs", lambda here, trial, dropout, kind: needs[trial.layers])
+    for free, layers in ((1000, 25), (100, 1), (10**6, 32)):
+        monkeypatch.setattr(machine.Machine, "free_bytes", lambda self, free=free: free)
+        assert model.fitting(HERE, options, 0.1, ["frozen", "ilora"]) == layers
+
+
+def test_a_model_that_does_not_fit_is_tried_with_fewer_layers(monkeypatch):
+    tried = []
+
+    def steps(options, dropouts, kinds):
+        tried.append(options.layers)
+        if options.layers > 8:
+            raise torch.OutOfMemoryError("no")
+        return [{"step": "frozen"}]
+
+    monkeypatch.setattr(model, "_steps", steps)
+    monkeypatch.setattr(model, "fitting", lambda *args: 20)
+    rows = model._run(HERE, "llama3-8b", False, (0.1,), ["frozen"], 3)
+    assert tried == [20, 15, 11, 8]
+    assert rows[0]["layers"] == 8
