@@ -101,9 +101,18 @@ def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], fol
         except Exception as error:  # the other parts may well run; this one's reason is in the report and shown here
             traceback.print_exc()
             keep({**results["parts"].get(name, {}), "error": f"{type(error).__name__}: {error}"[:1000]})
-        files.render(results, folder, plots=False)
-        well = well and _well(name, results["parts"][name])
+        rendered = _rendered(results, folder, plots=False)
+        well = well and rendered is not None and _well(name, results["parts"][name])
     return well
+
+
+def _rendered(results: dict[str, Any], folder: Path, plots: bool) -> list[str] | None:
+    """Names of the files made of the JSON; None if that failed, which must not end the measuring: --render remains."""
+    try:
+        return files.render(results, folder, plots)
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 def _well(name: str, part: dict[str, Any]) -> bool:
@@ -136,11 +145,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     files.save(results, folder)
     well = run(here, options, results, folder)
-    written = ["report.json", *files.render(results, folder)]
+    rendered = _rendered(results, folder, plots=True)
+    written = ["report.json", *(rendered or ["nothing else: making the rest of it failed"])]
     print(summary(results), f"{folder}: {', '.join(written)}", sep="\n")
     if here.dry:
         print("A dry run: every part was gone through, no figure means anything.")
-    return 0 if well else 1
+    return 0 if well and rendered is not None else 1
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:

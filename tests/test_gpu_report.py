@@ -263,6 +263,26 @@ def test_the_markdown_of_a_measurement_file():
     assert "correctness: NOT CHECKED" in shown.summary(wrong)
 
 
+def test_a_peer_without_one_of_the_dropouts_has_a_dash():
+    rows = [layer_row("frozen", 1.0, p=p) for p in (0.0, 0.1)] + [layer_row("unsloth", 1.25)]
+    results = made_up()
+    results["parts"]["layer"]["rows"] = [*rows, layer_row("lorafusion", 1.5, p=0.1)]
+    text = shown.markdown(results)
+    assert "| unsloth | 1.25 / – (1.24–1.26) |" in text
+    assert "| lorafusion | – / 1.50 (1.49–1.51) |" in text
+    assert "| unsloth | 1.25 / – | 1.0 / – MB |" in report.markdown(results)
+
+
+def test_what_cannot_be_rendered_is_still_measured(tmp_path, monkeypatch, capsys):
+    def fails(results, folder):
+        raise ValueError("a font is missing")
+
+    monkeypatch.setattr(figures, "draw", fails)
+    assert gpu_report.main(["--device=cpu", f"--out={tmp_path}", "--only", "ceilings"]) == 1
+    assert json.loads((tmp_path / "dry-run" / "report.json").read_text())["parts"]["ceilings"]["flops"] > 0
+    assert "a font is missing" in capsys.readouterr().err
+
+
 def test_the_readmes_table_of_a_measurement_file():
     lines = report.markdown(made_up()).splitlines()
     assert lines[0] == "| | 4096→4096 | saved for backward |"
@@ -434,14 +454,19 @@ def test_a_memory_checker_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     assert not any(row["finished"] or row["findings"] for row in rows)
 
 
-def test_what_the_checker_watches_runs():
+def test_what_the_checker_watches_runs(compiled):
     correctness.small("cpu")
 
 
 def test_jobs_run_side_by_side_and_what_takes_too_long_is_given_up():
-    assert dict(workers.done(abs, [-1, -2, -3], 2, lambda: 60.0)) == {0: 1, 1: 2, 2: 3}
     assert dict(workers.done(abs, [-1, -2], 0, lambda: 60.0)) == {0: 1, 1: 2}
-    assert dict(workers.done(time.sleep, [30.0], 1, lambda: 0.5)) == {}
+    left, came = [120.0], []
+    start = time.monotonic()
+    for index, _ in workers.done(time.sleep, [0.0, 300.0], 2, lambda: left[0]):
+        came.append(index)
+        left[0] = 0.5
+    assert came == [0]
+    assert time.monotonic() - start < 120
 
 
 def test_layers_that_fit_the_memory(monkeypatch):

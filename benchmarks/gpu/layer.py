@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from measure import Eager, Program, WrongPeer, check, interleave, summarise
+from measure import Eager, Program, WrongPeer, check, interleave, summarise, time_once
 from memory import peak_bytes, saved_bytes
 from peers import Settings, make_case
 
@@ -175,9 +175,10 @@ def _prepared(here: Machine, arm: Arm, inputs: list[Any], row: dict[str, Any]) -
 def time_all(
     here: Machine, rows: dict[str, dict[str, Any]], variant: str, programs: dict[str, Program], seconds: float
 ) -> None:
-    """Writes the times of the programs into their rows, under the variant's name; the first round only warms up."""
+    """Writes the times of the programs into their rows, under the variant's name."""
     here.warm_up()
-    rounds = 4 if here.dry else ROUNDS
-    times = interleave(programs, here.device, 0.0 if here.dry else seconds, rounds)
+    for program in programs.values():
+        time_once(program, here.device)
+    times = interleave(programs, here.device, 0.0 if here.dry else seconds, ROUNDS)
     for name, series in times.items():
-        rows[name][variant] = {"rounds": len(series) - 1, **summarise(series[1:], times["frozen"][1:])}
+        rows[name][variant] = {"rounds": len(series), **summarise(series, times["frozen"])}

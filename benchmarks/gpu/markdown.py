@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 from report import heading
@@ -105,8 +106,9 @@ def _ceilings(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
 def _layer(part: dict[str, Any], results: dict[str, Any], main: bool = False) -> list[str]:
     """A table for each M, R, E and way of timing; the main case, or it alone, has forward and backward besides."""
     timed = [row for row in part["rows"] if "eager" in row and (row["level"] == 0 or not main)]
+    dropouts = list(dict.fromkeys(row["dropout"] for row in timed))
     lines = ["Time over the frozen layer's (whose backward is dx alone), dropout "]
-    lines[0] += " / ".join(f"{p:g}" for p in dict.fromkeys(row["dropout"] for row in timed))
+    lines[0] += " / ".join(f"{p:g}" for p in dropouts)
     lines[0] += "; medians over interleaved rounds on inputs that no cache holds; graph: CUDA-graph replays."
     for key in dict.fromkeys((row["M"], row["rank"], row["experts"]) for row in timed):
         own = [row for row in timed if (row["M"], row["rank"], row["experts"]) == key]
@@ -116,7 +118,7 @@ def _layer(part: dict[str, Any], results: dict[str, Any], main: bool = False) ->
             for direction in ("both", "forward", "backward") if first else ("both",):
                 if having:
                     lines += ["", f"M={key[0]}, R={key[1]}, E={key[2]}: {_named(direction)}, {variant}", ""]
-                    lines += grid(having, _peer, shape_of, lambda each, v=variant, d=direction: _cell(each, v, d))  # type: ignore[misc]
+                    lines += grid(having, _peer, shape_of, partial(_cell, dropouts, variant, direction))
         if first:
             lines += ["", f"M={key[0]}, R={key[1]}: peak / saved memory, MB", ""]
             lines += grid(own, _peer, shape_of, lambda each: " ; ".join(map(_memory, each)))
@@ -132,13 +134,13 @@ def _peer(row: dict[str, Any]) -> str:
     return row["peer"]
 
 
-def _cell(each: Rows, variant: str, direction: str) -> str:
+def _cell(dropouts: list[float], variant: str, direction: str, each: Rows) -> str:
     """The ratios by dropout, with the last one's quartiles; of the frozen layer the milliseconds."""
-    summaries = [row[variant][direction] for row in each]
-    if each[0]["peer"] == "frozen":
-        return " / ".join(f"{summary['ms']:.3f}" for summary in summaries) + " ms"
-    ratios = " / ".join(f"{summary['ratio']:.2f}" for summary in summaries)
-    return f"{ratios} ({summaries[-1]['low']:.2f}–{summaries[-1]['high']:.2f})"
+    found = {row["dropout"]: row[variant][direction] for row in each}
+    key, digits, unit = ("ms", 3, " ms") if each[0]["peer"] == "frozen" else ("ratio", 2, "")
+    cell = " / ".join(f"{found[p][key]:.{digits}f}" if p in found else "–" for p in dropouts)
+    last = found[each[-1]["dropout"]]
+    return cell + unit if unit else f"{cell} ({last['low']:.2f}–{last['high']:.2f})"
 
 
 def _memory(row: dict[str, Any]) -> str:
