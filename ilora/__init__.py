@@ -15,6 +15,7 @@ from .model import (
     inject,
     last_gate,
     print_trainable_parameters,
+    share_inputs,
     trainable_parameters,
 )
 from .networks import GateNetwork, PromptGate, SequenceGate, UniformGate
@@ -61,6 +62,7 @@ __all__ = [
     "reference",
     "save_adapter",
     "set_adapter",
+    "share_inputs",
     "targets",
     "to_peft",
     "trainable_parameters",

@@ -13,6 +13,7 @@ from .config import ILoRAConfig, block_of, find_targets, named
 from .gate import GateState
 from .layer import ILoRALinear
 from .networks import GateNetwork
+from .siblings import group
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Injection:
     adapter: the one in the model. others: those kept beside it, by name. originals: the frozen modules that
     modules_to_save took the place of. trainable: the parameters that were trainable. tied: transformers' record of
     tied weights that no longer are. merged: whether a gate is merged into the weights; unmerged: the weights before.
-    forward: the one on the instance, if somebody had put one there.
+    forward: the one on the instance, if somebody had put one there. share_inputs: whether layers share their input.
     """
 
     state: GateState
@@ -47,6 +48,7 @@ class Injection:
     merged: bool = False
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
     forward: Any = None
+    share_inputs: bool = False
 
     @property
     def config(self) -> ILoRAConfig:
@@ -153,6 +155,7 @@ def attach(model: Any, adapter: Adapter) -> None:
     injection.adapter = adapter
     for path, layer in adapter.layers.items():
         replace(model, path, layer.to(_device(layer.base_layer)).train(layer.base_layer.training))
+    group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
     for path, module in adapter.saved.items():
         injection.originals[path] = model.get_submodule(path)
         replace(model, path, beside(module, injection.originals[path]))

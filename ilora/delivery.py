@@ -49,11 +49,12 @@ class ILoRAModel:
         frame = frame_of(self, inputs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
             capture_checkpoints(self, state)  # type: ignore[arg-type]
-        before, state.frame = state.frame, frame
+        before = state.frame
+        state.enter(frame)
         try:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
-            state.frame = before
+            state.enter(before)
         state.last = None if frame.gate is None else frame.gate.detach()
         weight = getattr(self.ilora_gate, "balance", 0.0)
         if weight and self.training and frame.gate is not None:  # type: ignore[attr-defined]

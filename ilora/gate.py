@@ -33,12 +33,14 @@ class GateState:
 
     enabled: False makes the layers compute their frozen base alone.
     last: the gate of the last forward, detached, for statistics.
+    shared: the input that layers are sharing (see siblings.py); it goes with the frame.
     """
 
-    __slots__ = ("enabled", "frame", "last")
+    __slots__ = ("enabled", "frame", "last", "shared")
 
     def __init__(self) -> None:
         self.frame, self.enabled, self.last = Frame(), True, None  # type: tuple[Frame, bool, Tensor | None]
+        self.shared: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copy = memo[id(self)] = GateState()  # layers that shared a state share its copy; live tensors stay behind
@@ -47,6 +49,10 @@ class GateState:
 
     def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
         return GateState, ()
+
+    def enter(self, frame: Frame) -> None:
+        """The frame in force from here on."""
+        self.frame, self.shared = frame, None
 
     def gate_for(self, x: Tensor, index: int, name: str) -> tuple[Tensor | None, Tensor | None]:
         """(gate [N, E], segments) for the layer called `name` that sees x [..., d_in]; index picks its layer's gate.
@@ -75,11 +81,11 @@ def _fits(x: Tensor, rows: int, lengths: tuple[int, ...]) -> bool:
 def framed(state: GateState, frame: Frame) -> Iterator[None]:
     """The frame in force inside the block; afterwards, also after an exception, what was there before."""
     before = state.frame
-    state.frame = frame
+    state.enter(frame)
     try:
         yield
     finally:
-        state.frame = before
+        state.enter(before)
 
 
 @contextmanager
@@ -95,11 +101,11 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
     before = [(state, state.frame) for state in states.values()]
     try:
         for state in states.values():
-            state.frame = Frame(gate, segments)
+            state.enter(Frame(gate, segments))
         yield model
     finally:
         for state, frame in before:
-            state.frame = frame
+            state.enter(frame)
 
 
 class CapturingCheckpoint:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .gate import GateState
 from .ops import ilora_linear, ilora_update
+from .siblings import shared_output
 
 
 class ILoRALinear(nn.Module):
@@ -28,6 +29,8 @@ class ILoRALinear(nn.Module):
     lora_A [R, d_in] starts Kaiming-uniform and lora_B [d_out, R] zero, so a fresh layer equals its base.
     Raises: TypeError, ValueError for a base or settings that do not fit.
     """
+
+    siblings: tuple[ILoRALinear, ...] = ()  # with itself, those that it may share its input with (ilora.share_inputs)
 
     def __init__(
         self,
@@ -78,6 +81,9 @@ class ILoRALinear(nn.Module):
         if not self.gate_state.enabled or self.merged:
             return self.base_layer(x)
         if gate is None:
+            y = shared_output(self, x) if self.siblings else None
+            if y is not None:
+                return y
             gate, segments = self.gate_state.gate_for(x, self.gate_index, self.name)
         if gate is None:
             raise RuntimeError(
@@ -86,10 +92,23 @@ class ILoRALinear(nn.Module):
             )
         dropout_p = self.lora_dropout if self.training else 0.0
         adapter = (self.lora_A, self.lora_B, self.own_gate(gate), self.scaling, segments, dropout_p, None, self.backend)
-        weight = _plain_weight(self.base_layer)
+        weight = self.plain_weight()
         if weight is None:
             return ilora_update(x, self.base_layer(x), *adapter)
         return ilora_linear(x, weight, self.base_layer.bias, *adapter)  # type: ignore[arg-type]
+
+    def plain_weight(self) -> Tensor | None:
+        """[d_out, d_in] if x Wᵀ + b is all that calling the base does; None where it must be called itself."""
+        base = self.base_layer
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        replaced = "forward" in base.__dict__  # as accelerate's device maps do
+        conv1d = is_conv1d(base)
+        if hooked or replaced or not (conv1d or type(base) is nn.Linear):
+            return None
+        weight = cast(Tensor, base.weight)
+        if type(weight) not in (Tensor, nn.Parameter):
+            return None
+        return weight.T if conv1d else weight
 
     def own_gate(self, gate: Tensor) -> Tensor:
         """[N, num_experts] from the model's [N, gate_experts]: a layer with fewer experts sums neighbours' gates."""
@@ -140,16 +159,3 @@ def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         dtype = tensor.dtype if tensor.is_floating_point() and tensor.itemsize > 1 else torch.float32
     return torch.empty(0, dtype=dtype, device=tensor.device)
-
-
-def _plain_weight(base: nn.Module) -> Tensor | None:
-    """[d_out, d_in] if computing x Wᵀ + b is all that calling the base does; None where it must be called itself."""
-    conv1d = is_conv1d(base)
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    replaced = "forward" in base.__dict__  # as accelerate's device maps do
-    if hooked or replaced or not (conv1d or type(base) is nn.Linear):
-        return None
-    weight = cast(Tensor, base.weight)
-    if type(weight) not in (Tensor, nn.Parameter):
-        return None
-    return weight.T if conv1d else weight

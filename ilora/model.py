@@ -15,10 +15,16 @@ from .frames import network_gate
 from .gate import GateState, release_checkpoints
 from .inputs import read_inputs
 from .layer import ILoRALinear
+from .siblings import group
 
 
 def inject(
-    model: Any, config: ILoRAConfig | None = None, gate: nn.Module | None = None, *, name: str = "default"
+    model: Any,
+    config: ILoRAConfig | None = None,
+    gate: nn.Module | None = None,
+    *,
+    name: str = "default",
+    share_inputs: bool = False,
 ) -> Any:
     """Freezes the model and gives its linear layers gated low-rank updates, in place; returns the model.
 
@@ -31,6 +37,7 @@ def inject(
             [N, E]), which becomes the submodule `ilora_gate`: trained, saved and loaded with the model. It goes to the
             device of the model's first parameter. None: every call is given its gate.
         name: the adapter's, for models with several.
+        share_inputs: as `ilora.share_inputs(model)` afterwards.
     Raises: ValueError, TypeError naming the module that cannot be adapted, before anything is changed.
     """
     config = ILoRAConfig() if config is None else config
@@ -41,6 +48,7 @@ def inject(
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
     model.ilora = Injection(next(iter(adapter.layers.values())).gate_state, trainable, adapter)
+    model.ilora.share_inputs = share_inputs
     model.ilora.forward = vars(model).get("forward")
     if model.ilora.forward is not None:
         model.forward = model.ilora.forward
@@ -72,6 +80,21 @@ def eject(model: Any) -> Any:
         if key in trainable:
             parameter.requires_grad_(True)
     return model
+
+
+def share_inputs(model: Any, share: bool = True) -> tuple[tuple[str, ...], ...]:
+    """Lets the layers that get one input (q, k, v; gate, up) share the pass over it, forward and backward; returns the
+    paths of those that may, by group. It holds for the model's other adapters too, and is not saved.
+
+    Results are those of separate layers, but for the order of sums; with dropout the layers of a group have one mask.
+    A group are children of one module with known names (`ilora.siblings.FAMILIES`) and plain weights, of the same r,
+    num_experts and scaling. That they do share is seen at every call, by the very same tensor. Compiled models and
+    decoding steps compute every layer by itself. share=False: as before. Raises ValueError where nothing was injected.
+    """
+    injection = injected(model)
+    injection.share_inputs = bool(share)
+    injection.state.shared = None
+    return group(dict.fromkeys(injection.adapter.layers.values()), injection.share_inputs)
 
 
 @contextmanager

@@ -100,6 +100,68 @@ def backward(
     return _add_product(dx, dy, weight) if need_dx else None, dA, dB, dgate.to(gate.dtype)
 
 
+# The halves of them, for projections that share x, by the same kernels: with an identity for A or B and a gate of one,
+# a kernel's other half does nothing, at the cost of products of R × R.
+
+
+def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """xa [M, R] = dropout(x) Aᵀ: an update of no columns."""
+    threshold, nothing = dropout_threshold(dropout_p), A.new_empty(0, A.shape[0])
+    arguments = (_unit_columns(x), None, None, A, nothing, _one(x), None, 1.0, threshold, seed, False)
+    return torch.ops.ilora_native.forward.default(*arguments)[1]
+
+
+def expand_xa(
+    x: Tensor,
+    xa: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    gate: Tensor,
+    segments: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ: the update of xa by an identity, then x Wᵀ accumulated onto it."""
+    w_t, eye = weight.t(), torch.eye(xa.shape[1], dtype=B.dtype)
+    bias = None if bias is None else bias.to(xa.dtype).contiguous()
+    wide = _through_float32(x, w_t)
+    arguments = (xa, bias, None, eye, B, _compute_gate(gate, x), segments, scaling, 0, None, wide)
+    y = torch.ops.ilora_native.forward.default(*arguments)[0]
+    return _add_product(y if wide else y.to(x.dtype), _unit_columns(x), w_t)
+
+
+def backward_dy(
+    dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dxa [M, R], dB, dgate): dxa comes out as the dx of an identity, in float32 at least."""
+    dy, eye, stand_in = _unit_columns(dy), torch.eye(xa.shape[1], dtype=B.dtype), xa.to(dy.dtype)
+    arguments = (dy, stand_in, xa, eye, B, _compute_gate(gate, dy), segments, scaling, 0, None, True, True)
+    dxa, _, dB, dgate = torch.ops.ilora_native.backward.default(*arguments)
+    return dxa, dB, dgate.to(gate.dtype)
+
+
+def backward_x(
+    dxa: Tensor,
+    x: Tensor,
+    A: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    products: list[tuple[Tensor, Tensor]],
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """(dx in x's dtype or None, dA): dxa comes in as the dy of an identity, in bfloat16 as a sum of two."""
+    x, eye, high = _unit_columns(x), torch.eye(dxa.shape[1], dtype=A.dtype), dxa.to(x.dtype)
+    dy = high if high.dtype == dxa.dtype else torch.cat([high, (dxa - high).to(x.dtype)], 1)
+    B = torch.cat([eye] * (dy.shape[1] // dxa.shape[1]))
+    wide = need_dx and any(_through_float32(each, weight) for each, weight in products)
+    threshold, one = dropout_threshold(dropout_p), _one(x)
+    arguments = (dy, x, dxa, A, B, one, None, 1.0, threshold, seed, need_dx, wide)
+    dx, dA, _, _ = torch.ops.ilora_native.backward.default(*arguments)
+    for each, weight in products if need_dx else ():
+        dx = _accumulate(dx, _unit_columns(each), weight)
+    return dx.to(x.dtype) if need_dx else None, dA
+
+
 def decode(
     x: Tensor,
     weight: Tensor | None,
@@ -126,13 +188,16 @@ def decode(
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-    """out + a b in a's dtype. beta = 1 saves the pass that adding afterwards takes, but for a few rows MKL then rounds
-    at every term of the sum, to ten times the error, and the pass costs nothing."""
-    if b is not None and a.shape[0] < 16:
-        out += a.to(out.dtype) @ b.to(out.dtype)
-    elif b is not None:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
-    return out.to(a.dtype)
+    """out + a b in a's dtype."""
+    return (out if b is None else _accumulate(out, a, b)).to(a.dtype)
+
+
+def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a b, in out's dtype. beta = 1 saves the pass that adding afterwards takes, but for a few rows MKL then
+    rounds at every term of the sum, to ten times the error, and the pass costs nothing."""
+    if a.shape[0] < 16:
+        return out.add_(a.to(out.dtype) @ b.to(out.dtype))
+    return out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
 def _through_float32(a: Tensor, b: Tensor) -> bool:
@@ -149,6 +214,10 @@ _HARDWARE_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._
 
 def _compute_gate(gate: Tensor, x: Tensor) -> Tensor:
     return gate.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _one(x: Tensor) -> Tensor:
+    return x.new_ones(1, 1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _unit_columns(t: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     if autocast:
-        x, weight, bias, base, A, B = _autocast(torch.get_autocast_dtype(device), x, weight, bias, base, A, B)
+        x, weight, bias, base, A, B = autocast_to(torch.get_autocast_dtype(device), x, weight, bias, base, A, B)
     check_dtypes(x, weight, bias, base, A, B, gate)
     dropout_p = float(dropout_p)
     seed = checked_seed(seed, dropout_p, x.device)
@@ -106,7 +107,7 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
         return _ILoRALinear.apply(*args)
 
 
-def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+def autocast_to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     """As torch's linear under autocast: every float tensor but float64 goes to the autocast dtype."""
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
@@ -123,16 +124,21 @@ class _ILoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            with torch.no_grad():
-                grads = _gradients(ctx, dy, saved, needs)
-            present = [i for i, grad in enumerate(grads) if grad is not None]
-            refused = _OnceOnly.apply(len(present), *(grads[i] for i in present), dy, *saved)
-            for i, grad in zip(present, refused, strict=True):
-                grads[i] = grad
-        else:
-            grads = _gradients(ctx, dy, saved, needs)
+        grads = once_only(lambda: _gradients(ctx, dy, saved, needs), dy, *saved)
         return (*grads, None, None, None, None, None)
+
+
+def once_only(gradients: Callable[[], list[Tensor | None]], *tied: Tensor | None) -> list[Tensor | None]:
+    """What `gradients` returns, computed from `tied`: under create_graph a second differentiation of it is refused."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients()
+    with torch.no_grad():
+        grads = gradients()
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    refused = _OnceOnly.apply(len(present), *(grads[i] for i in present), *tied)
+    for i, grad in zip(present, refused, strict=True):
+        grads[i] = grad
+    return grads
 
 
 def _plainly(x: Tensor, weight: Tensor | None, A: Tensor) -> bool:

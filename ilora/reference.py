@@ -129,12 +129,11 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, d_out], xa [M, R]). Without a weight y is the update alone, added to base [M, d_out] if there is one."""
-    wide = torch.promote_types(x.dtype, A.dtype)
-    xa = _dropped(x, dropout_p, seed).to(wide) @ A.to(wide).T
-    gamma = row_gates(gate, x.shape[0], A.shape[0], scaling, segments)
-    update = ((xa * gamma).to(wide) @ B.to(wide).T).to(x.dtype)
+    xa = shrink_x(x, A, dropout_p, seed)
     if weight is not None:
-        return F.linear(x, weight, bias).add_(update), xa
+        return expand_xa(x, xa, weight, bias, B, gate, segments, scaling), xa
+    gamma = row_gates(gate, x.shape[0], A.shape[0], scaling, segments)
+    update = ((xa * gamma).to(xa.dtype) @ B.to(xa.dtype).T).to(x.dtype)
     return (update if base is None else base + update), xa
 
 
@@ -153,19 +152,70 @@ def backward(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """(dx [M, d_in] or None, dA [R, d_in], dB [d_out, R], dgate [N, E])."""
-    (M, R), (N, E), wide = xa.shape, gate.shape, torch.promote_types(x.dtype, A.dtype)
+    dxa, dB, dgate = backward_dy(dy, xa, B, gate, segments, scaling)
+    products = [] if weight is None else [(dy, weight)]
+    dx, dA = backward_x(dxa, x, A, dropout_p, seed, products, need_dx)
+    return dx, dA, dB, dgate
+
+
+# The same in halves, for projections that share x (`ilora.shared`): their A's stand one below the other, so that one
+# pass over x serves them all, each way. `backward_dy` and `backward_x` are the gradients of `expand_xa` and `shrink_x`.
+
+
+def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """xa [M, R] = dropout(x) Aᵀ."""
+    wide = torch.promote_types(x.dtype, A.dtype)
+    return _dropped(x, dropout_p, seed).to(wide) @ A.to(wide).T
+
+
+def expand_xa(
+    x: Tensor,
+    xa: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    B: Tensor,
+    gate: Tensor,
+    segments: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ, xa [M, R] contiguous."""
+    gamma = row_gates(gate, xa.shape[0], xa.shape[1], scaling, segments)
+    update = (xa * gamma).to(xa.dtype) @ B.to(xa.dtype).T
+    return F.linear(x, weight, bias).add_(update.to(x.dtype))
+
+
+def backward_dy(
+    dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dxa [M, R], dB [d_out, R], dgate [N, E]) from one pass over dy, xa contiguous."""
+    (M, R), (N, E), wide = xa.shape, gate.shape, xa.dtype
     gamma = row_gates(gate, M, R, scaling, segments)
     dh = dy.to(wide) @ B.to(wide)
-    dxa = (gamma * dh).to(wide)
-    dA = dxa.T @ _dropped(x, dropout_p, seed).to(wide)
     dB = dy.to(wide).T @ (gamma * xa).to(wide)
     by_expert = (dh.to(gamma.dtype) * xa.to(gamma.dtype)).reshape(M, E, R // E).sum(-1)
     dgate = scaling * _segment_sums(by_expert, N, segments)
+    return (gamma * dh).to(wide), dB.to(B.dtype), dgate.to(gate.dtype)
+
+
+def backward_x(
+    dxa: Tensor,
+    x: Tensor,
+    A: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    products: list[tuple[Tensor, Tensor]],
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """(dx [M, d_in] or None, dA [R, d_in]) from one pass over x; dx = dropout's mask ⊙ (dxa A) + Σ dy W over the
+    products (dy, W)."""
+    wide = dxa.dtype
+    dA = dxa.T @ _dropped(x, dropout_p, seed).to(wide)
     dx = None
     if need_dx:
         dx = _dropped(dxa @ A.to(wide), dropout_p, seed).to(x.dtype)
-        dx = dx if weight is None else dx.add_(dy @ weight)
-    return dx, dA.to(A.dtype), dB.to(B.dtype), dgate.to(gate.dtype)
+        for dy, weight in products:
+            dx.add_(dy @ weight)
+    return dx, dA.to(A.dtype)
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

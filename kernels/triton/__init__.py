@@ -1,4 +1,4 @@
-"""The Triton backend of ilora: `forward` and `backward`, see update.py.
+"""The Triton backend of ilora: `forward` and `backward`, see update.py; and their halves, see halves.py.
 
 x̃ = x ⊙ keep,  xa = x̃ Aᵀ,  h = γ ⊙ xa,  y = h Bᵀ + …          shrink → gate → expand → the frozen product on top
 dh = dy B,  dxa = γ ⊙ dh,  dB = dyᵀ h,  dA = dxaᵀ x̃,  dx = keep ⊙ (dxa A) + …   outer (+ shrink) → gate → outer → expand
@@ -9,6 +9,7 @@ Up to 64 rows without dropout take one launch instead, `decode`, which up to 16 
 Where strategy.py says so, `gemm` takes the place of `expand` and of the frozen product on top.
 """
 
+from .halves import backward_dy, backward_x, expand_xa, shrink_x
 from .update import backward, forward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_dy", "backward_x", "expand_xa", "forward", "shrink_x"]

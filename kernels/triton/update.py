@@ -80,19 +80,34 @@ class Update:
         y = self.x.new_empty(self.M, self.B.shape[0])
         if self.M:
             self._gate(self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=h, raw=xa)
-            if not self._gemm("forward", self.x, weight, y, h, self.B, self.B.stride(), self.plain, bias):
-                self._expand(y, h, self.B, self.B.stride(), self.plain, bias, base)
+            self._onto_y(y, h, bias, base, weight)
         return y, xa
 
     def backward(
         self, dy: Tensor, xa: Tensor, need_dx: bool, weight: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        dA, dB = torch.empty_like(self.A, memory_format=torch.contiguous_format), self.B.new_empty(self.B.shape)
-        dgate = self.gate.new_empty(self.gate.shape)
-        dx = self.x.new_empty(self.x.shape) if need_dx else None
-        if self.M == 0:
-            return dx, dA.zero_(), dB.zero_(), dgate.zero_()
+        dxa, dB, dgate = self.backward_dy(dy, xa)
+        dx, dA = self.backward_x(dxa, need_dx, dy, weight)
+        return dx, dA, dB, dgate
+
+    def shrink_x(self) -> Tensor:
+        xa = self._ranks()
+        if self.M:
+            self._gate(self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=xa)
+        return xa
+
+    def expand_xa(self, xa: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+        y, h = self.x.new_empty(self.M, self.B.shape[0]), self._ranks()
+        if self.M:
+            self._gate(xa[None], gated=h)
+            self._onto_y(y, h, bias, None, weight)
+        return y
+
+    def backward_dy(self, dy: Tensor, xa: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dB, dgate = self.B.new_empty(self.B.shape), self.gate.new_empty(self.gate.shape)
         h, dxa = self._ranks(), self._ranks()
+        if self.M == 0:
+            return dxa, dB.zero_(), dgate.zero_()
         one_row_each = self.segments is None and self.N == self.M  # then the scores are the gradient already
         scores = dgate if one_row_each else self._buffer(self.M, self.E)
         self._gate(xa[None], gated=h)
@@ -104,13 +119,26 @@ class Update:
         self._gate(dh, gated=dxa, xa=xa, scores=scores)
         if not one_row_each:
             self._sum_segments(scores, dgate)
+        return dxa, dB, dgate
+
+    def backward_x(
+        self, dxa: Tensor, need_dx: bool, dy: Tensor | None = None, weight: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        dA = torch.empty_like(self.A, memory_format=torch.contiguous_format)
+        dx = self.x.new_empty(self.x.shape) if need_dx else None
+        if self.M == 0:
+            return dx, dA.zero_()
         self._outer(self.x, dxa, dA, (1, self.A.shape[1]), self.dropout)
         if dx is not None:
             strides = self.A.stride()[::-1]
             turned = None if weight is None else weight.t()
-            if not self._gemm("backward", dy, turned, dx, dxa, self.A, strides, self.dropout):
+            if dy is None or not self._gemm("backward", dy, turned, dx, dxa, self.A, strides, self.dropout):
                 self._expand(dx, dxa, self.A, strides, self.dropout)
-        return dx, dA, dB, dgate
+        return dx, dA
+
+    def _onto_y(self, y: Tensor, h: Tensor, bias: Tensor | None, base: Tensor | None, weight: Tensor | None) -> None:
+        if not self._gemm("forward", self.x, weight, y, h, self.B, self.B.stride(), self.plain, bias):
+            self._expand(y, h, self.B, self.B.stride(), self.plain, bias, base)
 
     def _ranks(self) -> Tensor:
         return self.x.new_empty(self.M, self.R, dtype=torch.promote_types(self.x.dtype, self.A.dtype))
