@@ -101,13 +101,15 @@ def backward(
 
 
 # The halves of them, for projections that share x, by the same kernels: with an identity for A or B and a gate of one,
-# a kernel's other half does nothing, at the cost of products of R × R.
+# a kernel's other half does nothing, at the cost of products of R × R. Between them ranks are float32 at least.
 
 
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """xa [M, R] = dropout(x) Aᵀ: an update of no columns."""
-    threshold, nothing = dropout_threshold(dropout_p), A.new_empty(0, A.shape[0])
-    arguments = (_unit_columns(x), None, None, A, nothing, _one(x), None, 1.0, threshold, seed, False)
+    one, threshold = _one(x), dropout_threshold(dropout_p)
+    A = A.to(one.dtype)
+    nothing = A.new_empty(0, A.shape[0])
+    arguments = (_unit_columns(x), None, None, A, nothing, one, None, 1.0, threshold, seed, False)
     return torch.ops.ilora_native.forward.default(*arguments)[1]
 
 
@@ -122,12 +124,11 @@ def expand_xa(
     scaling: float,
 ) -> Tensor:
     """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ: the update of xa by an identity, then x Wᵀ accumulated onto it."""
-    w_t, eye = weight.t(), torch.eye(xa.shape[1], dtype=B.dtype)
-    bias = None if bias is None else bias.to(xa.dtype).contiguous()
-    wide = _through_float32(x, w_t)
-    arguments = (xa, bias, None, eye, B, _compute_gate(gate, x), segments, scaling, 0, None, wide)
-    y = torch.ops.ilora_native.forward.default(*arguments)[0]
-    return _add_product(y if wide else y.to(x.dtype), _unit_columns(x), w_t)
+    w_t, bias = weight.t(), None if bias is None else bias.contiguous()
+    pieces, eyes = _pieces(xa, x.dtype, B.dtype)
+    arguments = (pieces, bias, None, eyes.t(), B, _compute_gate(gate, x), segments, scaling, 0, None)
+    y = torch.ops.ilora_native.forward.default(*arguments, _through_float32(x, w_t))[0]
+    return _add_product(y, _unit_columns(x), w_t)
 
 
 def backward_dy(
@@ -149,13 +150,11 @@ def backward_x(
     products: list[tuple[Tensor, Tensor]],
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """(dx in x's dtype or None, dA): dxa comes in as the dy of an identity, in bfloat16 as a sum of two."""
-    x, eye, high = _unit_columns(x), torch.eye(dxa.shape[1], dtype=A.dtype), dxa.to(x.dtype)
-    dy = high if high.dtype == dxa.dtype else torch.cat([high, (dxa - high).to(x.dtype)], 1)
-    B = torch.cat([eye] * (dy.shape[1] // dxa.shape[1]))
+    """(dx in x's dtype or None, dA): dxa comes in as the dy of an identity."""
+    x, (pieces, eyes) = _unit_columns(x), _pieces(dxa, x.dtype, A.dtype)
     wide = need_dx and any(_through_float32(each, weight) for each, weight in products)
     threshold, one = dropout_threshold(dropout_p), _one(x)
-    arguments = (dy, x, dxa, A, B, one, None, 1.0, threshold, seed, need_dx, wide)
+    arguments = (pieces, x, dxa, A, eyes, one, None, 1.0, threshold, seed, need_dx, wide)
     dx, dA, _, _ = torch.ops.ilora_native.backward.default(*arguments)
     for each, weight in products if need_dx else ():
         dx = _accumulate(dx, _unit_columns(each), weight)
@@ -214,6 +213,15 @@ _HARDWARE_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._
 
 def _compute_gate(gate: Tensor, x: Tensor) -> Tensor:
     return gate.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _pieces(ranks: Tensor, dtype: torch.dtype, factor: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(t [M, R] in dtype, an identity [R, R] in the factors'): their product is `ranks`. In bfloat16 t [M, 2R] is a sum
+    of two terms side by side, which hold 16 bits, and the identity is there twice."""
+    eye, high = torch.eye(ranks.shape[1], dtype=factor), ranks.to(dtype)
+    if high.dtype == ranks.dtype:
+        return high, eye
+    return torch.cat([high, (ranks - high).to(dtype)], 1), torch.cat([eye, eye])
 
 
 def _one(x: Tensor) -> Tensor:

@@ -17,7 +17,18 @@ from training_worker import arguments, examples, tiny_llama, trainable
 import ilora
 
 STEPS = 3
-VARIANTS = ["ddp", "ddp-hf", "ddp-reentrant", "fsdp", "fsdp-hf", "fsdp-torch", "fsdp-prompt", "trainer"]
+VARIANTS = [
+    "ddp",
+    "ddp-hf",
+    "ddp-reentrant",
+    "ddp-shared",
+    "fsdp",
+    "fsdp-shared",
+    "fsdp-hf",
+    "fsdp-torch",
+    "fsdp-prompt",
+    "trainer",
+]
 
 
 def injected(prompt=False):
@@ -67,6 +78,8 @@ def run(variant, folder, rank, world):
     wrap, _, how = variant.partition("-")
     prompt = how == "prompt"
     model = checkpointed(injected(prompt), how)
+    if how == "shared":
+        assert len(ilora.share_inputs(model)) == 4
     if wrap == "trainer":
         return trainer(model, folder, 2)
     inputs = batch(rank, world, prompt)

@@ -11,7 +11,7 @@ from .update import Update
 
 
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """xa [M, R] = x̃ Aᵀ."""
+    """xa [M, R] = x̃ Aᵀ, float32: it is rounded once, when the gate has been at it."""
     update = _of_x(x, A, x.shape[1], dropout_p, seed)
     xa = update.shrink_x()
     run(update.launches, x.device)

@@ -91,7 +91,7 @@ class Update:
         return dx, dA, dB, dgate
 
     def shrink_x(self) -> Tensor:
-        xa = self._ranks()
+        xa = self._buffer(self.M, self.R)
         if self.M:
             self._gate(self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=xa)
         return xa
