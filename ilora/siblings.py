@@ -87,15 +87,17 @@ class _Held:
 
 
 def _begin(layer: ILoRALinear, x: Tensor) -> _Held | None:
-    if type(x) not in _PLAIN or x.is_inference():  # whether an inference tensor has changed cannot be known
+    if type(x) not in _PLAIN or x.is_inference():  # whether it changes in inference mode, nobody could tell
         return None
     # Not in training, also without gradients: a re-entrant checkpoint's recomputation must draw the same seeds.
     if rows(x) <= FEW_ROWS and not layer.training and not torch.is_grad_enabled():
         return None
+    if not _ready(layer):
+        return None
     alike = _alike(layer)
     members = [other for other in layer.siblings if _ready(other) and _alike(other) == alike]
     gate, segments = layer.gate_state.gate_for(x, layer.gate_index, layer.name)
-    if gate is None or len(members) < 2 or layer not in members:
+    if gate is None or len(members) < 2:
         return None
     dropout_p = layer.lora_dropout if layer.training else 0.0
     shared = SharedInput(
@@ -121,7 +123,7 @@ def _alike(layer: ILoRALinear) -> tuple[Any, ...]:
 
 def _ready(layer: ILoRALinear) -> bool:
     plain = not layer.merged and layer.plain_weight() is not None
-    return plain and all(type(t) in _PLAIN and not t.is_inference() for t in _tensors(layer))
+    return plain and all(type(t) in _PLAIN for t in _tensors(layer))
 
 
 def _tensors(layer: ILoRALinear) -> tuple[Tensor, ...]:
@@ -131,14 +133,18 @@ def _tensors(layer: ILoRALinear) -> tuple[Tensor, ...]:
 
 def _stamp(layer: ILoRALinear) -> tuple[Any, ...]:
     """Changes whenever anything changes that the layer's output depends on, but for the call."""
-    return (*_alike(layer), *((id(t), t._version, t.requires_grad) for t in _tensors(layer)))
+    return (*_alike(layer), *((id(t), _version(t), t.requires_grad) for t in _tensors(layer)))
 
 
 def _call(layer: ILoRALinear, x: Tensor) -> tuple[Any, ...]:
     """Changes with the values of x and the gate, and with torch's modes; with the hooks on saved tensors too, since a
     checkpointed region must save what it saves again when it is recomputed."""
-    gate, device = layer.gate_state.frame.gate, x.device.type
+    (gate, segments, *_), device = layer.gate_state.frame, x.device.type
     modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    seen = (None if gate is None else gate._version, x._version, x.requires_grad)
-    return (*modes, hooks, layer.gate_state.enabled, *seen)
+    return (*modes, hooks, layer.gate_state.enabled, *map(_version, (gate, segments, x)), x.requires_grad)
+
+
+def _version(t: Tensor | None) -> int | None:
+    """Counts the changes of t; an inference tensor has no count, and outside inference mode no changes."""
+    return None if t is None or t.is_inference() else t._version

@@ -428,4 +428,8 @@ def test_inference_mode_computes_every_layer_by_itself(passes):
     ilora.share_inputs(model)
     with torch.inference_mode():
         torch.testing.assert_close(model(input_ids=ids, ilora_gate=g).logits, expected, **EXACT)
+        frozen = g.clone()
     assert not passes
+    with torch.no_grad():  # what was made there may be used elsewhere
+        torch.testing.assert_close(model(input_ids=ids, ilora_gate=frozen).logits, expected, **EXACT)
+    assert len(passes) == 4
