@@ -58,7 +58,6 @@ from .tiny_model import pretrain, tiny_lm
 
 STEPS, BATCH = 300, 32  # of the tiny model
 RATES = {"uniform": 3e-3, "sequence": 1e-2, "random": 3e-3, "prompt": 3e-3}  # of 3e-3 and 1e-2, see --lr
-NAMES = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "caser": "Caser"}
 ARMS = ("untuned", "lora", "sequence", "random", "prompt")
 
 
@@ -78,13 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
     add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="rows of their own")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    add(
-        "--experts",
-        type=int,
-        nargs="+",
-        default=[4],
-        help="of the arm with the sequence gate; the others' is the first",
-    )
+    add("--experts", type=int, nargs="+", default=[4], help="of the sequence gate; the others' is the first")
     add("--seed", nargs="+", type=int, default=[0, 1, 2])
     add("--lr", nargs="+", type=float, help="one rate for all arms, or several for each to choose from (see above)")
     add("--gate-lr", type=float, default=0.3, help="the gate's, as a factor")
@@ -98,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help="of the data loader")
     add("--jobs", type=int, help="runs at a time, in processes of their own (default: 2 with the tiny model, else 1)")
     add("--save-steps", type=int, default=0, help="a checkpoint every so often, from which a killed run goes on")
-    add("--watch", type=int, default=0, help="rank the validation examples every so many steps, for the pictures")
+    add("--watch", type=int, help="rank validation examples every so many steps (default: thrice, for made-up users)")
     add("--no-texts", action="store_true", help="do not generate answers")
     add("--out", type=Path, default=Path("recommender-comparison"))
     options = parser.parse_args(argv)
@@ -155,7 +148,7 @@ def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pret
     for kind in dict.fromkeys([*kinds, experiment.guide]):
         start = time.perf_counter()
         models[kind] = train_sequence(experiment, dataset, kind)
-        print(f"{NAMES[kind]}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{KINDS[kind].__name__}: {time.perf_counter() - start:.0f} s", flush=True)
     if experiment.model == TINY and not experiment.lm_folder.exists():
         start = time.perf_counter()
         tokenizer = experiment.tokenizer(dataset)
@@ -170,7 +163,9 @@ def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pret
         unpacked(experiment.smollm2_folder)
     counts = popularity(parts.train, dataset.num_items).expand(len(test), -1)
     found = {"popularity": described_ranks(ranks(*candidate_scores(counts, test)))}
-    return found | {NAMES[kind]: described_ranks(candidate_ranks(model, test)) for kind, model in models.items()}
+    return found | {
+        KINDS[kind].__name__: described_ranks(candidate_ranks(model, test)) for kind, model in models.items()
+    }
 
 
 def performed(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
@@ -220,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         baselines = prepare(experiment, dataset, options.sequence_models, options.pretrain_steps)
     except (OSError, ValueError) as error:
         sys.exit(f"--data {options.data}: {error}")
-    runs = [Run(experiment, arm, settings, not options.no_texts, options.watch) for arm in arms_of(options)]
+    watch = options.watch if options.watch is not None else settings.steps // 3 if options.data in MADE_UP else 0
+    runs = [Run(experiment, arm, settings, not options.no_texts, watch) for arm in arms_of(options)]
     trained = [run for run in runs if run.arm.gate is not None]
     best = dict(zip([run.arm for run in trained], choose_rates(trained, options, jobs), strict=True))
     wanted = [

@@ -39,8 +39,8 @@ STYLE = """
 .answer th, .answer p {color: var(--body-text-color); opacity: .7}
 .answer td.number, .answer th.number {text-align: right; font-variant-numeric: tabular-nums}
 .answer td.title {white-space: normal; width: 55%}
-.answer .track {display: inline-block; width: 9rem; height: .7rem; margin-right: .5rem; border-radius: 3px;
-  background: var(--border-color-primary); vertical-align: middle; overflow: hidden}
+.answer .track {display: inline-block; width: clamp(3rem, 9vw, 9rem); height: .7rem; margin-right: .5rem;
+  border-radius: 3px; background: var(--border-color-primary); vertical-align: middle; overflow: hidden}
 .answer .bar {display: block; height: 100%; background: var(--color-accent)}
 .answer .share {display: inline-block; min-width: 3.4rem; text-align: right; font-variant-numeric: tabular-nums}
 .answer h3 {margin: 0}
