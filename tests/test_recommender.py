@@ -26,6 +26,7 @@ from sequential_recommendation.tiny_model import pretrain, tiny_lm, tiny_tokeniz
 from sequential_recommendation.training import (
     RecommenderTrainer,
     TrainingSettings,
+    arguments,
     learning_rate_factor,
     parameter_groups,
     train,
@@ -217,7 +218,7 @@ def test_predictions_are_the_same_for_every_batch_size_and_defect_7_no_example_i
         torch.testing.assert_close(other, scores, rtol=1e-5, atol=1e-4)
         assert other_rank.tolist() == rank.tolist()
     settings = TrainingSettings(batch_size=5, effective_batch=5)
-    assert not settings.arguments("x").dataloader_drop_last
+    assert not arguments(settings, "x").dataloader_drop_last
 
 
 def test_defect_4_choices_depend_on_seed_example_and_step_alone(examples):
