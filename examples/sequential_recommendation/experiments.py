@@ -14,20 +14,17 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-
-from . import sequence_models
 from .data import Dataset, Example, Split, frequent, split, with_candidates
-from .prompts import Choice
 from .readers import READERS, plain_titles
-from .sequence_models import SequenceModel
-from .sequence_training import train_sequence_model
 from .settings import TrainingSettings
 from .synthetic import synthetic
 from .tastes import tastes
-from .tiny_model import tiny_tokenizer
+
+if TYPE_CHECKING:  # a wrong title is answered before torch could be imported
+    from .prompts import Choice
+    from .sequence_models import SequenceModel
 
 PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
 MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
@@ -107,6 +104,7 @@ class Experiment:
 
     def language_model(self, dataset: Dataset) -> tuple[Any, Any]:
         """(model, tokenizer), fresh, on the GPU where there is one. Raises OSError where the model is missing."""
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
@@ -123,6 +121,8 @@ class Experiment:
 
     def tokenizer(self, dataset: Dataset) -> Any:
         """The tiny model's."""
+        from .tiny_model import tiny_tokenizer
+
         return tiny_tokenizer(dataset, PROMPTS[self.data])
 
 
@@ -184,6 +184,8 @@ class Run(NamedTuple):
     @property
     def choice(self) -> Choice:
         """How examples are put in its evaluation."""
+        from .prompts import Choice
+
         return Choice(0, hybrid=self.arm.gate is not None and self.settings.curriculum is not None)
 
     def described(self) -> dict[str, Any]:
@@ -212,6 +214,9 @@ def write_whole(path: Path, text: str) -> None:
 
 def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: int = 0) -> SequenceModel:
     """A sequence model of an experiment: trained and kept in its folder, or read from there."""
+    from . import sequence_models
+    from .sequence_training import train_sequence_model
+
     path = experiment.sequence_file(kind)
     if not path.exists():
         parts, val, _ = experiment.parts(dataset)

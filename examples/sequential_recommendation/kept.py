@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .data import Dataset
 from .experiments import PROMPTS, Arm, Experiment
-from .prompts import Prompts
-from .recommender import Recommender, load
+
+if TYPE_CHECKING:  # a wrong title is answered before torch could be imported
+    from .prompts import Prompts
+    from .recommender import Recommender
 
 COMPARE = "python examples/sequential_recommendation/compare.py"
 FOLDER = Path("recommender-comparison")  # where compare.py puts its runs
@@ -49,6 +52,9 @@ class KeptRun:
 
         Raises FileNotFoundError or ValueError for a missing or damaged file, or one of another data set or model.
         """
+        from .prompts import Prompts
+        from .recommender import load
+
         lm, tokenizer = self.experiment.language_model(dataset)
         model = load(self.recommender, lm)
         if model.encoder.num_items != dataset.num_items:

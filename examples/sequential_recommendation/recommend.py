@@ -135,5 +135,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     gc.disable()  # imports make objects by the million and this process is short: a second of its ten
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads would spin on cores that others want
     sys.exit(main())
