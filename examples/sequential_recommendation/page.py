@@ -35,11 +35,11 @@ STYLE = """
 .answer th, .answer td {padding: .28rem .5rem !important; border: 0 !important; text-align: left; white-space: nowrap;
   vertical-align: middle}
 .answer tr {border: 0 !important; border-bottom: 1px solid var(--border-color-primary) !important}
-.answer th {font-weight: 600; font-size: .85em}
+.answer th {font-weight: 600; font-size: .85em; white-space: normal}
 .answer th, .answer p {color: var(--body-text-color); opacity: .7}
 .answer td.number, .answer th.number {text-align: right; font-variant-numeric: tabular-nums}
 .answer td.title {white-space: normal; width: 55%}
-.answer .track {display: inline-block; width: clamp(3rem, 9vw, 9rem); height: .7rem; margin-right: .5rem;
+.answer .track {display: inline-block; width: clamp(2rem, 7vw, 9rem); height: .7rem; margin-right: .5rem;
   border-radius: 3px; background: var(--border-color-primary); vertical-align: middle; overflow: hidden}
 .answer .bar {display: block; height: 100%; background: var(--color-accent)}
 .answer .share {display: inline-block; min-width: 3.4rem; text-align: right; font-variant-numeric: tabular-nums}
@@ -109,7 +109,7 @@ def build(service: Service) -> Any:
     """The page, a gradio.Blocks."""
     import gradio as gr
 
-    with gr.Blocks(title="What comes next?", analytics_enabled=False) as page:
+    with gr.Blocks(title="What comes next?", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# What comes next?\n{service.label}. {HOW.format(kind=service.sequence_kind)}")
         with gr.Row():
             with gr.Column(scale=2):
