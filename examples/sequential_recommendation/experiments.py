@@ -201,12 +201,12 @@ def same(kept: dict[str, Any], described: dict[str, Any]) -> bool:
     return {**Run._field_defaults, **kept, "experiment": experiment, "settings": settings} == described
 
 
-def write_whole(path: Path, text: str) -> None:
-    """The file appears with all of the text or not at all."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """The file appears with all of the content or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .experiments import write_whole
 from .metrics import over_seeds
 
 Results = dict[str, list[dict[str, Any]]]  # by arm, one for each seed
@@ -81,10 +82,7 @@ def _curves(watched: Results, epoch: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(whole, format="png")
-        whole.replace(path)
-    finally:
-        whole.unlink(missing_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_whole(path, drawn.getvalue())
     return path
