@@ -5,7 +5,8 @@ import json
 import torch
 from sequential_recommendation import sequence_models
 from sequential_recommendation.experiments import PROMPTS, Arm, Experiment, Run
-from sequential_recommendation.recommender import Recommender, RecommenderConfig
+from sequential_recommendation.recommender import Recommender
+from sequential_recommendation.settings import RecommenderConfig
 from sequential_recommendation.tiny_model import tiny_lm, tiny_tokenizer
 from sequential_recommendation.training import TrainingSettings
 

@@ -1,13 +1,14 @@
 """The comparison of arms: tables, pictures, going on where it was."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 from sequential_recommendation import compare, sequence_models
 from sequential_recommendation.arms import Curve, perform
 from sequential_recommendation.experiments import Arm, Experiment, Run, same
+from sequential_recommendation.settings import RecommenderConfig, TrainingSettings
 from sequential_recommendation.tiny_model import tiny_lm
-from sequential_recommendation.training import TrainingSettings
 
 BRIEF = ["--users", "40", "--pretrain-steps", "3", "--steps", "2", "--seed", "0", "1", "--jobs", "1", "--watch", "1"]
 
@@ -71,7 +72,8 @@ def test_a_run_knows_its_own_checkpoints_and_results(tmp_path):
     run = Run(Experiment(tmp_path), Arm("ours", "sequence", 4), TrainingSettings(), watch=0)
     kept = json.loads(json.dumps(run.described()))
     assert same(kept, run.described())
-    del kept["experiment"]["guide"], kept["watch"]  # as written before there were these
+    del kept["experiment"]["guide"], kept["watch"], kept["recommender"]  # as written before there were these
     assert same(kept, run.described())
+    assert not same(run.described() | {"recommender": asdict(RecommenderConfig(r=4))}, run.described())
     for other in (run._replace(watch=5), run._replace(settings=TrainingSettings(lr=1e-4))):
         assert not same(kept, other.described())

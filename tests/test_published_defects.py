@@ -9,8 +9,9 @@ import torch
 from sequential_recommendation import sequence_models
 from sequential_recommendation.experiments import Experiment
 from sequential_recommendation.metrics import match_title
-from sequential_recommendation.recommender import GATES, Recommender, RecommenderConfig
+from sequential_recommendation.recommender import GATES, Recommender
 from sequential_recommendation.scoring import STANDARD, gates, generate, score
+from sequential_recommendation.settings import RecommenderConfig
 from sequential_recommendation.tiny_model import tiny_lm
 from test_recommender import examples, films, make, prompts  # noqa: F401
 

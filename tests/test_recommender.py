@@ -17,9 +17,10 @@ from sequential_recommendation.prompts import (
     hybrid_share,
     user_number,
 )
-from sequential_recommendation.recommender import GATES, Recommender, RecommenderConfig, load
+from sequential_recommendation.recommender import GATES, Recommender, load
 from sequential_recommendation.scoring import STANDARD, candidate_likelihoods, gates, generate, score, write
 from sequential_recommendation.sequence_models import pad_histories
+from sequential_recommendation.settings import RecommenderConfig
 from sequential_recommendation.synthetic import synthetic
 from sequential_recommendation.tastes import tastes
 from sequential_recommendation.tiny_model import pretrain, tiny_lm, tiny_tokenizer

@@ -23,7 +23,7 @@ from .data import Example
 from .experiments import PROMPTS, Run, same, write_whole
 from .metrics import hit_ratio, ndcg, text_ratios
 from .prompts import Choice, Prompts
-from .recommender import Recommender, RecommenderConfig
+from .recommender import Recommender
 from .scoring import gates, score, write
 from .training import train
 
@@ -48,8 +48,7 @@ def perform(run: Run) -> dict[str, Any]:
     prompts = Prompts(tokenizer, dataset, PROMPTS[run.experiment.data])
     sequence_model = sequence_models.load(run.experiment.sequence_file(run.experiment.guide)).to(lm.device)
     torch.manual_seed(run.settings.seed)
-    gate = run.arm.gate or "uniform"
-    model = Recommender(lm, sequence_model, RecommenderConfig(gate=gate, num_experts=run.arm.num_experts)).eval()
+    model = Recommender(lm, sequence_model, run.recommender).eval()
     model.encoder.standardise([window.history for window in parts.train])
     log: list[dict[str, float]] = []
     if run.arm.gate is not None:

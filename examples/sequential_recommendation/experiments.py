@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .data import Dataset, Example, Split, frequent, split, with_candidates
 from .readers import READERS, plain_titles
-from .settings import TrainingSettings
+from .settings import RecommenderConfig, TrainingSettings
 from .synthetic import synthetic
 from .tastes import tastes
 
@@ -188,17 +188,24 @@ class Run(NamedTuple):
 
         return Choice(0, hybrid=self.arm.gate is not None and self.settings.curriculum is not None)
 
+    @property
+    def recommender(self) -> RecommenderConfig:
+        return RecommenderConfig(gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts)
+
     def described(self) -> dict[str, Any]:
         """All that decides its result, JSON-able."""
-        found = {"arm": asdict(self.arm), "settings": asdict(self.settings), "texts": self.texts, "watch": self.watch}
-        return found | {"experiment": {key: str(value) for key, value in asdict(self.experiment).items()}}
+        found = {name: asdict(getattr(self, name)) for name in ("arm", "recommender", "settings")}
+        found["experiment"] = {key: str(value) for key, value in asdict(self.experiment).items()}
+        return {**found, "texts": self.texts, "watch": self.watch}
 
 
 def same(kept: dict[str, Any], described: dict[str, Any]) -> bool:
     """Whether a kept description, which may lack what came later, is this one."""
     experiment = {f.name: str(f.default) for f in fields(Experiment) if f.default is not MISSING} | kept["experiment"]
     settings = asdict(TrainingSettings()) | kept["settings"]
-    return {**Run._field_defaults, **kept, "experiment": experiment, "settings": settings} == described
+    recommender = described["recommender"] | kept.get("recommender", {})  # not written down at first
+    whole = {"experiment": experiment, "settings": settings, "recommender": recommender}
+    return {**Run._field_defaults, **kept, **whole} == described
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

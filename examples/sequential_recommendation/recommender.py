@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +21,27 @@ import ilora
 from . import sequence_models
 from .prompts import NO_ITEM, NO_LABEL
 from .sequence_models import SequenceEncoder, SequenceModel
+from .settings import RecommenderConfig
 
 GATES = ("sequence", "prompt", "random", "uniform")
 _SETTINGS, _ADAPTER = "recommender.json", "adapter"
 _SEQUENCE, _PROJECTOR = "sequence.safetensors", "projector.safetensors"
 
 
-@dataclass(frozen=True)
-class RecommenderConfig:
-    """What guides the experts, and how large they are.
+def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
+    """A fresh gate network. Raises ValueError for another name."""
+    if config.gate in ("sequence", "random"):
+        return ilora.SequenceGate(z_dim, config.num_experts, config.gate_kind, temperature=config.temperature)
+    if config.gate == "prompt":
+        return ilora.PromptGate(config.num_experts, config.gate_kind)
+    if config.gate == "uniform":
+        return ilora.UniformGate(config.num_experts)
+    raise ValueError(f"unknown gate {config.gate!r}: expected one of {', '.join(GATES)}")
 
-    gate: "sequence", the sequence model's z of the user's history; "prompt", the mean embedding of the prompt's words;
-        "random", a random z for each user, always the same one; "uniform", nothing: 1/E, which is plain LoRA.
-    gate_kind, temperature: as `ilora.SequenceGate`'s kind and temperature; at 0.1 users differ from the first step on.
-    The others are `ilora.ILoRAConfig`'s; r is the total rank.
-    """
 
-    gate: str = "sequence"
-    gate_kind: str = "dense"
-    temperature: float = 0.1
-    r: int = 8
-    lora_alpha: float = 32
-    lora_dropout: float = 0.1
-    num_experts: int = 4
-    target_modules: str = "all-linear"
-
-    def network(self, z_dim: int) -> ilora.GateNetwork:
-        """A fresh gate network. Raises ValueError for another name."""
-        if self.gate in ("sequence", "random"):
-            return ilora.SequenceGate(z_dim, self.num_experts, self.gate_kind, temperature=self.temperature)
-        if self.gate == "prompt":
-            return ilora.PromptGate(self.num_experts, self.gate_kind)
-        if self.gate == "uniform":
-            return ilora.UniformGate(self.num_experts)
-        raise ValueError(f"unknown gate {self.gate!r}: expected one of {', '.join(GATES)}")
-
-    def adapter(self) -> ilora.ILoRAConfig:
-        names = ("r", "lora_alpha", "lora_dropout", "num_experts", "target_modules")
-        return ilora.ILoRAConfig(**{name: getattr(self, name) for name in names})
+def _adapter(config: RecommenderConfig) -> ilora.ILoRAConfig:
+    names = ("r", "lora_alpha", "lora_dropout", "num_experts", "target_modules")
+    return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names})
 
 
 class Recommender(nn.Module):
@@ -77,8 +60,8 @@ class Recommender(nn.Module):
     def __init__(self, lm: Any, sequence_model: SequenceModel, config: RecommenderConfig | None = None) -> None:
         super().__init__()
         self.settings = config or RecommenderConfig()
-        gate = self.settings.network(sequence_model.dim)
-        self.lm = ilora.inject(lm, self.settings.adapter(), gate=gate)
+        gate = _network(self.settings, sequence_model.dim)
+        self.lm = ilora.inject(lm, _adapter(self.settings), gate=gate)
         self.encoder = SequenceEncoder(sequence_model)
         embedding = lm.get_input_embeddings()
         hidden = embedding.embedding_dim

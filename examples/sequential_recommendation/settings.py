@@ -1,10 +1,30 @@
-"""How a recommender is trained, apart from the Trainer, whose import alone takes seconds."""
+"""What a recommender is and how it is trained, in figures: no import of torch, which alone takes seconds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # of the paper, by data set
+
+
+@dataclass(frozen=True)
+class RecommenderConfig:
+    """What guides the experts, and how large they are.
+
+    gate: "sequence", the sequence model's z of the user's history; "prompt", the mean embedding of the prompt's words;
+        "random", a random z for each user, always the same one; "uniform", nothing: 1/E, which is plain LoRA.
+    gate_kind, temperature: as `ilora.SequenceGate`'s kind and temperature; at 0.1 users differ from the first step on.
+    The others are `ilora.ILoRAConfig`'s; r is the total rank.
+    """
+
+    gate: str = "sequence"
+    gate_kind: str = "dense"
+    temperature: float = 0.1
+    r: int = 8
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    num_experts: int = 4
+    target_modules: str = "all-linear"
 
 
 @dataclass(frozen=True)
