@@ -77,12 +77,13 @@ class Dataset:
         for item, title in enumerate(self.titles):
             if not title.strip() or "\n" in title:
                 raise ValueError(f"{self.name}: item {item}: expected a title of one line, got {title!r}")
+        count = self.num_items
         for user, items in self.users.items():
             if len(set(items)) != len(items):
                 raise ValueError(f"{self.name}: user {user}: an item occurs twice")
-            wrong = [item for item in items if not 0 <= item < self.num_items]
+            wrong = [item for item in items if not 0 <= item < count]
             if wrong:
-                raise ValueError(f"{self.name}: user {user}: expected ids from 0 to {self.num_items - 1}, got {wrong}")
+                raise ValueError(f"{self.name}: user {user}: expected ids from 0 to {count - 1}, got {wrong}")
 
     @property
     def num_items(self) -> int:

@@ -89,7 +89,8 @@ class Prompts:
         self.start = [start] if begins else []
         self.words = [tuple(self._tokens(part) for part in template) for template in TEMPLATES[kind]]
         self.comma, self.newline = self._tokens(","), self._tokens("\n")
-        self.titles = [self._tokens(" " + title) for title in dataset.titles]
+        titles = [" " + title for title in dataset.titles]
+        self.titles: list[list[int]] = tokenizer(titles, add_special_tokens=False)["input_ids"]
         for title, ids in zip(dataset.titles, [*self.titles, self.newline], strict=False):
             if not ids:
                 raise ValueError(f"the tokenizer makes nothing of the title {title!r}")
