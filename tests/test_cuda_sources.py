@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, ROUNDING
+from torch.utils import cpp_extension
 
 import ilora
 
@@ -55,6 +56,16 @@ def test_nvcc_compiles_the_kernels_without_a_warning_or_a_spill(tmp_path):
         used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         assert len(used) == 20  # 5 pairs of types × with W or without × up to 8 rows or 16
         assert all(numbers == ("0", "0", "0") for numbers in used)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
+def test_the_ops_compile_against_the_stable_abi_of_the_oldest_torch():
+    """Its headers declare the CUDA stream without CUDA, so a torch for CPUs can say what a GPU's would."""
+    headers = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command = ["g++", "-fsyntax-only", *flags, *headers, "csrc/cuda/ops_cuda.cpp"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

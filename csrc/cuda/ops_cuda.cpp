@@ -98,7 +98,8 @@ std::tuple<Tensor, Tensor> decode(Tensor x, MaybeTensor weight, MaybeTensor bias
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // torch 2.10 and 2.11 have no STABLE_TORCH_ERROR_CODE_CHECK yet.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const char* error = launch_decode(d, stream);
   STD_TORCH_CHECK(!error, "ilora_native on a GPU: ", error);
   return {y, xa};
