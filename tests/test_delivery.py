@@ -56,7 +56,7 @@ def test_interleaved_forwards_under_checkpointing(name, gate, reentrant):
     expected, found = interleaved(name, gate, None), interleaved(name, gate, reentrant)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     assert max(value.abs().max() for value in expected.values()) > 1e-3
 
 
