@@ -184,6 +184,16 @@ def test_a_run_says_what_it_is_of(films):
     assert run.experiment.dataset().titles[0] == "Toy Story (1995)"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system is asked on Linux alone")
+def test_the_language_model_is_read_ahead(films, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: asked.append((os.fstat(fd).st_ino, *rest)))
+    run = read_run(films[1])
+    run.read_ahead()
+    weights = (run.experiment.lm_folder / "model.safetensors").stat()
+    assert asked == [(weights.st_ino, 0, 0, os.POSIX_FADV_WILLNEED)]
+
+
 def test_run_files_that_say_too_little(tmp_path):
     folder = kept_run(tmp_path)
     file = folder / "run.json"

@@ -74,9 +74,10 @@ def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
 
 def loaded(run: KeptRun, dataset: Dataset, titles: Titles) -> Service:
     """Ends the program with status 1 where files fail."""
-    from .service import Service
-
     try:
+        run.read_ahead()
+        from .service import Service
+
         return Service.of(run, dataset, titles)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
