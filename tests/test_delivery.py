@@ -24,7 +24,7 @@ def interleaved(name, gate, reentrant):
     network = ilora.SequenceGate(Z, E) if gate == "network" else None
     network = ilora.PromptGate(E) if gate == "prompt" else network
     model = injected(MODELS[name], gate=network, lora_dropout=0.1).train()
-    if name == "t5":  # its unscaled attention makes gradients whose float32 sums depend on their order
+    if name in ("t5", "bart"):  # large gradients, whose float32 sums depend on their order
         model.double()
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -56,7 +56,7 @@ def test_interleaved_forwards_under_checkpointing(name, gate, reentrant):
     expected, found = interleaved(name, gate, None), interleaved(name, gate, reentrant)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
     assert max(value.abs().max() for value in expected.values()) > 1e-3
 
 
