@@ -24,7 +24,7 @@ def interleaved(name, gate, reentrant):
     network = ilora.SequenceGate(Z, E) if gate == "network" else None
     network = ilora.PromptGate(E) if gate == "prompt" else network
     model = injected(MODELS[name], gate=network, lora_dropout=0.1).train()
-    if name in ("t5", "bart"):  # large gradients, whose float32 sums depend on their order
+    if name in ("t5", "bart"):  # gradients whose float32 sums depend on their order: of t5, its attention is unscaled
         model.double()
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})

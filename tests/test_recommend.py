@@ -188,9 +188,9 @@ def test_a_run_says_what_it_is_of(films):
 def test_the_language_model_is_read_ahead(films, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: asked.append((os.fstat(fd).st_ino, *rest)))
-    run = read_run(films[1])
-    run.read_ahead()
-    weights = (run.experiment.lm_folder / "model.safetensors").stat()
+    experiment = read_run(films[1]).experiment
+    experiment.read_ahead()
+    weights = (experiment.lm_folder / "model.safetensors").stat()
     assert asked == [(weights.st_ino, 0, 0, os.POSIX_FADV_WILLNEED)]
 
 

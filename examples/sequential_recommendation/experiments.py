@@ -119,6 +119,14 @@ class Experiment:
             tokenizer = AutoTokenizer.from_pretrained(name)
         return lm.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
+    def read_ahead(self) -> None:
+        """Asks the system to read the language model from the disk while Python still imports what will use it."""
+        folder = {TINY: self.lm_folder, SMOLLM2: self.smollm2_folder}.get(self.model, Path(self.model))
+        if sys.platform == "linux":
+            for path in folder.glob("*.safetensors"):
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def tokenizer(self, dataset: Dataset) -> Any:
         """The tiny model's."""
         from .tiny_model import tiny_tokenizer

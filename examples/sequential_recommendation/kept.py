@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data import Dataset
-from .experiments import PROMPTS, SMOLLM2, TINY, Arm, Experiment
+from .experiments import PROMPTS, Arm, Experiment
 
 if TYPE_CHECKING:  # a wrong title is answered before torch could be imported
     from .prompts import Prompts
@@ -48,15 +46,6 @@ class KeptRun:
         except FileNotFoundError:
             return -1.0
         return float(kept["validation"]["hit_ratio"])
-
-    def read_ahead(self) -> None:
-        """Asks the system to read the language model from the disk while Python still imports what will use it."""
-        known = {TINY: self.experiment.lm_folder, SMOLLM2: self.experiment.smollm2_folder}
-        folder = known.get(self.experiment.model, Path(self.experiment.model))
-        if sys.platform == "linux":
-            for path in folder.glob("*.safetensors"):
-                with path.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def load(self, dataset: Dataset) -> tuple[Recommender, Prompts]:
         """The recommender in eval mode, on the GPU where there is one, and what writes its prompts.

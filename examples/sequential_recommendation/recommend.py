@@ -75,7 +75,7 @@ def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
 def loaded(run: KeptRun, dataset: Dataset, titles: Titles) -> Service:
     """Ends the program with status 1 where files fail."""
     try:
-        run.read_ahead()
+        run.experiment.read_ahead()
         from .service import Service
 
         return Service.of(run, dataset, titles)
