@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import ILoRAConfig, block_of, find_targets, named
 from .gate import GateState
-from .layer import ILoRALinear
+from .layer import ILoRALinear, home, offloading_to
 from .networks import GateNetwork
 from .siblings import group
 
@@ -154,7 +154,9 @@ def attach(model: Any, adapter: Adapter) -> None:
     injection = model.ilora
     injection.adapter = adapter
     for path, layer in adapter.layers.items():
-        replace(model, path, layer.to(_device(layer.base_layer)).train(layer.base_layer.training))
+        for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach them while they were kept beside it
+            parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device)
+        replace(model, path, layer.train(layer.base_layer.training))
     group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
     for path, module in adapter.saved.items():
         injection.originals[path] = model.get_submodule(path)
@@ -187,9 +189,9 @@ def _bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) 
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         gate.bind(config.num_experts, blocks, getattr(embeddings, "embedding_dim", None))
     if gate is not None:
-        first = next(model.parameters(), None)
-        if first is not None and first.device.type != "meta":
-            gate.to(first.device)
+        device = home(model)
+        if device is not None and device.type != "meta":
+            gate.to(device)
 
 
 def _wrap(base: nn.Module, path: str, config: ILoRAConfig, own: dict[str, Any]) -> ILoRALinear:
@@ -208,6 +210,9 @@ def modules_to_save(model: Any, config: ILoRAConfig) -> list[str]:
     for wanted in config.modules_to_save:
         if not any(named(path, (wanted,)) for path in paths):
             raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {wanted!r}")
+    for path in paths:
+        if any(map(offloading_to, model.get_submodule(path).modules())):
+            raise ValueError(f"modules_to_save: {path} is offloaded by its device map, it cannot be trained whole")
     return paths
 
 
@@ -217,10 +222,6 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _device(module: nn.Module) -> torch.device | None:
-    return next((t.device for t in (*module.parameters(), *module.buffers())), None)
-
-
 def beside(module: nn.Module, other: nn.Module) -> nn.Module:
     """The parked module, moved to where the other one is: model.to() does not reach it while it is out of the model."""
-    return module.to(_device(other))
+    return module.to(home(other))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .gate import Frame
 from .inputs import Inputs, packed_by
+from .layer import home
 from .networks import PromptGate, UniformGate
 from .pooling import prompt_mask
 
@@ -59,7 +60,7 @@ def network_gate(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor 
             raise ValueError(f"ilora_z was given to a model whose {type(network).__name__} takes none")
         if isinstance(network, UniformGate):
             N = segments.numel() - 1 if segments is not None else inputs.batch or 1
-            return network(N, next(model.parameters()).device)
+            return network(N, home(model))
         return _prompt_gate(model, network, inputs, segments, mask)
     if mask is not None:
         raise ValueError(f"ilora_prompt_mask was given to a model whose {type(network).__name__} pools no prompt")

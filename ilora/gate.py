@@ -66,7 +66,10 @@ class GateState:
                 f"{list(gate.shape)} belongs to, so no row can be told its instance; leave this module out "
                 "(exclude_modules of ILoRAConfig)"
             )
-        return gate[index] if gate.dim() == 3 else gate, segments
+        gate = gate[index] if gate.dim() == 3 else gate
+        if gate.device != x.device:  # a model that is spread over devices
+            gate, segments = gate.to(x.device), None if segments is None else segments.to(x.device)
+        return gate, segments
 
 
 def _fits(x: Tensor, rows: int, lengths: tuple[int, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,8 +154,27 @@ def features_of(base: nn.Module) -> tuple[int, int]:
 
 
 def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
-    """An empty tensor on the base's device, in the adapter's dtype."""
+    """An empty tensor where the base computes, in the adapter's dtype."""
     tensor = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
     if dtype is None:
         dtype = tensor.dtype if tensor.is_floating_point() and tensor.itemsize > 1 else torch.float32
-    return torch.empty(0, dtype=dtype, device=tensor.device)
+    return torch.empty(0, dtype=dtype, device=home(base))
+
+
+def home(module: nn.Module) -> torch.device | None:
+    """The device a module computes on: its first tensor's, or where accelerate brings a weight that it keeps elsewhere
+    (a device map that offloads); None without tensors."""
+    for owner in module.modules():
+        tensor = next((t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None), None)
+        if tensor is not None:
+            return offloading_to(owner) or tensor.device
+    return None
+
+
+def offloading_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of this very module for each forward, if it keeps them elsewhere."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if getattr(each, "offload", False) and each.execution_device is not None:
+            return torch.device(each.execution_device)
+    return None

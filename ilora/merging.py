@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import ilora_layers, injected
-from .layer import ILoRALinear, is_conv1d
+from .layer import ILoRALinear, is_conv1d, offloading_to
 
 
 def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
@@ -38,6 +38,8 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
                 f"merge: {path} has a {type(layer.base_layer).__name__} base, whose {type(weight).__name__} weight "
                 "cannot be added to"
             )
+        if offloading_to(layer.base_layer):
+            raise ValueError(f"merge: {path} is offloaded by its device map, its weight is not here to be added to")
     with torch.no_grad():
         merged = {path: _merged_weight(layer, gate) for path, layer in layers.items()}
     for path, layer in layers.items():

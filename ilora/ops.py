@@ -81,7 +81,7 @@ def ilora_update(
 def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed, backend):
     check_tensors(x, weight, bias, base, A, B, gate, segments)
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = autocasts(device)
     if autocast:
         x, weight, bias, base, A, B = autocast_to(torch.get_autocast_dtype(device), x, weight, bias, base, A, B)
     check_dtypes(x, weight, bias, base, A, B, gate)
@@ -105,6 +105,11 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
         return _ILoRALinear.apply(*args)
     with torch.autocast(device, enabled=False):  # inner products of float32 partial sums must stay float32
         return _ILoRALinear.apply(*args)
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device; torch has none for meta, and refuses the question."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast_to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

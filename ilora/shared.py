@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_dtypes, check_segments, check_tensors, checked_seed, rows
-from .ops import autocast_to, once_only
+from .ops import autocast_to, autocasts, once_only
 
 
 class Projection(NamedTuple):
@@ -64,7 +64,7 @@ class SharedInput:
             check_tensors(x, p.weight, p.bias, None, p.A, p.B, gate, segments)
         check_segments(segments, rows(x))
         self.device = x.device.type
-        if torch.is_autocast_enabled(self.device):
+        if autocasts(self.device):
             dtype = torch.get_autocast_dtype(self.device)
             (x,) = autocast_to(dtype, x)  # type: ignore[assignment]
             projections = [Projection(*autocast_to(dtype, *p)) for p in projections]  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import MAX_RANK, rows
+from .ops import autocasts
 from .shared import Projection, SharedInput
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _call(layer: ILoRALinear, x: Tensor) -> tuple[Any, ...]:
     """Changes with the values of x and the gate, and with torch's modes; with the hooks on saved tensors too, since a
     checkpointed region must save what it saves again when it is recomputed."""
     (gate, segments, *_), device = layer.gate_state.frame, x.device.type
-    modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    modes = (torch.is_grad_enabled(), autocasts(device) and torch.get_autocast_dtype(device))
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return (*modes, hooks, layer.gate_state.enabled, *map(_version, (gate, segments, x)), x.requires_grad)
 

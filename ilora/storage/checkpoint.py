@@ -222,6 +222,9 @@ def _write(
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no values here: it is on the meta device, as what a device map offloads")
     # A sharded tensor (FSDP2) is gathered, by all processes together.
     return {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()

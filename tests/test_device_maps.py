@@ -1,0 +1,123 @@
+"""Models that a device map spreads: weights that are brought for each forward, layers away from their gate."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+from models import DECODERS, E, gates, llama, prompts, randomised
+from torch import nn
+
+import ilora
+
+OFFLOADED = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
+
+
+def spread(model, folder, *offloaded):
+    """The model with the modules at these paths on the disk, as from_pretrained(device_map=...) leaves it."""
+    inner = next(iter(dict(model.named_children())))
+    blocks = [path for path, _ in model.named_modules() if path.count(".") == 2]
+    others = [f"{inner}.{name}" for name, _ in getattr(model, inner).named_children() if name not in ("layers", "h")]
+    places = {path: "disk" if path in offloaded else "cpu" for path in [*blocks, *others, "lm_head"]}
+    return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder)
+
+
+def injected(model, **options):
+    config = ilora.ILoRAConfig(r=8, num_experts=E, lora_dropout=0.0)
+    return randomised(ilora.inject(model, config, **options))
+
+
+@pytest.fixture(params=sorted(OFFLOADED))
+def pair(request, tmp_path):
+    """(a model in memory, the same one with a block on the disk)"""
+    torch.manual_seed(0)
+    whole = DECODERS[request.param]().eval()
+    half = spread(copy.deepcopy(whole), tmp_path, OFFLOADED[request.param])
+    assert any(parameter.is_meta for parameter in half.parameters())
+    return whole, half
+
+
+def batch():
+    ids, mask = prompts([5, 3, 7])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def adapter_of(model):
+    return {key: p for key, p in model.named_parameters() if p.requires_grad}
+
+
+def test_an_offloaded_block_computes_and_trains_as_in_memory(pair):
+    outputs, grads = [], []
+    for seed, model in enumerate(pair):
+        torch.manual_seed(seed)
+        injected(model, gate=ilora.PromptGate(E))
+    pair[1].load_state_dict(adapter_of(pair[0]), strict=False)
+    for model in pair:
+        output = model(**batch(), labels=batch()["input_ids"])
+        output.loss.backward()
+        outputs.append(output.logits.detach())
+        grads.append({key: p.grad for key, p in adapter_of(model).items()})
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
+    assert grads[0].keys() == grads[1].keys()
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, atol=1e-5, rtol=1e-4)
+    tokens = [model.generate(**batch(), ilora_gate=gates(3), max_new_tokens=4, do_sample=False) for model in pair]
+    assert torch.equal(*tokens)
+
+
+def test_saved_loaded_switched_and_taken_out_again(pair, tmp_path):
+    whole, half = pair
+    with torch.no_grad():
+        plain = half(**batch()).logits
+        injected(whole)
+        ilora.save_adapter(whole, tmp_path / "adapter")
+        ilora.load_adapter(half, tmp_path / "adapter")
+        wanted = whole(**batch(), ilora_gate=gates(3)).logits
+        torch.testing.assert_close(half(**batch(), ilora_gate=gates(3)).logits, wanted, atol=1e-5, rtol=1e-5)
+        ilora.add_adapter(half, "fresh", ilora.ILoRAConfig(r=4, num_experts=E))
+        torch.testing.assert_close(half(**batch(), ilora_gate=gates(3)).logits, plain)
+        ilora.set_adapter(half, "default")
+        torch.testing.assert_close(half(**batch(), ilora_gate=gates(3)).logits, wanted, atol=1e-5, rtol=1e-5)
+        assert torch.equal(ilora.eject(half)(**batch()).logits, plain)
+
+
+def test_gate_networks_go_where_the_embeddings_are_brought(tmp_path):
+    model = spread(llama().eval(), tmp_path, "model.embed_tokens")
+    assert next(model.parameters()).is_meta
+    for network in (ilora.PromptGate(E), ilora.UniformGate(E)):
+        injected(model, gate=network)
+        assert not any(parameter.is_meta for parameter in network.parameters())
+        assert model(**batch()).logits.isfinite().all()
+        ilora.eject(model)
+
+
+def test_what_an_offloaded_weight_cannot_do_is_refused(pair):
+    _, half = pair
+    path = next(path for path in OFFLOADED.values() if any(name == path for name, _ in half.named_modules()))
+    before = type(half)
+    with pytest.raises(ValueError, match="modules_to_save.*offloaded"):
+        ilora.inject(half, ilora.ILoRAConfig(num_experts=E, modules_to_save=[path]))
+    assert type(half) is before
+    injected(half)
+    with pytest.raises(ValueError, match=rf"merge: {path}.*offloaded"):
+        ilora.merge(half, gates(1)[0])
+    assert not half.ilora.merged
+
+
+def test_spread_after_inject_it_computes_but_has_nothing_to_save(tmp_path):
+    torch.manual_seed(0)
+    model = injected(llama().eval())
+    wanted = model(**batch(), ilora_gate=gates(3)).logits
+    model = spread(model, tmp_path / "offloaded", "model.layers.1")
+    torch.testing.assert_close(model(**batch(), ilora_gate=gates(3)).logits, wanted)
+    with pytest.raises(ValueError, match=r"layers\.1.*no values"):
+        ilora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 4, 6], dtype=torch.int32)])
+def test_a_gate_follows_to_the_device_of_a_layer(segments):
+    layer = ilora.ILoRALinear(nn.Linear(6, 5, device="meta"), r=4, num_experts=2)
+    with ilora.gated(layer, torch.rand(2, 2), segments):
+        y = layer(torch.empty(6, 6, device="meta"))
+    assert (y.device.type, y.shape) == ("meta", (6, 5))
