@@ -50,11 +50,12 @@ class ILoRAModel:
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
             capture_checkpoints(self, state)  # type: ignore[arg-type]
         before = state.frame
-        state.enter(frame)
+        state.begin(frame)
         try:
             output = super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             state.enter(before)
+        state.refuse_reading()
         state.last = None if frame.gate is None else frame.gate.detach()
         weight = getattr(self.ilora_gate, "balance", 0.0)
         if weight and self.training and frame.gate is not None:  # type: ignore[attr-defined]

@@ -34,13 +34,17 @@ class GateState:
     enabled: False makes the layers compute their frozen base alone.
     last: the gate of the last forward, detached, for statistics.
     shared: the input that layers are sharing (see siblings.py); it goes with the frame.
+    called, read: the names of the layers that were called in this forward of the model, and of those whose weight was
+        read: a layer that is read only is one whose update the model leaves out. Not kept in compiled code.
     """
 
-    __slots__ = ("enabled", "frame", "last", "shared")
+    __slots__ = ("called", "enabled", "frame", "last", "read", "shared")
 
     def __init__(self) -> None:
         self.frame, self.enabled, self.last = Frame(), True, None  # type: tuple[Frame, bool, Tensor | None]
         self.shared: Any = None
+        self.called: set[str] = set()
+        self.read: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copy = memo[id(self)] = GateState()  # layers that shared a state share its copy; live tensors stay behind
@@ -53,6 +57,23 @@ class GateState:
     def enter(self, frame: Frame) -> None:
         """The frame in force from here on."""
         self.frame, self.shared = frame, None
+
+    def begin(self, frame: Frame) -> None:
+        """The frame of a forward of the whole model, in which no layer has been called yet."""
+        self.enter(frame)
+        if not torch.compiler.is_compiling():
+            self.called.clear()
+            self.read.clear()
+
+    def refuse_reading(self) -> None:
+        """At that forward's end. Raises RuntimeError where the model computed with a layer's weight by itself."""
+        ignored = [] if torch.compiler.is_compiling() else sorted(self.read - self.called)
+        if ignored:
+            endings = sorted({name.rsplit(".", 1)[-1] for name in ignored})
+            raise RuntimeError(
+                f"{ignored[0]}: the model reads this layer's weight and does not call it, so its update would be left "
+                f"out ({len(ignored)} such); exclude_modules={endings} of ILoRAConfig, or their whole paths, helps"
+            )
 
     def gate_for(self, x: Tensor, index: int, name: str) -> tuple[Tensor | None, Tensor | None]:
         """(gate [N, E], segments) for the layer called `name` that sees x [..., d_in]; index picks its layer's gate.

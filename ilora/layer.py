@@ -68,6 +68,8 @@ class ILoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's own weight, for code that reads its dtype or device."""
+        if self.gate_state.frame.gate is not None and not torch.compiler.is_compiling():
+            self.gate_state.read.add(self.name)
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
@@ -76,6 +78,8 @@ class ILoRALinear(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """y [..., d_out] from x [..., d_in], gate [N, E] and segments int32 [N+1] (see `ilora.ilora_linear`)."""
+        if not torch.compiler.is_compiling():
+            self.gate_state.called.add(self.name)
         if self.merged and gate is not None:
             raise RuntimeError(f"{self.name}: a gate is merged into its weights; ilora.unmerge before giving another")
         if not self.gate_state.enabled or self.merged:

@@ -44,7 +44,9 @@ def _through(
         capture_checkpoints(model, state)
     state.last = None
     with framed(state, frame):
+        state.begin(frame)
         output = function(*args, **kwargs)
+    state.refuse_reading()
     if state.last is None and frame.gate is not None:  # the model's own forward was passed by
         if training and getattr(model.ilora_gate, "balance", 0.0):
             raise RuntimeError(

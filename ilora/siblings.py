@@ -116,7 +116,7 @@ def _begin(layer: ILoRALinear, x: Tensor) -> _Held | None:
 
 def _alike(layer: ILoRALinear) -> tuple[Any, ...]:
     """What siblings have in common. One r and E, so that the A's can be taken apart again; one gate; one dropout."""
-    A, weight = layer.lora_A, layer.weight
+    A, weight = layer.lora_A, layer.base_layer.weight
     same = (layer.in_features, layer.r, layer.num_experts, layer.gate_experts, layer.gate_index, layer.scaling)
     modes = (layer.lora_dropout, layer.training, layer.backend)
     return (*same, *modes, A.dtype, A.device, weight.dtype, weight.device, id(layer.gate_state))
@@ -128,7 +128,7 @@ def _ready(layer: ILoRALinear) -> bool:
 
 
 def _tensors(layer: ILoRALinear) -> tuple[Tensor, ...]:
-    four = (layer.weight, layer.bias, layer.lora_A, layer.lora_B)
+    four: tuple[Any, ...] = (layer.base_layer.weight, layer.base_layer.bias, layer.lora_A, layer.lora_B)
     return tuple(t for t in four if t is not None)
 
 
