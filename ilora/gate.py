@@ -88,7 +88,8 @@ class GateState:
                 "(exclude_modules of ILoRAConfig)"
             )
         gate = gate[index] if gate.dim() == 3 else gate
-        if gate.device != x.device:  # a model that is spread over devices
+        # A model spread over GPUs. From the host it would be a copy for every layer: that is refused with the others.
+        if gate.device != x.device and gate.device.type == x.device.type:
             gate, segments = gate.to(x.device), None if segments is None else segments.to(x.device)
         return gate, segments
 

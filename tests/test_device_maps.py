@@ -9,6 +9,7 @@ from models import DECODERS, E, gates, llama, prompts, randomised
 from torch import nn
 
 import ilora
+from ilora.gate import Frame, GateState
 
 OFFLOADED = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
 
@@ -115,9 +116,31 @@ def test_spread_after_inject_it_computes_but_has_nothing_to_save(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("segments", [None, torch.tensor([0, 4, 6], dtype=torch.int32)])
-def test_a_gate_follows_to_the_device_of_a_layer(segments):
+class Placed:
+    """A tensor of which only the place counts: machines that run tests have no two GPUs."""
+
+    def __init__(self, place, *shape):
+        self.device, self.shape, self.dim = torch.device(place), shape, lambda: len(shape)
+
+    def to(self, place):
+        return Placed(place, *self.shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 2, 4)])
+def test_a_gate_follows_from_gpu_to_gpu_and_not_from_the_host(shape, monkeypatch):
+    monkeypatch.setattr(Placed, "__getitem__", lambda self, _: Placed(self.device, *self.shape[1:]), raising=False)
+    state, x = GateState(), Placed("cuda:1", 6, 6)
+    state.enter(Frame(Placed("cuda:0", *shape), Placed("cuda:0", 3)))
+    gate, segments = state.gate_for(x, 0, "layer")
+    assert (gate.device, gate.shape, segments.device) == (x.device, (2, 4), x.device)
+    state.enter(Frame(Placed("cpu", *shape), None))
+    assert state.gate_for(x, 0, "layer")[0].device.type == "cpu"  # which the layer refuses:
     layer = ilora.ILoRALinear(nn.Linear(6, 5, device="meta"), r=4, num_experts=2)
-    with ilora.gated(layer, torch.rand(2, 2), segments):
-        y = layer(torch.empty(6, 6, device="meta"))
+    with ilora.gated(layer, torch.rand(2, 2)), pytest.raises(ValueError, match="gate: expected it on x's device meta"):
+        layer(torch.empty(6, 6, device="meta"))
+
+
+def test_a_layer_without_values_tells_shapes():
+    layer = ilora.ILoRALinear(nn.Linear(6, 5, device="meta"), r=4, num_experts=2)
+    y = layer(torch.empty(6, 6, device="meta"), gate=torch.empty(2, 2, device="meta"))
     assert (y.device.type, y.shape) == ("meta", (6, 5))
