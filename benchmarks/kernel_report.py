@@ -21,7 +21,7 @@ from launch_bytes import least, moved, size, tensors
 from launch_cases import DTYPES, KIB, TARGETS, Case, cases, launches
 from launch_compile import compile_all, job, title
 
-KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "outer", "sum_parts", "sum_segments", "gemm", "decode")
+KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "outer", "pair", "sum_parts", "sum_segments", "gemm", "decode")
 
 
 def bytes_report(case: Case, target: str) -> dict[str, Any]:

@@ -23,7 +23,9 @@ def moved(launch: Any) -> int:
     if name == "shrink":
         times = {"w_ptr": launch.grid[0]}
     elif name == "outer":
-        times = {"h_ptr": launch.grid[0], "w_ptr": launch.grid[1]}
+        times = {"h_ptr": launch.grid[0]}
+    elif name == "pair":
+        times = {"x_ptr": 2, "h_ptr": -(-args["D"] // args["DOWN_N"]), "w_ptr": -(-args["M"] // args["ALONG_M"])}
     elif name == "expand":
         columns = -(-args["D"] // args["BLOCK_N"])
         times = {"h_ptr": columns, "w_ptr": launch.grid[0] // columns, "bias_ptr": launch.grid[0] // columns}

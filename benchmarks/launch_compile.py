@@ -111,13 +111,13 @@ def title(job: Job) -> str:
     """The kernel with what tells its specialisations apart."""
     constants = dict(job.constants)
     kinds = dict(job.signature)
-    blocks = "×".join(str(v) for k, v in job.constants if k.startswith("BLOCK"))
+    blocks = "×".join(str(v) for k, v in job.constants if k.startswith(("BLOCK", "ALONG", "DOWN")))
     dtype = kinds.get("x_ptr", kinds.get("h_ptr", kinds.get("parts_ptr", "")))[1:]
-    small = kinds[{"shrink": "w_ptr", "outer": "h_ptr"}[job.kernel]][1:] if job.kernel in ("shrink", "outer") else ""
+    wide = {"shrink": "w_ptr", "outer": "h_ptr", "pair": "w_ptr"}
+    small = kinds[wide[job.kernel]][1:] if job.kernel in wide else ""
     small = kinds.get("a_ptr", f"*{small}")[1:]
     marks = (
         ("mask", constants.get("DROPOUT")),
-        ("dh", kinds.get("dh_ptr") == "*fp32"),
         ("turned", constants.get("TURNED")),
         ("with W", kinds.get("weight_ptr", "constexpr") != "constexpr"),
     )

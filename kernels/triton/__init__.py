@@ -1,10 +1,11 @@
 """The Triton backend of ilora: `forward` and `backward`, see update.py; and their halves, see halves.py.
 
 x̃ = x ⊙ keep,  xa = x̃ Aᵀ,  h = γ ⊙ xa,  y = h Bᵀ + …          shrink → gate → expand → the frozen product on top
-dh = dy B,  dxa = γ ⊙ dh,  dB = dyᵀ h,  dA = dxaᵀ x̃,  dx = keep ⊙ (dxa A) + …   outer (+ shrink) → gate → outer → expand
+dh = dy B,  dxa = γ ⊙ dh,  dB = dyᵀ h,  dA = dxaᵀ x̃,  dx = keep ⊙ (dxa A) + …   pair → gate → outer → expand
 
-Four matrix kernels' worth of jobs, each written once: `shrink` reads a wide matrix and leaves a narrow one, `outer`
-reads a wide matrix and leaves a weight gradient, `expand` writes a wide matrix, `gate_ranks` is everything between.
+Each job is written once: `shrink` reads a wide matrix and leaves a narrow one, `outer`
+reads a wide matrix and leaves a weight gradient, `pair` does both to one wide matrix, which comes from memory once,
+`expand` writes a wide matrix, `gate_ranks` is everything between.
 Up to 64 rows without dropout take one launch instead, `decode`, which up to 16 rows holds the frozen product too.
 Where strategy.py says so, `gemm` takes the place of `expand` and of the frozen product on top.
 """

@@ -13,6 +13,7 @@ import triton.language as tl
 from .launch import Device
 
 ONE_PROGRAM, TWO_PROGRAMS = 150 * 1024, 96 * 1024  # shared memory for programs alone, or two, on a multiprocessor
+CELL = 16 * 2**20  # bytes that the L2 cache keeps between two readings: an A100 has 40 MB, an H100 50
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -88,7 +89,7 @@ def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
     """m rows × n columns of x a step, beside n columns of the [R, D] operand, which every m rows read again."""
     size, narrow, r = _sizes(R, dot)
     heavy = dot.pieces > 1 and r > 64  # three pieces of so many ranks take registers, as an address an element does
-    full = 32 if (heavy and r == 256) or (size == 4 and r > 32) else 64 if r <= 32 or heavy or not aligned(x) else 128
+    full = 32 if (heavy and r == 256) or (size == 4 and r > 32) else 64 if r <= 64 or heavy or not aligned(x) else 128
     m = pow2(len(x), 16, full)
     n = (256 if r <= 32 else 128) // size // (2 if heavy or not aligned(x) else 1)
     budget = ONE_PROGRAM if r > 32 else TWO_PROGRAMS
@@ -96,14 +97,13 @@ def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
     return Tile(m, n, warps, _stages(device, n * (m * size + r * narrow), budget))
 
 
-def outer_tile(device: Device, x: Tensor, R: int, dot: Dots, with_dh: bool) -> Tile:
+def outer_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
     """m rows × n columns of x a step; the [n, R] accumulator lives in registers."""
     size, narrow, r = _sizes(R, dot)
     m = pow2(len(x), 16, 64 if size == narrow == 2 else 16 if (size == 4 and r > 32) or r == 256 else 32)
-    n = 512 // size if with_dh else 128 if size == 2 and 32 < r <= 256 // narrow else 64
-    fixed, budget = (n * r * size, ONE_PROGRAM) if with_dh else (0, ONE_PROGRAM if r > 32 else TWO_PROGRAMS)
+    n, budget = 64, ONE_PROGRAM if r > 32 else TWO_PROGRAMS  # wider blocks read h less often and leave more sums
     warps = 4 if r <= 32 and size == 2 and aligned(x) else 8
-    return Tile(m, n, warps, _stages(device, m * (n * size + r * narrow), budget - fixed))
+    return Tile(m, n, warps, _stages(device, m * (n * size + r * narrow), budget))
 
 
 def expand_tile(M: int, R: int, dot: Dots) -> Tile:
@@ -134,7 +134,8 @@ class GemmTile(NamedTuple):
 
 
 # The rate of a tile's shape against the largest's is a guess until measured; a table of measurements overrides it.
-GEMM_TILES = {(128, 256, 64, 8): 1.0, (128, 128, 64, 8): 0.85, (64, 128, 64, 4): 0.65}
+# The smallest has 8 warps for its low-rank operands: with 4, R = 64 under dropout spilled 40 words at odd sizes.
+GEMM_TILES = {(128, 256, 64, 8): 1.0, (128, 128, 64, 8): 0.85, (64, 128, 64, 8): 0.65}
 
 
 def gemm_step(R: int) -> int:
@@ -161,14 +162,23 @@ def gemm_tile(device: Device, M: int, D: int, R: int) -> GemmTile:
     return min((tile for tile in tiles if gemm_shared(tile, R) <= device.smem), key=cost)
 
 
-def per_sm(R: int, with_dh: bool = False) -> int:
-    """Programs a multiprocessor is given by shrink and outer: one large, or two small ones."""
-    return 1 if with_dh or R > 32 else 2
+def per_sm(R: int) -> int:
+    """Programs a multiprocessor is given by shrink, outer and pair: one large, or two small ones."""
+    return 1 if R > 32 else 2
 
 
-def one_pass(R: int) -> bool:
-    """Whether dh and dB share a pass over dy: their partial sums cost 4R/n of that pass, and registers."""
-    return R <= 32
+def cell(device: Device, x: Tensor, along: Tile, down: Tile, programs: int) -> tuple[int, int]:
+    """(rows, columns) of x that `pair` reads twice at about the same time: no more than CELL bytes, and cut so that
+    programs of equal length, half of them along rows, half down columns, fill the multiprocessors once."""
+    (M, D), side = x.shape, math.isqrt(CELL // x.element_size())
+    share = 2 * M * D / (programs * device.sms)  # elements that a program reads
+    block = max(along.m, along.n, down.m, down.n)  # powers of two all
+
+    def cut(length: int, most: float) -> int:
+        parts = max(int(length / most), ceil_div(length, side), 1)
+        return ceil_div(ceil_div(length, parts), block) * block
+
+    return cut(M, share / down.n), cut(D, share / along.m)
 
 
 def splits(device: Device, tiles: int, length: int, block: int, programs: int) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def expand_xa(
 def backward_dy(
     dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dxa [M, R], dB, dgate) from one pass over dy (two where R > 32)."""
+    """(dxa [M, R], dB, dgate) from one launch over dy."""
     update = Update(device_of(dy), dy, _shaped(B, *reversed(B.shape)), B, gate, segments, scaling, 0.0, None)
     results = update.backward_dy(dy, xa)
     run(update.launches, dy.device)

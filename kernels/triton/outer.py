@@ -1,4 +1,4 @@
-"""Weight gradients: dB = dyᵀ h (with dh = dy B in the same pass), and dA = dxaᵀ x̃."""
+"""Weight gradients: dB = dyᵀ h and dA = dxaᵀ x̃."""
 
 import triton
 import triton.language as tl
@@ -7,30 +7,19 @@ from .dropout import keep, row_keys
 from .tiles import accumulate
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
-def outer(
-    x_ptr, h_ptr, w_ptr, seed_ptr, parts_ptr, dh_ptr, M, D, chunk, threshold,
-    x_row, x_col, w_col, w_rank, out_col, out_rank,
-    R: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+@triton.jit
+def outer_block(
+    block, group, x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, out_col, out_rank,
+    R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """parts[g, n, r] = Σ_m x̃[m, n] · h[m, r] over the g-th group of rows; and, if dh_ptr is given,
-    dh[c, m, r] = Σ_n x[m, n] · w[n, r] over the c-th block of columns.
-
-    Reads x [M, D] (any strides) once, h [M, R] contiguous, w [D, R] (any strides) if dh is wanted.
-    Writes parts [G, …], float32 unless G = 1, each laid out by (out_col, out_rank); dh [C, M, R] float32, contiguous.
-    UNIT: a power of two dividing w_col, for Triton to know (it only asks whether 16 does).
-    Work: program (c, g) owns BLOCK_N columns and `chunk` rows, a multiple of BLOCK_M; its sum stays in registers.
-    """
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * chunk
+    """What one program of `outer` does: the block-th BLOCK_N columns, the group-th chunk of rows."""
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = group * chunk
     ranks = tl.arange(0, BLOCK_R)
     wide = columns.to(tl.int64)
     inside = columns < D
     rank_ok = ranks < R
-    if dh_ptr is not None:
-        w_at = wide[:, None] * (w_col // UNIT * UNIT) + ranks.to(tl.int64)[None, :] * w_rank
-        w = tl.load(w_ptr + w_at, mask=inside[:, None] & rank_ok[None, :], other=0.0)
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for m in range(first, tl.minimum(first + chunk, M), BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
@@ -42,12 +31,25 @@ def outer(
             k1, k2 = row_keys(seed_ptr, rows)
             x = tl.where(keep(k1, k2, columns, threshold), x, 0.0)
         acc = accumulate(tl.trans(x), h, acc, PIECES, PRECISION)
-        if dh_ptr is not None:
-            dh = accumulate(x, w, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), PIECES, PRECISION)
-            dh_at = (tl.program_id(0).to(tl.int64) * M + at) * R + ranks[None, :]
-            tl.store(dh_ptr + dh_at, dh, mask=row_ok & rank_ok[None, :])
-    out = tl.program_id(1).to(tl.int64) * D * R + wide[:, None] * out_col + ranks.to(tl.int64)[None, :] * out_rank
+    out = tl.cast(group, tl.int64) * D * R + wide[:, None] * out_col + ranks.to(tl.int64)[None, :] * out_rank
     tl.store(parts_ptr + out, acc, mask=inside[:, None] & rank_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def outer(
+    x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, out_col, out_rank,
+    R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """parts[g, n, r] = Σ_m x̃[m, n] · h[m, r] over the g-th group of rows.
+
+    Reads x [M, D] once (any strides; masked by the dropout hash if DROPOUT) and h [M, R] contiguous.
+    Writes parts [G, …], float32 unless G = 1, each laid out by (out_col, out_rank).
+    Work: program (c, g) owns BLOCK_N columns and `chunk` rows, a multiple of BLOCK_M; its sum stays in registers.
+    """
+    outer_block(tl.program_id(0), tl.program_id(1), x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold,
+                x_row, x_col, out_col, out_rank,
+                R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["G"])

@@ -7,20 +7,14 @@ from .dropout import keep, row_keys
 from .tiles import accumulate
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
-def shrink(
-    x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, w_rank, w_col,
+@triton.jit
+def shrink_block(
+    block, split, x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, w_rank, w_col,
     R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """parts[s, m, r] = Σ_k x̃[m, k] · w[r, k] over the s-th chunk of columns.
-
-    Reads x [M, D] once (masked by the dropout hash if DROPOUT) and w [R, D], both of any strides.
-    Writes parts [S, M, R] float32, contiguous: to be summed over s, in order, by gate_ranks.
-    Work: program (i, s) owns BLOCK_M rows and `chunk` columns, a multiple of BLOCK_K.
-    """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(1)
+    """What one program of `shrink` does, for the block-th BLOCK_M rows and the split-th chunk of columns."""
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_K)
     first = split * chunk
@@ -39,5 +33,22 @@ def shrink(
         acc = accumulate(x, w, acc, PIECES, PRECISION)
         x_ptrs += tl.cast(x_col, tl.int64) * BLOCK_K
         w_ptrs += tl.cast(w_col, tl.int64) * BLOCK_K
-    out = (split.to(tl.int64) * M + rows)[:, None] * R + ranks[None, :]
+    out = (tl.cast(split, tl.int64) * M + rows)[:, None] * R + ranks[None, :]
     tl.store(parts_ptr + out, acc, mask=(rows < M)[:, None] & (ranks < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def shrink(
+    x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, w_rank, w_col,
+    R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """parts[s, m, r] = Σ_k x̃[m, k] · w[r, k] over the s-th chunk of columns.
+
+    Reads x [M, D] once (masked by the dropout hash if DROPOUT) and w [R, D], both of any strides.
+    Writes parts [S, M, R] float32, contiguous: to be summed over s, in order, by gate_ranks.
+    Work: program (i, s) owns BLOCK_M rows and `chunk` columns, a multiple of BLOCK_K.
+    """
+    shrink_block(tl.program_id(0), tl.program_id(1), x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold,
+                 x_row, x_col, w_rank, w_col,
+                 R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R)  # fmt: skip

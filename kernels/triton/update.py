@@ -14,6 +14,7 @@ from .expand import expand
 from .gates import gate_ranks, sum_segments
 from .launch import Device, Launch, device_of, run
 from .outer import outer, sum_parts
+from .pair import pair_launch
 from .shrink import shrink
 from .strategy import gemm_launch, gemm_or_beta
 
@@ -111,11 +112,9 @@ class Update:
         one_row_each = self.segments is None and self.N == self.M  # then the scores are the gradient already
         scores = dgate if one_row_each else self._buffer(self.M, self.E)
         self._gate(xa[None], gated=h)
-        if config.one_pass(self.R):
-            dh = self._outer(dy, h, dB, (self.R, 1), self.plain, with_dh=True)
-        else:
-            dh = self._shrink(dy, self.B, self.B.stride()[::-1], self.plain)
-            self._outer(dy, h, dB, (self.R, 1), self.plain)
+        launch, dh, parts = pair_launch(self.device, self.dots, dy, h, self.B, dB, (self.R, 1))
+        self.launches.append(launch)
+        self._sum(parts, dB)
         self._gate(dh, gated=dxa, xa=xa, scores=scores)
         if not one_row_each:
             self._sum_segments(scores, dgate)
@@ -162,30 +161,28 @@ class Update:
         self.launches.append(Launch(shrink, (ceil_div(M, tile.m), S), args, tile.warps, tile.stages))
         return parts
 
-    def _outer(
-        self, x: Tensor, h: Tensor, out: Tensor, strides: tuple[int, int], mask: dict, with_dh: bool = False
-    ) -> Tensor | None:
-        """out's (column, rank) strides. Returns the partial sums of x B [C, M, R] if with_dh."""
+    def _outer(self, x: Tensor, h: Tensor, out: Tensor, strides: tuple[int, int], mask: dict) -> None:
+        """out's (column, rank) strides."""
         M, D = x.shape
-        tile = config.outer_tile(self.device, x, self.R, self.dots, with_dh)
+        tile = config.outer_tile(self.device, x, self.R, self.dots)
         C = ceil_div(D, tile.n)
-        G, chunk = config.splits(self.device, C, M, tile.m, config.per_sm(self.R, with_dh))
+        G, chunk = config.splits(self.device, C, M, tile.m, config.per_sm(self.R))
         parts = out if G == 1 else self._buffer(G, *out.shape)
-        dh = self._buffer(C, M, self.R) if with_dh else None
         args = {
-            "x_ptr": x, "h_ptr": h, "w_ptr": self.B if with_dh else None, "seed_ptr": mask["seed_ptr"],
-            "parts_ptr": parts, "dh_ptr": dh, "M": M, "D": D, "chunk": chunk,
+            "x_ptr": x, "h_ptr": h, "seed_ptr": mask["seed_ptr"], "parts_ptr": parts, "M": M, "D": D, "chunk": chunk,
             "threshold": mask["threshold"], "x_row": x.stride(0), "x_col": x.stride(1),
-            "w_col": self.B.stride(0), "w_rank": self.B.stride(1), "out_col": strides[0], "out_rank": strides[1],
-            "R": self.R, "UNIT": config.unit(self.B.stride(0)), "DROPOUT": mask["DROPOUT"],
+            "out_col": strides[0], "out_rank": strides[1], "R": self.R, "DROPOUT": mask["DROPOUT"],
             "DOT": self.dots.wide, "PIECES": self.dots.pieces,
             "PRECISION": self.dots.precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_R": self.block_r,
         }  # fmt: skip
         self.launches.append(Launch(outer, (C, G), args, tile.warps, tile.stages))
-        if G > 1:
-            args = {"parts_ptr": parts, "out_ptr": out, "size": out.numel(), "G": G, "BLOCK": 256}
+        self._sum(parts, out)
+
+    def _sum(self, parts: Tensor, out: Tensor) -> None:
+        """out from its partial sums [G, …]; there is nothing to do where out is them."""
+        if parts is not out:
+            args = {"parts_ptr": parts, "out_ptr": out, "size": out.numel(), "G": len(parts), "BLOCK": 256}
             self.launches.append(Launch(sum_parts, (ceil_div(out.numel(), 256),), args))
-        return dh
 
     def _expand(
         self, y: Tensor, h: Tensor, w: Tensor, strides: tuple[int, int], mask: dict,
