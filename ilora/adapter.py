@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bases import home, offloading_to
 from .config import ILoRAConfig, block_of, find_targets, named
 from .gate import GateState
-from .layer import ILoRALinear, home, offloading_to
+from .layer import ILoRALinear
 from .networks import GateNetwork
 from .siblings import group
 
@@ -37,6 +38,7 @@ class Injection:
     modules_to_save took the place of. trainable: the parameters that were trainable. tied: transformers' record of
     tied weights that no longer are. merged: whether a gate is merged into the weights; unmerged: the weights before.
     forward: the one on the instance, if somebody had put one there. share_inputs: whether layers share their input.
+    packing: the modules that would pack their weights for inference, and may not (bases.keep_unpacked).
     """
 
     state: GateState
@@ -49,6 +51,7 @@ class Injection:
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
     forward: Any = None
     share_inputs: bool = False
+    packing: list[nn.Module] = field(default_factory=list)
 
     @property
     def config(self) -> ILoRAConfig:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from .backends import NAMES
-from .layer import ILoRALinear, is_linear
+from .bases import is_linear
+from .layer import ILoRALinear
 
 ALL_LINEAR = "all-linear"
 _DTYPES = (None, "float16", "bfloat16", "float32", "float64")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bases import home
 from .gate import Frame
 from .inputs import Inputs, packed_by
-from .layer import home
 from .networks import PromptGate, UniformGate
 from .pooling import prompt_mask
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from .bases import adapter_like, features_of, is_conv1d, keep_unpacked
 from .gate import GateState
 from .ops import ilora_linear, ilora_update
 from .siblings import shared_output
@@ -53,6 +54,7 @@ class ILoRALinear(nn.Module):
         self.scaling = lora_alpha / (r // num_experts)
         self.backend = backend
         self.base_layer = base_layer.requires_grad_(False)
+        keep_unpacked(base_layer)
         self.name, self.gate_state, self.gate_index, self.gate_experts = "ILoRALinear", GateState(), 0, num_experts
         self.merged = False  # whether a gate is folded into the base's weight (ilora.merge)
         like = adapter_like(base_layer, adapter_dtype)
@@ -127,58 +129,3 @@ class ILoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"num_experts={self.num_experts}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
         )
-
-
-def is_conv1d(base: nn.Module) -> bool:
-    # By name, so that transformers need not be there; its weight is [d_in, d_out].
-    return (type(base).__module__, type(base).__name__) == ("transformers.pytorch_utils", "Conv1D")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether ILoRALinear can wrap this module: one product of its input, by what it is or by what it says."""
-    if is_conv1d(module) or isinstance(module, nn.Linear):
-        return True
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    return all(isinstance(size, int) for size in sizes) and not isinstance(module, ILoRALinear)
-
-
-def features_of(base: nn.Module) -> tuple[int, int]:
-    if isinstance(base, ILoRALinear):
-        raise TypeError("base_layer: it is an ILoRALinear already")
-    if is_conv1d(base):
-        d_in, d_out = cast(Tensor, base.weight).shape
-        return d_in, d_out
-    sizes = tuple(getattr(base, name, None) for name in ("in_features", "out_features"))
-    if not all(isinstance(size, int) for size in sizes):
-        raise TypeError(
-            "base_layer: expected nn.Linear, transformers' Conv1D or a module with integer in_features and "
-            f"out_features, got {type(base).__name__} with in_features={sizes[0]!r}, out_features={sizes[1]!r}"
-        )
-    return sizes  # type: ignore[return-value]
-
-
-def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
-    """An empty tensor where the base computes, in the adapter's dtype."""
-    tensor = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
-    if dtype is None:
-        dtype = tensor.dtype if tensor.is_floating_point() and tensor.itemsize > 1 else torch.float32
-    return torch.empty(0, dtype=dtype, device=home(base))
-
-
-def home(module: nn.Module) -> torch.device | None:
-    """The device a module computes on: its first tensor's, or where accelerate brings a weight that it keeps elsewhere
-    (a device map that offloads); None without tensors."""
-    for owner in module.modules():
-        tensor = next((t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None), None)
-        if tensor is not None:
-            return offloading_to(owner) or tensor.device
-    return None
-
-
-def offloading_to(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings the weights of this very module for each forward, if it keeps them elsewhere."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        if getattr(each, "offload", False) and each.execution_device is not None:
-            return torch.device(each.execution_device)
-    return None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import ilora_layers, injected
-from .layer import ILoRALinear, is_conv1d, offloading_to
+from .bases import is_conv1d, offloading_to
+from .layer import ILoRALinear
 
 
 def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:

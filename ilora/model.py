@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import Injection, attach, beside, build, detach, injected, replace
+from .bases import keep_unpacked, let_pack
 from .config import ILoRAConfig
 from .delivery import ILoRAModel, ilora_class
 from .frames import network_gate
@@ -42,13 +43,18 @@ def inject(
     """
     config = ILoRAConfig() if config is None else config
     _refuse(model)
-    adapter = build(model, name, config, gate, GateState())
+    packing = keep_unpacked(model)
+    try:
+        adapter = build(model, name, config, gate, GateState())
+    except BaseException:
+        let_pack(packing)
+        raise
     trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
     model.ilora = Injection(next(iter(adapter.layers.values())).gate_state, trainable, adapter)
-    model.ilora.share_inputs = share_inputs
+    model.ilora.share_inputs, model.ilora.packing = share_inputs, packing
     model.ilora.forward = vars(model).get("forward")
     if model.ilora.forward is not None:
         model.forward = model.ilora.forward
@@ -70,6 +76,7 @@ def eject(model: Any) -> Any:
         )
     detach(model)
     release_checkpoints(model)
+    let_pack(injection.packing)
     model.__class__ = base
     vars(model).pop("forward", None)
     if injection.forward is not None:

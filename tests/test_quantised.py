@@ -1,5 +1,7 @@
 """Quantised bases: bitsandbytes 4- and 8-bit and torchao int8, loaded as a user does, on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -115,6 +117,60 @@ def test_layers_equal_the_dequantised_ones(folder, make):
     expected = ilora.reference.ilora_linear(x, weight, None, *adapter, gate, scaling=layer.scaling)
     tolerance = 0.05 if make is int8 else 1e-4  # int8 rounds the activations as well
     torch.testing.assert_close(layer(x, gate=gate), expected, rtol=tolerance, atol=tolerance)
+
+
+class Packing(torch.nn.Linear):
+    """Stands for bitsandbytes' 4-bit layer on a CPU with AVX512-BF16: packed in eval mode, it passes no gradient."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.support_avx512bf16_for_cpu, self.weight.quant_state = True, SimpleNamespace(packing_format_for_cpu=False)
+
+    def state_dict(self, *args, **kwargs):
+        self.weight.quant_state.packing_format_for_cpu = False
+        return super().state_dict(*args, **kwargs)
+
+    def forward(self, x):
+        if self.support_avx512bf16_for_cpu and not self.training and not x.requires_grad:
+            self.weight.quant_state.packing_format_for_cpu = True
+        y = super().forward(x)
+        return y.detach() if self.weight.quant_state.packing_format_for_cpu else y
+
+
+def bitsandbytes_own(d_in, d_out):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = bnb.nn.Linear4bit(d_in, d_out, compute_dtype=torch.float32, quant_type="nf4")
+    if not layer.support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512-BF16: bitsandbytes packs nothing")
+    layer.load_state_dict(torch.nn.Linear(d_in, d_out).state_dict())
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize("make", [Packing, bitsandbytes_own])
+@pytest.mark.parametrize("before", [False, True], ids=["", "used before"])
+@pytest.mark.parametrize("targets", ["all-linear", ["1"]])
+def test_gradients_still_pass_after_an_evaluation(make, before, targets):
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(make(64, 128), make(128, 64)), torch.randn(3, 1, 64)
+    if before:
+        model.eval()(x)
+    ilora.inject(model, ilora.ILoRAConfig(target_modules=targets))
+    gate = torch.full((3, 4), 0.25)
+    with torch.no_grad():
+        model.eval()(x, ilora_gate=gate)
+    leaf = x.clone().requires_grad_()
+    model.train()(leaf, ilora_gate=gate).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.abs().sum() > 0
+    ilora.eject(model)
+    assert all(each.support_avx512bf16_for_cpu for each in model)
+
+
+def test_a_refused_injection_lets_the_weights_pack():
+    model = torch.nn.Sequential(Packing(4, 8))
+    with pytest.raises(ValueError, match="no module"):
+        ilora.inject(model, ilora.ILoRAConfig(modules_to_save=["head"]))
+    assert model[0].support_avx512bf16_for_cpu
 
 
 @pytest.mark.parametrize("make", BASES)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import injected, replace
-from ..layer import is_linear
+from ..bases import is_linear
 from ..model import eject
 from .cards import PLAIN
 from .files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory

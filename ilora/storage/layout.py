@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, attach, detach, modules_to_save
+from ..bases import features_of, is_conv1d, is_linear
 from ..config import ILoRAConfig, block_of, find_targets
 from ..delivery import ILoRAModel
-from ..layer import features_of, is_conv1d, is_linear
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
 Spec = tuple[torch.Size, torch.dtype]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases import adapter_like, features_of, is_linear
 from ..config import ILoRAConfig
-from ..layer import adapter_like, features_of, is_linear
 from ..model import eject, inject
 from .files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
 from .layout import PREFIX, Layout, exactly, fill, most_common, patterns, peft_key, specs_of, tensors_of

@@ -1,0 +1,89 @@
+"""What is known of the frozen modules under an adapter: their sizes, where they compute, how they stay trainable."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit: whether it may
+
+
+def is_conv1d(base: nn.Module) -> bool:
+    # By name, so that transformers need not be there; its weight is [d_in, d_out].
+    return (type(base).__module__, type(base).__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ILoRALinear can wrap this module: one product of its input, by what it is or by what it says."""
+    if is_conv1d(module) or isinstance(module, nn.Linear):
+        return True
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    return all(isinstance(size, int) for size in sizes) and not adapted(module)
+
+
+def features_of(base: nn.Module) -> tuple[int, int]:
+    if adapted(base):
+        raise TypeError("base_layer: it is an ILoRALinear already")
+    if is_conv1d(base):
+        d_in, d_out = cast(Tensor, base.weight).shape
+        return d_in, d_out
+    sizes = tuple(getattr(base, name, None) for name in ("in_features", "out_features"))
+    if not all(isinstance(size, int) for size in sizes):
+        raise TypeError(
+            "base_layer: expected nn.Linear, transformers' Conv1D or a module with integer in_features and "
+            f"out_features, got {type(base).__name__} with in_features={sizes[0]!r}, out_features={sizes[1]!r}"
+        )
+    return sizes  # type: ignore[return-value]
+
+
+def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
+    """An empty tensor where the base computes, in the adapter's dtype."""
+    tensor = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
+    if dtype is None:
+        dtype = tensor.dtype if tensor.is_floating_point() and tensor.itemsize > 1 else torch.float32
+    return torch.empty(0, dtype=dtype, device=home(base))
+
+
+def home(module: nn.Module) -> torch.device | None:
+    """The device a module computes on: its first tensor's, or where accelerate brings a weight that it keeps elsewhere
+    (a device map that offloads); None without tensors."""
+    for owner in module.modules():
+        tensor = next((t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None), None)
+        if tensor is not None:
+            return offloading_to(owner) or tensor.device
+    return None
+
+
+def offloading_to(module: nn.Module) -> torch.device | None:
+    """Where accelerate brings the weights of this very module for each forward, if it keeps them elsewhere."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if getattr(each, "offload", False) and each.execution_device is not None:
+            return torch.device(each.execution_device)
+    return None
+
+
+def adapted(module: nn.Module) -> bool:
+    return hasattr(module, "gate_state")  # an ILoRALinear, whose file needs this one
+
+
+def keep_unpacked(module: nn.Module) -> list[nn.Module]:
+    """Keeps bitsandbytes from packing the 4-bit weights in a module for inference, and unpacks those that are.
+
+    On CPUs with AVX512-BF16 it packs them at the first forward in eval mode; from then on, in training too, no gradient
+    passes such a layer, silently. Returns the modules that would pack, for `let_pack`.
+    """
+    found = [each for each in module.modules() if getattr(each, PACKS, False)]
+    for each in found:
+        setattr(each, PACKS, False)
+        if getattr(getattr(each.weight, "quant_state", None), "packing_format_for_cpu", False):
+            each.state_dict()  # which unpacks it first
+    return found
+
+
+def let_pack(modules: list[nn.Module]) -> None:
+    """Takes `keep_unpacked` back."""
+    for module in modules:
+        setattr(module, PACKS, True)
