@@ -1,18 +1,19 @@
 // What happens once per call: operands in, partial sums and gate gradients out.
 
-// dst = src [R, d] (any strides) in the layout of Packing, padding zeroed.
-template <class T, class C>
+// dst = src [R, d] (any strides) as O in the layout of Packing, padding zeroed.
+template <class T, class C, class O>
 ILORA_TARGET void pack(const void* src, bool narrow, int64_t stride_r, int64_t stride_k, int64_t R, const Packing& p,
                        void* dst) {
-  C* out = static_cast<C*>(dst);
+  O* out = static_cast<O*>(dst);
   for (int64_t c = 0; c < p.n_chunks; ++c)
     for (int64_t r = 0; r < p.Rp; ++r, out += p.width) {
       const int64_t n = r < R ? p.columns(c) : 0, at = r * stride_r + c * p.width * stride_k;
       if (narrow)
-        for (int64_t k = 0; k < n; ++k) out[k] = Memory<C, T>::get_one(static_cast<const T*>(src) + at + k * stride_k);
+        for (int64_t k = 0; k < n; ++k)
+          Memory<C, O>::put_one(out + k, Memory<C, T>::get_one(static_cast<const T*>(src) + at + k * stride_k));
       else
-        for (int64_t k = 0; k < n; ++k) out[k] = static_cast<const C*>(src)[at + k * stride_k];
-      fill_zero(out + n, p.width - n);
+        for (int64_t k = 0; k < n; ++k) Memory<C, O>::put_one(out + k, static_cast<const C*>(src)[at + k * stride_k]);
+      for (int64_t k = n; k < p.width; ++k) out[k] = O{};
     }
 }
 

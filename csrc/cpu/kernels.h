@@ -1,13 +1,14 @@
 // What the torch-facing code (ops_cpu.cpp) and the kernels compiled once per instruction set share: plain structs.
 // Names: M rows, N gate rows, E experts, R ranks, xa = (x ⊙ keep) Aᵀ, γ[m, r] = scaling · gate[i(m), r // (R/E)].
-// T is x's element type (float, bf16, double), C the type computed in (float, double).
+// T is x's element type (float, bf16, double), C the type computed in (float, double), D what x's staged tiles and the
+// small operand of dot are held in: C, or bf16 where instructions multiply pairs of it and A and B are bf16 too.
 #pragma once
 #include <cstdint>
 
 namespace ilora {
 
 constexpr int64_t kRowBlock = 48;    // rows staged at a time: a multiple of both row tiles, 3 (dot) and 4 (expand)
-constexpr int64_t kColStep = 48;     // column chunks are multiples of 3 vectors of the widest instruction set
+constexpr int64_t kColStep = 96;     // column chunks are multiples of 3 vectors of the widest instruction set, of bf16
 constexpr int64_t kColChunk = 576;   // upper bound: a staged block with its mask stays within half of 512 KB of L2
 constexpr int64_t kRankStep = 4;     // rank tile of dot and outer; packed operands are padded to it with zeros
 constexpr int64_t kAlign = 64;
@@ -55,7 +56,7 @@ struct Forward {
   Gates gates;
   Dropout dropout;
   Packing a, b;              // of A [R, d_in] and Bᵀ [R, d_out]
-  const void *packed_a, *packed_b;  // C
+  const void *packed_a, *packed_b;  // D and C: dot's operand and expand's
   Matrix x, base, y;         // base.data may be null
   const void* bias;          // T [d_out] or null
   void* xa;                  // [M, R], T if narrow_xa else C
@@ -66,7 +67,7 @@ struct Backward {
   Gates gates;
   Dropout dropout;
   Packing a, b;
-  const void *packed_a, *packed_b;
+  const void *packed_a, *packed_b;  // C and D
   Matrix dy, x, dx;          // dx.data may be null: not wanted
   const void* xa;
   bool narrow_xa, narrow_dx;
@@ -80,8 +81,10 @@ inline int64_t scratch_size(const Packing& a, const Packing& b) {  // in element
 
 // partials: for every row chunk, packed dA then packed dBᵀ, in C.
 struct Kernels {
-  int64_t size_T, size_C;
-  void (*pack)(const void* src, bool narrow, int64_t stride_r, int64_t stride_k, int64_t R, const Packing&, void* dst);
+  int64_t size_C;
+  using Pack = void(const void* src, bool narrow, int64_t stride_r, int64_t stride_k, int64_t R, const Packing&,
+                    void* dst);
+  Pack *pack_dot, *pack_expand;  // as D, as C
   void (*forward)(const Forward&, int64_t row_begin, int64_t row_end, void* scratch);
   void (*backward)(const Backward&, int64_t row_begin, int64_t row_end, void* partial, void* scratch);
   void (*reduce)(const void* partials, int64_t stride, int64_t count, const Packing&, int64_t chunk, int64_t R,
@@ -89,12 +92,13 @@ struct Kernels {
   void (*sum_gates)(const Gates&, const void* dgate_rows, int64_t begin, int64_t end, void* dgate);
 };
 
-enum Element { kFloat, kBFloat16, kDouble };
+enum Element { kFloat, kBFloat16, kBFloat16All, kDouble };  // of x; All: of A and B too
 
 namespace baseline { const Kernels& kernels(Element); }
 #if defined(__x86_64__)
 namespace avx2 { const Kernels& kernels(Element); }
 namespace avx512 { const Kernels& kernels(Element); }
+namespace avx512bf16 { const Kernels& kernels(Element); }
 #endif
 
 }  // namespace ilora

@@ -1,7 +1,13 @@
 // The row-block passes of forward and backward, compiled once per instruction set: the including file defines
-// ILORA_ISA (a namespace), ILORA_BYTES (vector width) and ILORA_TARGET (a function attribute).
+// ILORA_ISA (a namespace), ILORA_BYTES (vector width) and ILORA_TARGET (a function attribute); ILORA_PAIRS where there
+// are instructions for bfloat16.
 // No standard header but kernels.h's: an inline function of theirs compiled for AVX-512 could win at link time.
+// (immintrin.h's are always inlined.)
 #include "kernels.h"
+
+#ifdef ILORA_PAIRS
+#include <immintrin.h>
+#endif
 
 #define FN ILORA_TARGET inline __attribute__((always_inline))
 
@@ -48,51 +54,56 @@ template <class C> ILORA_TARGET void fill_gamma(const Gates& g, int64_t row, int
   }
 }
 
-// Columns [column, column + n) of `rows` rows, as C in [rows rounded up to 3, ld]; with dropout also the mask kept.
-template <class T, class C>
+// Columns [column, column + n) of `rows` rows, as D in [rows rounded up to 3, ld]; with dropout also the mask kept.
+template <class T, class C, class D>
 ILORA_TARGET void stage(const Matrix& x, int64_t row, int64_t rows, int64_t column, int64_t n, int64_t ld,
-                        const Dropout& dropout, C* block, C* mask) {
+                        const Dropout& dropout, D* block, C* mask) {
+  using Piece = Staged<T, C, D>;
   constexpr int W = Simd<C>::W;
-  const int64_t padded = round_up(n, 3 * W);
+  const int64_t padded = round_up(n, 3 * W * int64_t(sizeof(C) / sizeof(D)));
   for (int64_t m = 0; m < rows; ++m) {
     const T* src = static_cast<const T*>(x.data) + (row + m) * x.row_stride + column;
-    C* dst = block + m * ld;
+    D* dst = block + m * ld;
     int64_t k = 0;
     if (dropout.on) {
       KeepMask<C> keep(dropout, row + m, column);
       for (; k < n; k += W) {
         __builtin_prefetch(src + k + 2 * x.row_stride);
         const auto kept = keep.next();
-        const auto v = k + W <= n ? Memory<C, T>::get(src + k) : get_some<C, T>(src + k, n - k);
-        store(dst + k, masked<C>(v, kept));
+        const auto v = k + W <= n ? Piece::get(src + k) : Piece::some(src + k, n - k);
+        store(dst + k, Piece::masked(v, kept));
         if (mask) store(mask + m * ld + k, kept);
       }
     } else {
       for (; k + W <= n; k += W) {
         __builtin_prefetch(src + k + 2 * x.row_stride);  // rows of a chunk are too short for the hardware's streams
-        store(dst + k, Memory<C, T>::get(src + k));
+        store(dst + k, Piece::get(src + k));
       }
-      if (k < n) store(dst + k, get_some<C, T>(src + k, n - k)), k += W;
+      if (k < n) store(dst + k, Piece::some(src + k, n - k)), k += W;
     }
-    for (; k < padded; k += W) store(dst + k, Vec<C>{});
+    for (; k < padded; k += W) store(dst + k, typename Piece::V{});
   }
   for (int64_t m = rows; m < round_up(rows, 3); ++m)
-    for (int64_t k = 0; k < padded; k += W) store(block + m * ld + k, Vec<C>{});
+    for (int64_t k = 0; k < padded; k += W) store(block + m * ld + k, typename Piece::V{});
 }
 
 // p [rows, Rp] += block · wᵀ
-template <class C>
-ILORA_TARGET void dot(const C* block, const C* w, int64_t ld, int64_t rows, int64_t n, C* p, int64_t Rp) {
-  n = round_up(n, Simd<C>::W);
+template <class C, class D>
+ILORA_TARGET void dot(const D* block, const D* w, int64_t ld, int64_t rows, int64_t n, C* p, int64_t Rp) {
+  n = round_up(n, Simd<C>::W * int64_t(sizeof(C) / sizeof(D)));
   for (int64_t m = 0; m < rows; m += 3)
-    for (int64_t r = 0; r < Rp; r += 4) dot_tile<C>(block + m * ld, w + r * ld, ld, n, p + m * Rp + r, Rp);
+    for (int64_t r = 0; r < Rp; r += 4) dot_tile(block + m * ld, w + r * ld, ld, n, p + m * Rp + r, Rp);
 }
 
 // g [Rp, ld] (+)= hᵀ · block
-template <class C>
-ILORA_TARGET void outer(const C* h, const C* block, int64_t ld, int64_t rows, int64_t n, C* g, int64_t Rp, bool first) {
-  for (int64_t k = 0; k < n; k += 3 * Simd<C>::W)
-    for (int64_t r = 0; r < Rp; r += 4) outer_tile<C>(h + r, Rp, block + k, ld, rows, g + r * ld + k, first);
+template <class C, class D>
+ILORA_TARGET void outer(const C* h, const D* block, int64_t ld, int64_t rows, int64_t n, C* g, int64_t Rp, bool first) {
+  constexpr int64_t wide = ILORA_BYTES == 64 ? 8 : 4;  // ranks of a tile: what its registers hold
+  for (int64_t k = 0; k < n; k += 3 * Simd<C>::W) {
+    int64_t r = 0;
+    for (; r + wide <= Rp; r += wide) outer_tile<wide>(h + r, Rp, block + k, ld, rows, g + r * ld + k, first);
+    if (r < Rp) outer_tile<4>(h + r, Rp, block + k, ld, rows, g + r * ld + k, first);
+  }
 }
 
 // One row out: strip (+ add), zero where the mask is, rounded to O.
@@ -146,19 +157,21 @@ template <class C> FN void fill_zero(C* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
 
-template <class T, class C>
+template <class T, class C, class D>
 ILORA_TARGET void forward(const Forward& f, int64_t row_begin, int64_t row_end, void* memory) {
   const Scratch<C> s(memory, f.a, f.b);
   const int64_t R = f.gates.R, Rp = s.Rp;
-  const C *a = static_cast<const C*>(f.packed_a), *b = static_cast<const C*>(f.packed_b);
+  const D* a = static_cast<const D*>(f.packed_a);
+  const C* b = static_cast<const C*>(f.packed_b);
+  D* block = reinterpret_cast<D*>(s.block);
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t rows = row_end - row < kRowBlock ? row_end - row : kRowBlock;
     fill_gamma(f.gates, row, rows, s.gamma, Rp);
     fill_zero(s.p, kRowBlock * Rp);
     for (int64_t c = 0; c < f.a.n_chunks; ++c) {
       const int64_t ld = f.a.width, n = f.a.columns(c);
-      stage<T, C>(f.x, row, rows, c * ld, n, ld, f.dropout, s.block, nullptr);
-      dot(s.block, a + c * Rp * ld, ld, rows, n, s.p, Rp);
+      stage<T, C>(f.x, row, rows, c * ld, n, ld, f.dropout, block, static_cast<C*>(nullptr));
+      dot(block, a + c * Rp * ld, ld, rows, n, s.p, Rp);
     }
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t r = 0; r < R; ++r) {
@@ -174,11 +187,12 @@ ILORA_TARGET void forward(const Forward& f, int64_t row_begin, int64_t row_end, 
 }
 
 // From a block of dy: dh (in p, on return dxa = γ ⊙ dh), this chunk's part of dBᵀ, and dgate's rows.
-template <class T, class C>
+template <class T, class C, class D>
 ILORA_TARGET void backward_dy(const Backward& f, const Scratch<C>& s, int64_t row, int64_t rows, C* part_b,
                               bool first) {
   const int64_t E = f.gates.E, R = f.gates.R, Rp = s.Rp, ld = f.b.width;
-  const C* b = static_cast<const C*>(f.packed_b);
+  const D* b = static_cast<const D*>(f.packed_b);
+  D* block = reinterpret_cast<D*>(s.block);
   fill_gamma(f.gates, row, rows, s.gamma, Rp);
   fill_zero(s.h, kRowBlock * Rp);
   fill_zero(s.p, kRowBlock * Rp);
@@ -191,9 +205,9 @@ ILORA_TARGET void backward_dy(const Backward& f, const Scratch<C>& s, int64_t ro
     }
   for (int64_t c = 0; c < f.b.n_chunks; ++c) {
     const int64_t n = f.b.columns(c);
-    stage<T, C>(f.dy, row, rows, c * ld, n, ld, Dropout{}, s.block, nullptr);
-    dot(s.block, b + c * Rp * ld, ld, rows, n, s.p, Rp);
-    outer(s.h, s.block, ld, rows, n, part_b + c * Rp * ld, Rp, first);
+    stage<T, C>(f.dy, row, rows, c * ld, n, ld, Dropout{}, block, static_cast<C*>(nullptr));
+    dot(block, b + c * Rp * ld, ld, rows, n, s.p, Rp);
+    outer(s.h, block, ld, rows, n, part_b + c * Rp * ld, Rp, first);
   }
   C* dgate = static_cast<C*>(f.dgate_rows) + row * E;
   for (int64_t m = 0; m < rows; ++m)
@@ -206,20 +220,21 @@ ILORA_TARGET void backward_dy(const Backward& f, const Scratch<C>& s, int64_t ro
 }
 
 // One row chunk; partial receives its packed dA, then its packed dBᵀ.
-template <class T, class C>
+template <class T, class C, class D>
 ILORA_TARGET void backward(const Backward& f, int64_t row_begin, int64_t row_end, void* partial, void* memory) {
   const Scratch<C> s(memory, f.a, f.b);
   const int64_t Rp = s.Rp, ld = f.a.width;
   const C* a = static_cast<const C*>(f.packed_a);
   C *part_a = static_cast<C*>(partial), *part_b = part_a + f.a.size();
   C* mask = f.dropout.on && f.dx.data ? s.mask : nullptr;
+  D* block = reinterpret_cast<D*>(s.block);
   for (int64_t row = row_begin; row < row_end; row += kRowBlock) {
     const int64_t rows = row_end - row < kRowBlock ? row_end - row : kRowBlock;
-    backward_dy<T, C>(f, s, row, rows, part_b, row == row_begin);
+    backward_dy<T, C, D>(f, s, row, rows, part_b, row == row_begin);
     for (int64_t c = 0; c < f.a.n_chunks; ++c) {
       const int64_t n = f.a.columns(c);
-      stage<T, C>(f.x, row, rows, c * ld, n, ld, f.dropout, s.block, mask);
-      outer(s.p, s.block, ld, rows, n, part_a + c * Rp * ld, Rp, row == row_begin);
+      stage<T, C>(f.x, row, rows, c * ld, n, ld, f.dropout, block, mask);
+      outer(s.p, block, ld, rows, n, part_a + c * Rp * ld, Rp, row == row_begin);
       if (f.dx.data)
         expand<T, C>(s.p, a + c * Rp * ld, f.gates.R, f.a, c, row, rows, nullptr, Matrix{}, mask, s.strip, f.dx,
                      f.narrow_dx);
@@ -231,11 +246,17 @@ ILORA_TARGET void backward(const Backward& f, int64_t row_begin, int64_t row_end
 
 }  // namespace
 
-template <class T, class C> static const Kernels table = {
-    sizeof(T), sizeof(C), pack<T, C>, forward<T, C>, backward<T, C>, reduce<T, C>, sum_gates<C>};
+template <class T, class C, class D> static const Kernels table = {
+    sizeof(C),         pack<T, C, D>, pack<T, C, C>,   forward<T, C, D>, backward<T, C, D>,
+    reduce<T, C>, sum_gates<C>};
 
 const Kernels& kernels(Element element) {
-  return element == kFloat ? table<float, float> : element == kBFloat16 ? table<bf16, float> : table<double, double>;
+  switch (element) {
+    case kFloat: return table<float, float, float>;
+    case kBFloat16: return table<bf16, float, float>;
+    case kBFloat16All: return table<bf16, float, PairsOr<float>>;
+    default: return table<double, double, double>;
+  }
 }
 
 }  // namespace ilora::ILORA_ISA

@@ -25,14 +25,18 @@ constexpr int64_t kPartialBytes = 32 << 20;  // of all row chunks' partial dA an
 const Kernels& best_kernels(Element element) {
 #if defined(__x86_64__)
   static const int level = [] {
-    const char* limit = std::getenv("ILORA_ISA");  // "baseline" or "avx2": to test what lesser machines run
+    const char* limit = std::getenv("ILORA_ISA");  // "baseline", "avx2", "avx512": to test what lesser machines run
     const std::string most = limit ? limit : "";
+    STD_TORCH_CHECK(most == "" || most == "baseline" || most == "avx2" || most == "avx512", "ILORA_ISA=", most,
+                    ": expected baseline, avx2 or avx512, the most that may be used");
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (most == "baseline" || !has_avx2) return 0;
-    return most == "avx2" || !has_avx512 ? 1 : 2;
+    if (most == "avx2" || !has_avx512) return 1;
+    return most == "avx512" || !__builtin_cpu_supports("avx512bf16") ? 2 : 3;
   }();
+  if (level == 3) return avx512bf16::kernels(element);
   if (level == 2) return avx512::kernels(element);
   if (level == 1) return avx2::kernels(element);
 #endif
@@ -42,13 +46,13 @@ const Kernels& best_kernels(Element element) {
 struct Types {
   ScalarType x, compute;
   const Kernels& kernels;
-  explicit Types(ScalarType x)
-      : x(x), compute(x == ScalarType::Double ? x : ScalarType::Float), kernels(best_kernels(element(x))) {}
-  static Element element(ScalarType x) {
+  Types(ScalarType x, ScalarType a)
+      : x(x), compute(x == ScalarType::Double ? x : ScalarType::Float), kernels(best_kernels(element(x, a))) {}
+  static Element element(ScalarType x, ScalarType a) {
     if (x == ScalarType::Float) return kFloat;
     if (x == ScalarType::Double) return kDouble;
     STD_TORCH_CHECK(x == ScalarType::BFloat16, "ilora_native takes float32, bfloat16 and float64");
-    return kBFloat16;
+    return a == x ? kBFloat16All : kBFloat16;
   }
   bool narrow(const Tensor& t) const { return t.scalar_type() == x; }
 };
@@ -106,19 +110,19 @@ struct Memory {  // one aligned allocation, cut into pieces
   char* at(size_t offset) const { return bytes + (kAlign - reinterpret_cast<uintptr_t>(bytes) % kAlign) + offset; }
 };
 
-// A and Bᵀ, packed side by side.
-void pack(const Types& types, const Tensor& A, const Tensor& B, const Packing& a, const Packing& b, char* packed) {
-  const Kernels& k = types.kernels;
+// A and Bᵀ, packed side by side, each in the room that C takes.
+void pack(const Types& types, const Tensor& A, const Tensor& B, const Packing& a, const Packing& b,
+          Kernels::Pack* pack_a, Kernels::Pack* pack_b, char* packed) {
   const bool narrow = types.narrow(A);
   const int64_t R = A.size(0);
-  k.pack(A.data_ptr(), narrow, A.stride(0), A.stride(1), R, a, packed);
-  k.pack(B.data_ptr(), narrow, B.stride(1), B.stride(0), R, b, packed + a.size() * k.size_C);
+  pack_a(A.data_ptr(), narrow, A.stride(0), A.stride(1), R, a, packed);
+  pack_b(B.data_ptr(), narrow, B.stride(1), B.stride(0), R, b, packed + a.size() * types.kernels.size_C);
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, MaybeTensor bias, MaybeTensor base, Tensor A, Tensor B, Tensor gate,
                                    MaybeTensor segments, double scaling, int64_t drop_below, MaybeTensor seed,
                                    bool wide) {
-  const Types types(x.scalar_type());
+  const Types types(x.scalar_type(), A.scalar_type());
   const Kernels& k = types.kernels;
   const int64_t M = x.size(0), d_in = x.size(1), d_out = B.size(0), R = A.size(0);
   check("x", x, M, d_in, types.x, types.x);
@@ -138,7 +142,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, MaybeTensor bias, MaybeTensor base,
     f.base = matrix(*base);
   }
   const Memory packed((a.size() + b.size()) * k.size_C);
-  pack(types, A, B, a, b, packed.at(0));
+  pack(types, A, B, a, b, k.pack_dot, k.pack_expand, packed.at(0));
   f.packed_a = packed.at(0), f.packed_b = packed.at(a.size() * k.size_C);
   torch::stable::parallel_for(0, (M + kRowBlock - 1) / kRowBlock, 1, [&](int64_t begin, int64_t end) {
     const Memory scratch(scratch_size(a, b) * k.size_C);
@@ -177,7 +181,7 @@ int64_t rows_per_chunk(int64_t M, int64_t partial_bytes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor xa, Tensor A, Tensor B, Tensor gate,
                                                     MaybeTensor segments, double scaling, int64_t drop_below,
                                                     MaybeTensor seed, bool need_dx, bool wide) {
-  const Types types(x.scalar_type());
+  const Types types(x.scalar_type(), A.scalar_type());
   const Kernels& k = types.kernels;
   const int64_t M = x.size(0), d_in = x.size(1), d_out = B.size(0), R = A.size(0), E = gate.size(1);
   check("x", x, M, d_in, types.x, types.x);
@@ -195,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   const int64_t both = (a.size() + b.size()) * k.size_C;
   const int64_t rows = rows_per_chunk(M, both), chunks = (M + rows - 1) / rows;
   const Memory memory((1 + chunks) * both + M * E * k.size_C);
-  pack(types, A, B, a, b, memory.at(0));
+  pack(types, A, B, a, b, k.pack_expand, k.pack_dot, memory.at(0));
   f.packed_a = memory.at(0), f.packed_b = memory.at(a.size() * k.size_C), f.dgate_rows = memory.at((1 + chunks) * both);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const Memory scratch(scratch_size(a, b) * k.size_C);

@@ -39,12 +39,16 @@ template <> struct Memory<float, bf16> {
     const auto wide = __builtin_convertvector(load<F::Half>(p), F::Word) << 16;
     return load<Vec<float>>(&wide);
   }
+#ifdef ILORA_PAIRS
+  static FN void put(bf16* p, Vec<float> v) { store(p, _mm512_cvtneps_pbh((__m512)v)); }  // subnormals become zero
+#else
   static FN void put(bf16* p, Vec<float> v) {  // to nearest, ties to even; NaN stays NaN
     const auto u = load<F::Word>(&v);
     const F::Word is_nan = (F::Word)(v != v);
     const F::Word rounded = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
     store(p, __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0), F::Half));
   }
+#endif
   static FN float get_one(const bf16* p) {
     const uint32_t wide = uint32_t(p->bits) << 16;
     return load<float>(&wide);
@@ -70,6 +74,30 @@ template <class C> FN Vec<C> masked(Vec<C> v, MaskVec<C> mask) {
   const auto bits = load<MaskVec<C>>(&v) & mask;
   return load<Vec<C>>(&bits);
 }
+
+// W elements of x as a staged tile holds them.
+template <class T, class C, class D> struct Staged {
+  using V = Vec<C>;
+  static FN V get(const T* p) { return Memory<C, T>::get(p); }
+  static FN V some(const T* p, int64_t n) { return get_some<C, T>(p, n); }
+  static FN V masked(V v, MaskVec<C> mask) { return ILORA_ISA::masked<C>(v, mask); }
+};
+template <> struct Staged<bf16, float, bf16> {
+  using V = Simd<float>::Half;
+  static FN V get(const bf16* p) { return load<V>(p); }
+  static FN V some(const bf16* p, int64_t n) {
+    V v = {};
+    for (int64_t i = 0; i < n; ++i) v[i] = p[i].bits;
+    return v;
+  }
+  static FN V masked(V v, MaskVec<float> mask) { return v & __builtin_convertvector(mask, V); }
+};
+
+#ifdef ILORA_PAIRS
+template <class C> using PairsOr = bf16;
+#else
+template <class C> using PairsOr = C;
+#endif
 
 // keep of W consecutive columns of a row; next() moves on by W.
 constexpr uint32_t kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

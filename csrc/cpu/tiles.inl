@@ -31,21 +31,36 @@ template <class C> FN void dot_tile(const C* x, const C* w, int64_t ld, int64_t 
     for (int j = 0; j < 4; ++j) p[i * ld_p + j] += sum<C>(acc[i][j]);
 }
 
-// g[r, k] (+)= Σ_m h[m, r] · x[m, k] for 4 ranks and 3 vectors of columns.
-template <class C>
-FN void outer_tile(const C* h, int64_t ld_h, const C* x, int64_t ld, int64_t rows, C* g, bool first) {
+#ifdef ILORA_PAIRS
+FN void dot_tile(const bf16* x, const bf16* w, int64_t ld, int64_t n, float* p, int64_t ld_p) {
+  __m512 acc[3][4] = {};
+  for (int64_t k = 0; k < n; k += 2 * Simd<float>::W) {
+    __m512bh xs[3], ws[4];
+    for (int i = 0; i < 3; ++i) xs[i] = load<__m512bh>(x + i * ld + k);
+    for (int j = 0; j < 4; ++j) ws[j] = load<__m512bh>(w + j * ld + k);
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 4; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], xs[i], ws[j]);
+  }
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 4; ++j) p[i * ld_p + j] += sum<float>((Vec<float>)acc[i][j]);
+}
+#endif
+
+// g[r, k] (+)= Σ_m h[m, r] · x[m, k] for J ranks and 3 vectors of columns.
+template <int J, class C, class D>
+FN void outer_tile(const C* h, int64_t ld_h, const D* x, int64_t ld, int64_t rows, C* g, bool first) {
   constexpr int W = Simd<C>::W;
-  Vec<C> acc[4][3] = {};
+  Vec<C> acc[J][3] = {};
   if (!first)
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < J; ++j)
       for (int i = 0; i < 3; ++i) acc[j][i] = load<Vec<C>>(g + j * ld + i * W);
   for (int64_t m = 0; m < rows; ++m) {
     Vec<C> xs[3];
-    for (int i = 0; i < 3; ++i) xs[i] = load<Vec<C>>(x + m * ld + i * W);
-    for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 3; ++i) xs[i] = Memory<C, D>::get(x + m * ld + i * W);
+    for (int j = 0; j < J; ++j)
       for (int i = 0; i < 3; ++i) acc[j][i] += xs[i] * h[m * ld_h + j];
   }
-  for (int j = 0; j < 4; ++j)
+  for (int j = 0; j < J; ++j)
     for (int i = 0; i < 3; ++i) store(g + j * ld + i * W, acc[j][i]);
 }
 
