@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Eager, Graphed, Program, WrongPeer, bf16_cost, check, input_sets, interleave, summarise
+from checking import WrongPeer, check
+from measure import Eager, Graphed, Program, bf16_cost, input_sets, interleave, summarise
 from memory import peak_bytes, saved_bytes
 from peers import PEERS, Settings, make_case, unavailable
 from report import busy, heading, machine, table, write_json

@@ -91,9 +91,12 @@ def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], fol
             return budget.left(name)
 
         print(f"{budget.spent():6.1f} s: {name}", flush=True)
-        wrong = results["parts"].get("correctness", {}).get("failed", 0) and "correctness" in options.only
-        if wrong and not options.force:
-            keep({"left_out": [f"correctness failed ({wrong} findings); --force measures all the same"]})
+        checked = results["parts"].get("correctness", {})
+        doubt = "correctness" in options.only and name != "correctness" and not _well("correctness", checked)
+        if doubt and not options.force:
+            rows, failed = len(checked.get("rows", ())), checked.get("failed", 0)
+            found = checked.get("error") or f"{failed} findings in {rows} checks"
+            keep({"left_out": [f"correctness failed ({found}); --force measures all the same"]})
             continue
         try:
             here.tidy()

@@ -1,4 +1,4 @@
-"""Checking a peer against the reference, timing peers side by side.
+"""Timing peers side by side.
 
 Forward is timed with gradients on, as in training. Backward computes the gradients of x and of all that the peer trains
 (for our layer and its peers A, B and the gate; PEFT has no gate; for the frozen layer x alone).
@@ -12,105 +12,37 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from peers import Case, Peer, Settings
+from checking import TOLERANCE, WrongPeer
+from peers import Case, Peer
 from torch import Tensor
 
-from ilora import reference
-
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PARTS = ("forward", "backward", "both")
-
-
-_passed: dict[tuple[Callable[[Case], Peer], Settings], float] = {}
-
-
-class WrongPeer(AssertionError):
-    """A peer does not compute what the reference computes; the message says which tensor is off and by how much."""
-
-
-def check(peer: Peer, build: Callable[[Case], Peer], case: Case) -> float:
-    """Compares a peer, made by `build` from the case, with the reference: y and every gradient.
-
-    Returns the largest error over the largest value of its tensor; raises WrongPeer beyond the tolerance.
-    The reference runs in float32 (float64) on the same tensors. With dropout, a peer whose mask can be drawn again from
-    the same state of torch's generator is compared under that very mask. The one whose mask cannot (torch.compile) is
-    compared at p = 0, and then the update at p > 0 must have the right mean and the right variance; its gradients at
-    p > 0 are not checked.
-    """
-    without = replace(case.settings, dropout=0.0)
-    if case.settings == without or peer.mask is not None or not peer.trained:
-        passed = _passed[build, case.settings] = _check_exactly(peer, case)
-        return passed
-    if (build, without) not in _passed:  # compiling it again only for this would cost seconds
-        plain = replace(case, settings=without)
-        _passed[build, without] = _check_exactly(build(plain), plain)
-    _check_moments(peer, case)
-    return _passed[build, without]
-
-
-def _check_exactly(peer: Peer, case: Case) -> float:
-    torch.manual_seed(1)
-    mask = None if peer.mask is None else peer.mask()
-    torch.manual_seed(1)
-    y = peer.call(case.x)
-    grads = iter(torch.autograd.grad(y, [case.x, *peer.parameters], case.dy))
-    found = {"y": y, "x": next(grads)}
-    for name, tensors in peer.trained.items():
-        found[name] = torch.cat([next(grads) for _ in tensors], dim=1 if name == "B" else 0)
-    wanted = _expected(peer.gate, mask, case)
-    errors = {name: _error(value, wanted[name]) for name, value in found.items()}
-    worst = max(errors, key=errors.__getitem__)
-    if not errors[worst] <= TOLERANCE[case.x.dtype]:  # so written that nan fails
-        what = "y" if worst == "y" else f"the gradient of {worst}"
-        raise WrongPeer(f"{what} differs from the reference by {errors[worst]:.2g} of its largest value")
-    return errors[worst]
-
-
-def _expected(gate: Tensor, mask: Tensor | None, case: Case) -> dict[str, Tensor]:
-    """y and the gradients of x, A, B, gate by the reference, where the update sees x · mask."""
-    wide = torch.promote_types(case.x.dtype, torch.float32)
-    x, A, B = (t.detach().to(wide).requires_grad_() for t in (case.x, case.A, case.B))
-    weight, bias, gate = case.weight.to(wide), case.bias.to(wide), gate.detach().to(wide).requires_grad_()
-    seen = x if mask is None else x * mask
-    update = reference.ilora_linear(seen, torch.zeros_like(weight), None, A, B, gate, case.scaling)
-    y = F.linear(x, weight, bias) + update
-    grads = torch.autograd.grad(y, [x, A, B, gate], case.dy.to(wide))
-    return {"y": y.detach(), **dict(zip(("x", "A", "B", "gate"), grads, strict=True))}
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    if found.shape != wanted.shape:
-        raise WrongPeer(f"shape {list(found.shape)}, expected {list(wanted.shape)}")
-    return float((found.detach() - wanted).abs().max() / wanted.abs().max())
-
-
-def _check_moments(peer: Peer, case: Case) -> None:
-    """Inverted dropout of x leaves the update's mean as it is and adds p/(1-p) of its energy as noise."""
-    p, base = case.settings.dropout, F.linear(case.x, case.weight, case.bias).detach().float()
-    plain = _expected(peer.gate, None, case)["y"].float() - base
-    update = peer.call(case.x).detach().float() - base
-    mean = float((update * plain).sum() / plain.square().sum())
-    noise = float((update - plain).square().sum() / plain.square().sum()) * (1.0 - p) / p
-    if not (abs(mean - 1.0) < 0.05 and 0.5 < noise < 2.0):
-        raise WrongPeer(f"dropout {p:g}: the update's mean is {mean:.3g} of the expected, its variance {noise:.3g}")
+AHEAD = 400_000  # cycles that the device waits while graphs are queued: 0.2 ms, a launch takes the host some 10 µs
 
 
 class Program(Protocol):
-    """What is timed: its parts in order (forward, backward), each over all its input sets."""
+    """What is timed: its parts in order (forward, backward), each over all its input sets.
+
+    queued: whether a part does no more than queue work for the device. outputs: what the first part has left.
+    """
 
     sets: int
+    queued: bool
 
     @property
     def parts(self) -> Sequence[Callable[[], object]]: ...
 
+    @property
+    def outputs(self) -> list[Tensor]: ...
+
 
 class Eager:
     """Plain calls: the host's launches count."""
+
+    queued = False
 
     def __init__(self, peers: list[Peer], cases: list[Case]) -> None:
         self.pairs, self.sets, self.outputs = list(zip(peers, cases, strict=True)), len(peers), list[Tensor]()
@@ -123,8 +55,9 @@ class Eager:
         self.outputs = [peer.call(case.x) for peer, case in self.pairs]
 
     def backward(self) -> None:
+        kept = []  # lest every set's gradients be written to the same memory, which a cache holds
         for (peer, case), y in zip(self.pairs, self.outputs, strict=True):
-            torch.autograd.grad(y, [case.x, *peer.parameters], case.dy)
+            kept.append(torch.autograd.grad(y, [case.x, *peer.parameters], case.dy))
         self.outputs = []
 
     def both(self) -> None:
@@ -133,22 +66,54 @@ class Eager:
 
 
 class Graphed:
-    """The same calls as CUDA graphs, one for each part: only the device's time is left."""
+    """The same calls as CUDA graphs, one for each part: only the device's time is left.
+
+    Raises WrongPeer where a replay does not compute what the calls do; whatever a capture raises.
+    """
+
+    queued = True
 
     def __init__(self, program: Program) -> None:
-        self.sets, stream = program.sets, torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        self.sets, self.outputs = program.sets, list[Tensor]()
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):  # lazy set-up (workspaces, autotuning) must not happen inside a capture
             for part in [*program.parts] * 3:
                 part()
-        torch.cuda.current_stream().wait_stream(stream)
+            expected = [_first_output(program) for _ in range(2)]
+        current.wait_stream(stream)
         graphs: list[torch.cuda.CUDAGraph] = []
-        for part in program.parts:  # one pool: a backward reads what its forward has left there
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
-                part()
-            graphs.append(graph)
+        try:
+            for part in program.parts:  # one pool: a backward reads what its forward has left there
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
+                    part()
+                if not graphs:
+                    _check_replay(graph, program.outputs, *expected)
+                graphs.append(graph)
+        except BaseException:
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own in force
+            raise
         self.parts: Sequence[Callable[[], object]] = [graph.replay for graph in graphs]
+
+
+def _first_output(program: Program) -> Tensor:
+    program.parts[0]()
+    return program.outputs[0].detach().clone()
+
+
+def _check_replay(graph: torch.cuda.CUDAGraph, outputs: list[Tensor], first: Tensor, second: Tensor) -> None:
+    """A replay writes all outputs anew; and the first one's values, where two calls agree on them (no dropout)."""
+    outputs = [y.data for y in outputs if y.is_floating_point()]
+    for y in outputs:
+        y.fill_(math.nan)
+    graph.replay()
+    if any(bool(y.isnan().any()) for y in outputs):
+        raise WrongPeer("a replay of its graph does not write all of y")
+    if outputs and torch.equal(first, second):
+        error = float((outputs[0].float() - first.float()).abs().max() / first.float().abs().max())
+        if not error <= TOLERANCE[first.dtype]:
+            raise WrongPeer(f"a replay of its graph differs from its call by {error:.2g} of y's largest value")
 
 
 def time_once(program: Program, device: torch.device) -> tuple[float, ...]:
@@ -162,6 +127,8 @@ def time_once(program: Program, device: torch.device) -> tuple[float, ...]:
     else:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(program.parts) + 1)]
         torch.cuda.synchronize(device)
+        if program.queued:  # or the first part's time would begin with the host's launch of it
+            torch.cuda._sleep(AHEAD)
         events[0].record()
         for part, event in zip(program.parts, events[1:], strict=True):
             part()

@@ -1,7 +1,7 @@
 """The peers of `ilora_linear`: every way we know to compute an adapted linear layer, each a plain callable x -> y.
 
 All are built from one `Case` (the same weight, bias, A, B and gate, B not zero), so that at p = 0 they compute the same
-function and can be checked against `ilora.reference` (see measure.check). PEFT's LoRA has no gate: its scaling alpha/r
+function and can be checked against `ilora.reference` (see checking.check). PEFT's LoRA has no gate: its scaling alpha/r
 makes it the function whose gate is uniform, 1/E. The frozen layer is the one whose gate is zero.
 """
 

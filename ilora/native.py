@@ -67,7 +67,7 @@ def forward(
     if weight is None:
         bias, base = None, None if base is None else _unit_columns(base)
     else:
-        bias, base = None if bias is None else bias.contiguous(), None
+        base = None
     w_t = None if weight is None else weight.t()
     wide = w_t is not None and _through_float32(x, w_t)
     y, xa = torch.ops.ilora_native.forward.default(
@@ -124,7 +124,7 @@ def expand_xa(
     scaling: float,
 ) -> Tensor:
     """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ: the update of xa by an identity, then x Wᵀ accumulated onto it."""
-    w_t, bias = weight.t(), None if bias is None else bias.contiguous()
+    w_t = weight.t()
     pieces, eyes = _pieces(xa, x.dtype, B.dtype)
     arguments = (pieces, bias, None, eyes.t(), B, _compute_gate(gate, x), segments, scaling, 0, None)
     y = torch.ops.ilora_native.forward.default(*arguments, _through_float32(x, w_t))[0]

@@ -85,6 +85,7 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
     if autocast:
         x, weight, bias, base, A, B = autocast_to(torch.get_autocast_dtype(device), x, weight, bias, base, A, B)
     check_dtypes(x, weight, bias, base, A, B, gate)
+    bias, segments = dense(bias), dense(segments)
     dropout_p = float(dropout_p)
     seed = checked_seed(seed, dropout_p, x.device)
     args = (
@@ -105,6 +106,11 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
         return _ILoRALinear.apply(*args)
     with torch.autocast(device, enabled=False):  # inner products of float32 partial sums must stay float32
         return _ILoRALinear.apply(*args)
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A bias or segments as the kernels read them, without a stride."""
+    return None if vector is None else vector.contiguous()
 
 
 def autocasts(device: str) -> bool:

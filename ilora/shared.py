@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_dtypes, check_segments, check_tensors, checked_seed, rows
-from .ops import autocast_to, autocasts, once_only
+from .ops import autocast_to, autocasts, dense, once_only
 
 
 class Projection(NamedTuple):
@@ -72,6 +72,7 @@ class SharedInput:
             check_dtypes(x, p.weight, p.bias, None, p.A, p.B, gate)
         seed = checked_seed(seed, dropout_p, x.device)
         self.settings = Settings(float(scaling) / (1.0 - dropout_p), float(dropout_p), backend or "")
+        projections, segments = [p._replace(bias=dense(p.bias)) for p in projections], dense(segments)
         self.x, self.projections, self.gate, self.segments = x, projections, gate, segments
         self._spent: list[bool] = []
         flat = [tensor for p in projections for tensor in p]

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ilora
+from ilora.shared import Projection, SharedInput
 
 # (dtype of the layer, dtype of A and B). Triton's interpreter computes bfloat16 wrongly, so there it is left to a GPU.
 DTYPES = {
@@ -128,6 +129,27 @@ def test_update_alone_and_upon_a_base(target):
     exact = torch.autograd.grad(want + base, [*leaves, base], t["dy"])
     for a, b in zip(got, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_bias_and_segments_with_strides(target, shared):
+    backend, device = target
+    t = Case(lengths=(5, 0, 17, 2), device=device).tensors()
+    bias, segments = torch.stack([t["bias"]] * 3, 1)[:, 1], torch.stack([t["segments"]] * 2, 1)[:, 0]
+    assert not bias.is_contiguous()
+    assert not segments.is_contiguous()
+    want = ilora.reference.ilora_linear(*(t[k] for k in ("x", "weight", "bias", "A", "B", "gate")), 2.0, t["segments"])
+    leaves = [t[k].requires_grad_() for k in ("x", "A", "B", "gate")]
+    x, A, B, gate = leaves
+    if shared:
+        y = SharedInput(x, [Projection(t["weight"], bias, A, B)], gate, 2.0, segments, backend=backend).y(0)
+    else:
+        y = ilora.ilora_linear(x, t["weight"], bias, A, B, gate, 2.0, segments, backend=backend)
+    torch.testing.assert_close(y.detach(), want, rtol=1e-4, atol=1e-4)
+    expected = ilora.reference.ilora_linear(x, t["weight"], t["bias"], A, B, gate, 2.0, t["segments"])
+    pairs = zip(torch.autograd.grad(y, leaves, t["dy"]), torch.autograd.grad(expected, leaves, t["dy"]), strict=True)
+    for got, exact in pairs:
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_an_expanded_dy_and_inputs_left_as_they_were(target):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import bench_moe_lora as bench
+import checking
 import measure
 import peers
 import pytest
@@ -28,7 +29,7 @@ def test_every_peer_equals_the_reference(name, dtype, dropout):
     if reason := peers.unavailable(name, CPU, dtype):
         pytest.skip(reason)
     case = case_of(dropout=dropout, dtype=dtype)
-    assert measure.check(peers.PEERS[name](case), peers.PEERS[name], case) <= measure.TOLERANCE[dtype]
+    assert checking.check(peers.PEERS[name](case), peers.PEERS[name], case) <= checking.TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -36,7 +37,7 @@ def test_compiled_peer_equals_the_reference(dropout, monkeypatch):
     traced = torch.compile(peers._algebraic, backend="eager", fullgraph=True)  # inductor itself would take 15 seconds
     monkeypatch.setattr(peers, "_compiled_algebraic", lambda: traced)
     case = case_of(dropout=dropout)
-    assert measure.check(peers.compiled(case), peers.compiled, case) <= measure.TOLERANCE[torch.float32]
+    assert checking.check(peers.compiled(case), peers.compiled, case) <= checking.TOLERANCE[torch.float32]
 
 
 def wrong_scaling(case):
@@ -71,8 +72,8 @@ def gradient_of_another_mask(case):
 )
 def test_check_refuses(build):
     case = case_of(dropout=0.3)
-    with pytest.raises(measure.WrongPeer):
-        measure.check(build(case), build, case)
+    with pytest.raises(checking.WrongPeer):
+        checking.check(build(case), build, case)
 
 
 def test_sweep_writes_rows_table_and_plot(tmp_path, capsys):

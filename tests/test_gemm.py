@@ -201,3 +201,17 @@ def test_tiles_fit_the_shared_memory():
             tile = config.gemm_tile(Device(132, smem, tma=True), 4096, 4096, R)
             assert config.gemm_shared(tile, R) <= smem
     assert config.gemm_tile(Device(132, 227 * 1024, tma=True), 4096, 4096, 16)[:5] == (128, 256, 64, 8, 4)
+
+
+def test_tf32_is_asked_for_in_the_way_that_always_answers():
+    """torch refuses to read allow_tf32 once fp32_precision was set, as TrainingArguments(tf32=True) does."""
+    gpu, matmul = Device(132, 227 * 1024), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert config.dots(gpu, F32, F32).precision == "tf32"
+        assert config.dots(gpu, BF16, F32).precision == "tf32"
+        matmul.fp32_precision = "ieee"
+        assert (config.dots(gpu, F32, F32).precision, config.dots(gpu, BF16, F32).precision) == ("ieee", "tf32x3")
+    finally:
+        matmul.fp32_precision = before

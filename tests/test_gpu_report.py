@@ -1,12 +1,13 @@
 """The GPU report without a GPU: what it plans, keeps and writes, and every part gone through on the CPU."""
 
 import json
+import os
+import signal
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
+import checking
 import gpu_report
-import measure
 import peers
 import pytest
 import report
@@ -368,66 +369,24 @@ def test_an_arm_that_breaks_is_a_row_and_the_others_go_on(compiled):
     rows = layer.run_case(HERE, 1, settings, [*arms, layer.Arm("broken", broken)])
     assert rows[-1]["error"] == "RuntimeError: no such kernel"
     assert all("eager" in row for row in rows[:-1])
-    with pytest.raises(measure.WrongPeer, match="the frozen layer itself failed"):
+    with pytest.raises(checking.WrongPeer, match="the frozen layer itself failed"):
         layer.run_case(HERE, 1, settings, [layer.Arm("frozen", broken)])
 
 
 def test_an_arm_runs_under_its_strategy_only(monkeypatch):
-    import os
 
     monkeypatch.setenv("ILORA_STRATEGY", "mine")
     seen = []
 
     class Looking:
-        sets, parts = 1, [lambda: seen.append(os.environ["ILORA_STRATEGY"])]
+        sets, queued, outputs = 1, False, []
+        parts = [lambda: seen.append(os.environ["ILORA_STRATEGY"])]
 
     for name in ("gemm", None):
         for part in layer.Under(Looking(), name).parts:
             part()
     assert seen == ["gemm", "mine"]
     assert os.environ["ILORA_STRATEGY"] == "mine"
-
-
-def test_graphs_are_captured_after_warm_up_part_by_part_from_one_pool(monkeypatch):
-    """By a stand-in for torch's graph interface, which a machine without CUDA lacks."""
-    events = []
-
-    class Graph:
-        def pool(self):
-            return self
-
-        def replay(self):
-            events.append(("replay", self))
-
-    @contextmanager
-    def capture(graph, pool=None):
-        events.append(("capture", pool))
-        yield
-
-    @contextmanager
-    def stream(which):
-        yield
-
-    class Stream:
-        def wait_stream(self, other):
-            events.append("wait")
-
-    for name, value in (("CUDAGraph", Graph), ("graph", capture), ("stream", stream), ("Stream", Stream)):
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-
-    class Two:
-        sets, parts = 3, [lambda: events.append("forward"), lambda: events.append("backward")]
-
-    graphed = measure.Graphed(Two())
-    assert events[:8] == ["wait", *["forward", "backward"] * 3, "wait"]
-    (first, _), forward, (second, pool), backward = events[8:]
-    assert (first, forward, second, backward) == ("capture", "forward", "capture", "backward")
-    assert graphed.sets == 3
-    for part in graphed.parts:
-        part()
-    assert events[-2] == ("replay", pool)
-    assert events[-1][1] is not pool
 
 
 @pytest.mark.parametrize(("tail", "findings"), [("ERROR SUMMARY: 2 errors", 2), ("no such device", None)])
@@ -459,14 +418,51 @@ def test_what_the_checker_watches_runs(compiled):
 
 
 def test_jobs_run_side_by_side_and_what_takes_too_long_is_given_up():
-    assert dict(workers.done(abs, [-1, -2], 0, lambda: 60.0)) == {0: 1, 1: 2}
+    assert dict(workers.done(abs, [-1, -2], 0, lambda: 60.0, abs)) == {0: 1, 1: 2}
     left, came = [120.0], []
     start = time.monotonic()
-    for index, _ in workers.done(time.sleep, [0.0, 300.0], 2, lambda: left[0]):
+    for index, _ in workers.done(time.sleep, [0.0, 300.0], 2, lambda: left[0], time.sleep):
         came.append(index)
         left[0] = 0.5
     assert came == [0]
     assert time.monotonic() - start < 120
+
+
+def test_graphs_that_cannot_be_timed_leave_the_times_of_the_calls(compiled, monkeypatch):
+    (_, settings), *_ = plan.layers(SMALL, torch.float32, CPU)
+    time_all = layer.time_all
+
+    def broken(here, rows, variant, programs, seconds):
+        if variant == "graph":
+            raise RuntimeError("offset increment outside graph capture")
+        time_all(here, rows, variant, programs, seconds)
+
+    monkeypatch.setattr(layer, "time_all", broken)
+    rows = layer.run_case(HERE, 1, settings, layer.arms_of(settings, False)[0])
+    assert all("eager" in row and "outside graph capture" in row["graph_error"] for row in rows)
+
+
+def fatal(number):
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_job_that_takes_its_process_along_is_said_so():
+    came = dict(workers.done(fatal, [0, 1, 2, 3, 4], 2, lambda: 120.0, lambda job: f"{job} died"))
+    assert came == {0: 0, 1: 1, 2: "2 died", 3: 3, 4: 4}
+
+
+@pytest.mark.parametrize("checked", [{"error": "no"}, {"rows": [], "failed": 0}, {"rows": [{}], "failed": 2}])
+def test_nothing_is_timed_in_doubt(checked, tmp_path, monkeypatch):
+    parts = {"correctness": lambda left, keep: checked, "host": lambda left, keep: {"rows": [1]}}
+    monkeypatch.setattr(gpu_report, "parts_of", lambda here, options: parts)
+    monkeypatch.setattr(gpu_report, "_rendered", lambda *arguments, **options: [])
+    options = gpu_report.parse(["--device", "cpu", "--only", "correctness", "host"])
+    for force in (False, True):
+        options.force, results = force, {"parts": {}}
+        gpu_report.run(HERE, options, results, tmp_path)
+        assert ("rows" in results["parts"]["host"]) is force
 
 
 def test_layers_that_fit_the_memory(monkeypatch):

@@ -51,8 +51,12 @@ class Under:
     """A program whose parts run under a strategy."""
 
     def __init__(self, program: Program, strategy: str | None) -> None:
-        self.sets = program.sets
+        self.program, self.sets, self.queued = program, program.sets, program.queued
         self.parts: Sequence[Callable[[], object]] = [partial(self._part, strategy, part) for part in program.parts]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return self.program.outputs
 
     @staticmethod
     def _part(strategy: str | None, part: Callable[[], object]) -> None:
@@ -123,7 +127,7 @@ def ours(settings: Settings, every: bool) -> list[tuple[Arm, str | None]]:
 
 @cache
 def _build(backend: str) -> Callable[[Case], Peer]:
-    return partial(peers.ours, backend=backend)  # one object: measure.check remembers what has passed
+    return partial(peers.ours, backend=backend)  # one object: checking.check remembers what has passed
 
 
 def arms_of(settings: Settings, every: bool) -> tuple[list[Arm], dict[str, str]]:

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from measure import time_once
+from torch import Tensor
 
 from .machine import Machine
 
@@ -15,15 +16,17 @@ from .machine import Machine
 class Calls:
     """Functions called one after another, as one part: what they return is kept until the next time."""
 
-    def __init__(self, functions: Sequence[Callable[[], object]]) -> None:
-        self.functions, self.sets, self.kept = functions, len(functions), list[object]()
+    queued = False
+
+    def __init__(self, functions: Sequence[Callable[[], Tensor]]) -> None:
+        self.functions, self.sets, self.outputs = functions, len(functions), list[Tensor]()
 
     @property
     def parts(self) -> Sequence[Callable[[], object]]:
         return (self.run,)
 
     def run(self) -> None:
-        self.kept = [function() for function in self.functions]
+        self.outputs = [function() for function in self.functions]
 
 
 def measure(here: Machine) -> dict[str, float]:
@@ -44,7 +47,7 @@ def _flops(here: Machine, side: int) -> float:
     return 2 * side**3 / _seconds(here, [partial(torch.mm, *pair) for pair in pairs])
 
 
-def _seconds(here: Machine, functions: list[Callable[[], object]], rounds: int = 15) -> float:
+def _seconds(here: Machine, functions: list[Callable[[], Tensor]], rounds: int = 15) -> float:
     program = here.graphed(Calls(functions))
     here.warm_up(0.2)
     return statistics.median(time_once(program, here.device)[0] for _ in range(rounds)) / 1e3

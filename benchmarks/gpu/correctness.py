@@ -88,6 +88,11 @@ def work(check: Check) -> dict[str, Any]:
     return row | {"problem": problem}
 
 
+def died(check: Check) -> dict[str, Any]:
+    """The row of a check that took its process along."""
+    return {**check._asdict(), "fields": dict(check.fields), "problem": workers.DIED}
+
+
 def _update(check: Check) -> str | None:
     case = check.case()
     backend = backend_of(torch.device(check.device), torch.float32 if check.mixed else case.dtype)
@@ -131,7 +136,7 @@ def measure(here: Machine, quick: bool, processes: int, left: Callable[[], float
     watching = sanitizer.start()
     every = checks(here.device, quick, here.dry)
     try:
-        rows = [row for _, row in workers.done(work, every, processes, left)]
+        rows = [row for _, row in workers.done(work, every, processes, left, died)]
     finally:
         watched = sanitizer.finish(watching, left)
     failed = sum(row["problem"] is not None for row in rows)

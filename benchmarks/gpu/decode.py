@@ -9,7 +9,8 @@ from typing import Any
 import peers
 import torch
 import torch.nn.functional as F
-from measure import TOLERANCE, Program, WrongPeer
+from checking import TOLERANCE, WrongPeer
+from measure import Program
 from peers import Case, Settings, make_case
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from ilora import reference
 
 from .arms import Under, cuda_decode
 from .ceilings import Calls
-from .layer import attempt, time_all
+from .layer import attempt, time_both
 from .machine import Machine, backend_of
 from .plan import decode_rows, decodings
 
@@ -110,13 +111,7 @@ def _rows(
             programs[name] = Under(Calls(functions), "auto")
     if "frozen" not in programs:
         return
-    time_all(here, rows, "eager", programs, SECONDS)
-    graphs: dict[str, Program] = {}
-    for name, program in programs.items():
-        if (graph := attempt(rows[name], "graph_error", partial(here.graphed, program))) is not None:
-            graphs[name] = graph
-    if "frozen" in graphs:
-        time_all(here, rows, "graph", graphs, SECONDS)
+    time_both(here, rows, programs, SECONDS)
 
 
 def _check(name: str, case: Case, call: Call, x: Tensor, gate: Tensor) -> bool:

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from measure import Eager, Program, WrongPeer, check, interleave, summarise, time_once
+from checking import WrongPeer, check
+from measure import Eager, Program, interleave, summarise, time_once
 from memory import peak_bytes, saved_bytes
 from peers import Settings, make_case
 
@@ -78,6 +79,19 @@ def measure(
     """The part: rows in order of the plan, as many as there is time for, kept after every case."""
     gc.collect()
     gc.freeze()  # what is here stays; collecting between cases then takes no time
+    try:
+        return _measure(here, planned, processes, left, keep)
+    finally:
+        gc.unfreeze()
+
+
+def _measure(
+    here: Machine,
+    planned: list[Planned],
+    processes: int,
+    left: Callable[[], float],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
     part: dict[str, Any] = {"levels": LEVELS, "rows": [], "unavailable": {}, "warm_up": {}, "left_out": []}
     broken = _warm_up(planned, processes, left, part)
     longest = {True: 0.0, False: 0.0}  # seconds of a case, by whether all peers are in it
@@ -96,7 +110,6 @@ def measure(
         print(f"  {settings}: {_line(rows)}", flush=True)
         longest[level == 0] = max(longest[level == 0] * 0.8, time.monotonic() - start)
         keep(part)
-    gc.unfreeze()
     return part
 
 
@@ -106,7 +119,11 @@ def _warm_up(
     """Compiles side by side for at most a third of the time; what could not run, and why."""
     start, until = time.monotonic(), left() / 3
     jobs = warm_jobs(planned) if processes else []
-    came = dict(workers.done(warm, jobs, processes, lambda: until - (time.monotonic() - start)))
+
+    def remaining() -> float:
+        return until - (time.monotonic() - start)
+
+    came = dict(workers.done(warm, jobs, processes, remaining, lambda job: workers.DIED))
     part["warm_up"] = {"jobs": len(jobs), "run": len(came), "seconds": time.monotonic() - start}
     return {(jobs[i].settings, jobs[i].arm): reason for i, reason in came.items() if reason is not None}
 
@@ -140,13 +157,7 @@ def run_case(here: Machine, level: int, settings: Settings, arms: list[Arm]) -> 
             programs[arm.name] = Under(program, arm.strategy)
     if "frozen" not in programs:
         raise WrongPeer(f"{settings}: the frozen layer itself failed: {rows['frozen']['error']}")
-    time_all(here, rows, "eager", programs, SECONDS[level > 0])
-    graphs: dict[str, Program] = {}
-    for name, program in programs.items():
-        if (graph := attempt(rows[name], "graph_error", partial(here.graphed, program))) is not None:
-            graphs[name] = graph
-    if "frozen" in graphs:
-        time_all(here, rows, "graph", graphs, SECONDS[level > 0])
+    time_both(here, rows, programs, SECONDS[level > 0])
     return list(rows.values())
 
 
@@ -170,6 +181,20 @@ def _prepared(here: Machine, arm: Arm, inputs: list[Any], row: dict[str, Any]) -
         row["saved_bytes"] = saved_bytes(partial(peers[0].call, first.x), [*first.constants, *peers[0].parameters])
         row["peak_bytes"] = peak_bytes(Eager(peers[:1], inputs[:1]).both, here.device)
     return Eager(peers, inputs)
+
+
+def time_both(here: Machine, rows: dict[str, dict[str, Any]], programs: dict[str, Program], seconds: float) -> None:
+    """As calls, and as graphs where they can be captured; whatever fails there leaves the calls' times."""
+    time_all(here, rows, "eager", programs, seconds)
+    graphs: dict[str, Program] = {}
+    for name, program in programs.items():
+        if (graph := attempt(rows[name], "graph_error", partial(here.graphed, program))) is not None:
+            graphs[name] = graph
+    if "frozen" in graphs:
+        trouble: dict[str, Any] = {}
+        attempt(trouble, "graph_error", partial(time_all, here, rows, "graph", graphs, seconds))
+        for name in graphs:
+            rows[name] |= trouble
 
 
 def time_all(

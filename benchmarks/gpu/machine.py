@@ -52,7 +52,8 @@ class Machine(NamedTuple):
 
     def warm_up(self, seconds: float = 0.05) -> None:
         """Work to lift the clocks, which fall while the host prepares."""
-        a = torch.randn(64 if self.dry else 4096, 64 if self.dry else 4096, device=self.device)
+        side, own = 64 if self.dry else 4096, torch.Generator(self.device)  # a failed capture may break the default one
+        a = torch.randn(side, side, generator=own, device=self.device)
         end = time.perf_counter() + (0.0 if self.dry else seconds)
         while time.perf_counter() < end:
             a @ a

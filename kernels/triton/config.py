@@ -45,7 +45,8 @@ def dots(device: Device, x: torch.dtype, a: torch.dtype) -> Dots:
         return Dots(tl.float32, tl.float32, 1, "ieee")
     if x == a and x != torch.float32:
         return Dots(TYPES[x], TYPES[x], 1, "ieee")
-    tf32 = torch.backends.cuda.matmul.allow_tf32 and not device.hip
+    # Not allow_tf32: reading that raises where the newer setting was made, as by TrainingArguments(tf32=True).
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" and not device.hip
     if x == a:
         return Dots(tl.float32, tl.float32, 1, "tf32" if tf32 else "ieee")
     # Mixed: x is exact in tf32 (and in itself), so only the float32 side needs more than one term to stay float32.
