@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import home, offloading_to
-from .config import ILoRAConfig, block_of, find_targets, named
+from .bases import adapter_like, home, offloading_to
+from .config import ILoRAConfig, block_of, find_targets, named, with_head
 from .gate import GateState
 from .layer import ILoRALinear
 from .networks import GateNetwork
@@ -135,6 +135,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, st
         raise TypeError(f"gate: expected a gate network (an nn.Module), got {type(gate).__name__}")
     if not isinstance(name, str) or not name:
         raise ValueError(f"name: expected a name for the adapter, got {name!r}")
+    config = with_head(model, config)
     paths = find_targets(model, config)
     settings = {path: config.layer_settings(path) for path in paths}
     saved = modules_to_save(model, config)
@@ -157,8 +158,10 @@ def attach(model: Any, adapter: Adapter) -> None:
     injection = model.ilora
     injection.adapter = adapter
     for path, layer in adapter.layers.items():
+        dtype = adapter_like(layer.base_layer, None).dtype
         for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach them while they were kept beside it
-            parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device)
+            kept = parameter.dtype in (dtype, torch.float32)
+            parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device, None if kept else dtype)
         replace(model, path, layer.train(layer.base_layer.training))
     group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
     for path, module in adapter.saved.items():
@@ -169,6 +172,9 @@ def attach(model: Any, adapter: Adapter) -> None:
         if any(end.startswith(path + ".") for path in adapter.saved for end in (key, tied[key])):
             injection.tied[key] = tied.pop(key)
     if adapter.gate is not None:
+        device = home(model)
+        if device is not None and device.type != "meta":
+            adapter.gate.to(device)
         adapter.gate.train(model.training)
     model.ilora_gate = adapter.gate
 
@@ -178,6 +184,7 @@ def detach(model: Any) -> None:
     injection = model.ilora
     for path, layer in injection.adapter.layers.items():
         replace(model, path, layer.base_layer)
+    refresh(model)
     for path, original in injection.originals.items():
         replace(model, path, beside(original, injection.adapter.saved[path]))
     if injection.tied:
@@ -223,6 +230,16 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
     """Puts the module at the path."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def refresh(model: Any) -> None:
+    """Takes into the active adapter's record what others have put in the place of a module that is trained whole, as
+    resize_token_embeddings does with a head."""
+    saved, originals = model.ilora.adapter.saved, model.ilora.originals
+    for path in saved:
+        module = model.get_submodule(path)
+        if module is not originals.get(path):  # as inside disable_adapter
+            saved[path] = module
 
 
 def beside(module: nn.Module, other: nn.Module) -> nn.Module:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .pooling import prompt_mask
+
 COLUMNS = ("ilora_z", "ilora_gate")
 
 
@@ -31,12 +33,15 @@ class GateCollator:
     `trainer.data_collator = GateCollator(trainer.data_collator)`. Its packing drops all columns but its own, so packed
     batches are for PromptGate; for columns use `padding_free=True`, or a dataset that is packed by yourself.
 
+    prompt_mask=True adds `ilora_prompt_mask`, bool as input_ids: what the labels leave for PromptGate to read. It is
+    for trainers that take the labels away from the model (label smoothing, a loss of your own).
+
     Raises: ValueError naming the column that is missing from some examples or has rows of another length or number, and
     where several documents lie in a row but their lengths are not known.
     """
 
-    def __init__(self, collator: Callable[..., Any]) -> None:
-        self.collator = collator
+    def __init__(self, collator: Callable[..., Any], prompt_mask: bool = False) -> None:
+        self.collator, self.prompt_mask = collator, prompt_mask
 
     @property
     def tokenizer(self) -> Any:
@@ -52,7 +57,17 @@ class GateCollator:
         segments = _segments(batch, features)
         if segments is not None:
             batch["ilora_segments"] = segments
+        if self.prompt_mask:
+            batch["ilora_prompt_mask"] = _prompt_mask(batch)
         return batch
+
+
+def _prompt_mask(batch: Mapping[str, Any]) -> Tensor:
+    labels = batch.get("labels")
+    if labels is None:
+        raise ValueError("prompt_mask=True: the collator makes no labels, which say where the answer begins")
+    shape, segments = tuple(batch["input_ids"].shape), batch.get("ilora_segments")
+    return prompt_mask(batch.get("attention_mask"), labels, shape, 1, segments=segments, device=labels.device)
 
 
 def _packed(feature: Mapping[str, Any]) -> bool:

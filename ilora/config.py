@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,14 @@ ALL_LINEAR = "all-linear"
 _DTYPES = (None, "float16", "bfloat16", "float32", "float64")
 
 
+TASK_HEADS = {  # of transformers' classes, by the end of their names
+    "ForSequenceClassification": ("classifier", "score"),
+    "ForTokenClassification": ("classifier", "score"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "ForMultipleChoice": ("classifier",),
+}
+
+
 @dataclass(frozen=True)
 class ILoRAConfig:
     """The settings of an adapter. Names follow PEFT's LoraConfig.
@@ -27,7 +35,8 @@ class ILoRAConfig:
         lora_dropout: 0 <= p < 1, on the low-rank path, in training mode.
         num_experts: E, which divides r; the gate's width.
         target_modules: names or path endings ("q_proj", "mlp.up_proj"), one regular expression for the whole path, or
-            "all-linear": every linear layer but the output head.
+            "all-linear": every linear layer but the output head. The head of a transformers classifier (classes called
+            ForSequenceClassification and the like) then joins modules_to_save.
         exclude_modules: names, path endings or one regular expression of modules to leave out.
         modules_to_save: names or path endings of modules to train whole, and to save with the adapter.
         layers_to_transform: indices of the blocks to adapt; a module's index is the first number in its path.
@@ -162,6 +171,17 @@ def block_of(path: str) -> str | None:
     """The block that a module belongs to, such as "model.layers.3": its path up to the first number."""
     match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
     return match.group() if match else None
+
+
+def with_head(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
+    """With "all-linear" the head of a classifier is trained whole, and so saved, as PEFT does for such tasks: it was
+    made anew when the model was loaded, and the next time it would be another."""
+    if config.target_modules != ALL_LINEAR:
+        return config
+    heads = next((heads for ending, heads in TASK_HEADS.items() if type(model).__name__.endswith(ending)), ())
+    here = [name for name, _ in model.named_children() if name in heads]
+    new = [name for name in here if not named(name, config.modules_to_save) and not named(name, config.exclude_modules)]
+    return replace(config, modules_to_save=(*config.modules_to_save, *new)) if new else config
 
 
 def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:

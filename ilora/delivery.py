@@ -44,9 +44,14 @@ class ILoRAModel:
         ilora_segments: int32 [N+1] row offsets where one row holds several sequences (packed, padding-free).
         ilora_prompt_mask: bool, as input_ids; what PromptGate pools instead of its own rule.
         """
+        with self.ilora.state.turn():
+            return self._under_gate(args, kwargs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
+
+    def _under_gate(self, args: tuple[Any, ...], kwargs: dict[str, Any], *given: Tensor | None) -> Any:
+        """The forward; given: gate, z, segments, prompt mask."""
         state = self.ilora.state
         inputs = read_inputs(self._ilora_parameters, args, kwargs)
-        frame = frame_of(self, inputs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
+        frame = frame_of(self, inputs, *given)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
             capture_checkpoints(self, state)  # type: ignore[arg-type]
         before = state.frame
@@ -113,14 +118,23 @@ class ILoRAGenerator(ILoRAModel):
     ) -> Any:
         """transformers' generate under one gate for each prompt, [N, E], also with beams and return sequences.
         A gate network is asked once, from ilora_z or from the prompt, and its answer kept for all steps."""
-        inputs = read_inputs(("input_ids",), args, {**kwargs, **_named_inputs(kwargs)})
-        with torch.no_grad():
-            if isinstance(self.ilora_gate, PromptGate):
-                inputs = with_padding_mask(self, inputs)
-            frame = frame_of(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask)
-        # Which rows a step sees is generate's own affair from here on: some multiple of the prompts, in their order.
-        with framed(self.ilora.state, Frame(frame.gate, expanded=True)):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        inputs, state = read_inputs(("input_ids",), args, {**kwargs, **_named_inputs(kwargs)}), self.ilora.state
+        with state.turn():
+            with torch.no_grad():
+                if isinstance(self.ilora_gate, PromptGate):
+                    inputs = with_padding_mask(self, inputs)
+                frame = frame_of(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask)
+            # A step sees the prompts, or each of them as often as generate says below, in their order.
+            before, state.expansion = state.expansion, 1
+            try:
+                with framed(state, Frame(frame.gate, expanded=True)):
+                    return super().generate(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                state.expansion = before
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        self.ilora.state.expansion = expand_size
+        return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
 
 
 def _with_balance(output: Any, term: Tensor, inputs: Inputs) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def frame_of(
     if segments is not None:
         segments = segments.to(device=gate.device, dtype=torch.int32)
     check_gate(model, gate, segments, inputs, expanded)
+    if not torch.compiler.is_compiling():
+        refuse_uneven_images(model, gate, inputs)
     return Frame(gate, segments, inputs.rows, inputs.lengths, expanded)
 
 
@@ -83,15 +86,16 @@ def _prompt_gate(
     if embeddings is None:
         if values.get("input_ids") is None:
             raise ValueError("PromptGate needs input_ids or inputs_embeds; give ilora_gate where there are none")
-        embeddings = model.get_input_embeddings()(values["input_ids"])
+        embeddings = _embedded(model.get_input_embeddings(), values["input_ids"])
     if segments is None and packed_by(inputs) is not None:
         raise ValueError(_needs_segments(inputs))
     B, L = embeddings.shape[:2]
     if mask is None:
-        encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        labels = None if encoder_decoder else values.get("labels")
+        labels = values.get("labels") if _continues(model) else None
         if labels is not None and labels.shape != (B, L):  # one for each sequence: all of it is the prompt
             labels = None
+        if labels is None and _continues(model) and hasattr(model, "generate"):
+            _refuse_answers(model, values)
         mask = prompt_mask(
             values.get("attention_mask"),
             labels,
@@ -103,6 +107,35 @@ def _prompt_gate(
     elif mask.shape != (B, L):
         raise ValueError(f"ilora_prompt_mask: expected [{B}, {L}] as the input, got {list(mask.shape)}")
     return network(embeddings, mask.bool(), segments)
+
+
+def _continues(model: Any) -> bool:
+    """Whether labels [B, L] say where the answer begins in the input itself: not where they are the decoder's, as in
+    encoder-decoders, or a property of each token, as in taggers and masked language models."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return bool(getattr(model, "can_generate", lambda: True)())
+
+
+def _refuse_answers(model: Any, values: dict[str, Any]) -> None:
+    if model.training and torch.is_grad_enabled() and values.get("labels") is None:
+        raise ValueError(
+            "PromptGate: a forward in training without labels would show it the answer, which no generation does: give "
+            "labels, or ilora_prompt_mask (bool, as input_ids; Trainer takes the labels away for label smoothing and "
+            "for losses of your own: GateCollator(collator, prompt_mask=True) makes the mask of them), or ilora_gate"
+        )
+
+
+def _embedded(embedding: Any, ids: Tensor) -> Tensor:
+    if hasattr(getattr(embedding, "weight", None), "device_mesh"):
+        from torch.distributed.fsdp import FSDPModule
+
+        if not isinstance(embedding, FSDPModule):  # which would gather its own weight when it is called
+            raise RuntimeError(
+                "PromptGate reads the input embeddings before the model's forward, and fully_shard has spread them "
+                "with the whole model: call fully_shard(model.get_input_embeddings()) too, before fully_shard(model)"
+            )
+    return embedding(ids)
 
 
 def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs, expanded: bool) -> None:
@@ -122,13 +155,34 @@ def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs
     if inputs.rows is None or inputs.batch is None or N == 0:
         return
     packed = None if expanded else packed_by(inputs)
-    fits = inputs.rows % N == 0 if expanded else (N == 1 or inputs.batch == N or inputs.rows == N)
+    meant = {N, N * model.ilora.state.expansion} if expanded else {N}
+    fits = N == 1 or inputs.rows in meant or (not expanded and inputs.batch == N)
     if packed is not None:
         raise ValueError(_needs_segments(inputs))
+    if not fits and expanded:
+        raise ValueError(
+            f"generate runs {inputs.rows} rows for {N} prompts under a gate each (expected one of {sorted(meant)}), so "
+            "no row can be told its prompt; generate for one prompt at a time, or under one gate"
+        )
     if not fits:
         raise ValueError(
             f"gate: it has {N} rows for a batch of {inputs.batch} sequences; give one for each, or one for all, or "
             "ilora_segments=[N+1] row offsets where one row holds several sequences"
+        )
+
+
+def refuse_uneven_images(model: Any, gate: Tensor, inputs: Inputs) -> None:
+    """Images lie one after another, so where rows hold different numbers of them, none can be told its row."""
+    config, ids = getattr(model, "config", None), inputs.values.get("input_ids")
+    token = next((getattr(config, n) for n in ("image_token_id", "image_token_index") if hasattr(config, n)), None)
+    if token is None or ids is None or inputs.values.get("pixel_values") is None or gate.shape[-2] == 1:
+        return
+    counts = (ids == token).sum(1)
+    seeing = [path for path in model.ilora.adapter.layers if re.search(r"vision|visual|image|projector", path)]
+    if seeing and bool((counts != counts[0]).any()):
+        raise ValueError(
+            f"{seeing[0]}: the rows of the batch hold different numbers of images, so no image can be told its gate; "
+            r"leave such modules out (exclude_modules=r'.*(vision|projector).*'), or run one row at a time"
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +37,18 @@ class GateState:
     shared: the input that layers are sharing (see siblings.py); it goes with the frame.
     called, read: the names of the layers that were called in this forward of the model, and of those whose weight was
         read: a layer that is read only is one whose update the model leaves out. Not kept in compiled code.
+    expansion: how many rows of a step generate makes of each prompt (beams, return sequences).
+    running: held by the thread in whose forward or generate the layers are; threads take turns.
     """
 
-    __slots__ = ("called", "enabled", "frame", "last", "read", "shared")
+    __slots__ = ("called", "enabled", "expansion", "frame", "last", "read", "running", "shared")
 
     def __init__(self) -> None:
         self.frame, self.enabled, self.last = Frame(), True, None  # type: tuple[Frame, bool, Tensor | None]
         self.shared: Any = None
         self.called: set[str] = set()
         self.read: set[str] = set()
+        self.expansion, self.running = 1, threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copy = memo[id(self)] = GateState()  # layers that shared a state share its copy; live tensors stay behind
@@ -53,6 +57,10 @@ class GateState:
 
     def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
         return GateState, ()
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """Around a forward or generate: another thread's waits until it is over, since they share the frame."""
+        return nullcontext() if torch.compiler.is_compiling() else self.running
 
     def enter(self, frame: Frame) -> None:
         """The frame in force from here on."""
@@ -81,7 +89,7 @@ class GateState:
         gate, segments, rows, lengths, _ = self.frame
         if gate is None:
             return None, None
-        if rows is not None and not _fits(x, rows, lengths):
+        if rows is not None and gate.shape[-2] != 1 and not _fits(x, rows, lengths):  # one gate fits every row
             raise ValueError(
                 f"{name}: its input {list(x.shape)} is not the batch of {rows} sequences that the gate "
                 f"{list(gate.shape)} belongs to, so no row can be told its instance; leave this module out "
@@ -118,7 +126,8 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
     """`with ilora.gated(model, gate): model(...)`: every iLoRA layer of the model uses gate [N, E] inside the block.
 
     gate may be [layers, N, E] for a model whose layers have a gate each. Afterwards, also after an exception, the
-    layers are as they were. Blocks nest. Raises ValueError where the model holds no iLoRA layer.
+    layers are as they were. Blocks nest; it holds for every thread, so threads with gates of their own pass them as
+    arguments. Raises ValueError where the model holds no iLoRA layer.
     """
     states = {id(s): s for s in (getattr(m, "gate_state", None) for m in model.modules()) if isinstance(s, GateState)}
     if not states:
@@ -126,11 +135,13 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
     before = [(state, state.frame) for state in states.values()]
     try:
         for state in states.values():
-            state.enter(Frame(gate, segments))
+            with state.turn():  # not for the whole block, in which a thread may be started that runs the model
+                state.enter(Frame(gate, segments))
         yield model
     finally:
         for state, frame in before:
-            state.enter(frame)
+            with state.turn():
+                state.enter(frame)
 
 
 class CapturingCheckpoint:

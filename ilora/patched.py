@@ -37,9 +37,15 @@ def _through(
     ilora_prompt_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
+    with model.ilora.state.turn():
+        return _run(model, function, args, kwargs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
+
+
+def _run(model: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *given: Tensor | None) -> Any:
+    """given: gate, z, segments, prompt mask."""
     state, training = model.ilora.state, model.training and torch.is_grad_enabled()
     inputs = read_inputs(model._ilora_parameters, args, kwargs)
-    frame = frame_of(model, inputs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
+    frame = frame_of(model, inputs, *given)
     if training and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
     state.last = None

@@ -221,3 +221,19 @@ def test_verify_false_skips_checksums_only(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 99}))
     with pytest.raises(AdapterError, match="'lora_alpha': expected 16"):
         ilora.load_adapter(llama(layers=1), path, verify=False)
+
+
+def test_a_head_that_was_resized_is_saved_as_it_is(tmp_path):
+    model = llama()
+    ilora.inject(model, ILoRAConfig(modules_to_save=("lm_head",)), gate=UniformGate(4))
+    model.resize_token_embeddings(model.config.vocab_size + 9)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(7.0)
+    ilora.save_adapter(model, tmp_path / "adapter")
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert torch.equal(kept, model.lm_head.weight)
+    ilora.add_adapter(model, "other", ILoRAConfig(), gate=UniformGate(4))
+    ilora.set_adapter(model, "default")
+    assert torch.equal(model.lm_head.weight, kept)

@@ -407,3 +407,15 @@ def test_a_partial_state_says_what_of_the_adapter_it_lacks():
     missing = model.load_state_dict(state, strict=False).missing_keys
     assert {key.rsplit(".", 1)[-1] for key in missing} == {"lora_B", "mean", "weight", "bias"}
     assert all("lora_B" in key or key.startswith("ilora_gate.") for key in missing)
+
+
+def test_what_is_parked_follows_the_model_to_another_dtype():
+    """Its adapters, that is: they must be of the dtype that the layers compute in, or float32."""
+    block = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    ilora.inject(block.half(), ilora.ILoRAConfig(r=4, num_experts=2))
+    ilora.add_adapter(block, "other", ilora.ILoRAConfig(r=4, num_experts=2))
+    block.bfloat16()
+    ilora.set_adapter(block, "default")
+    gate = torch.rand(3, 2)
+    assert block(torch.randn(3, 5, 8, dtype=torch.bfloat16), ilora_gate=gate).dtype == torch.bfloat16
+    assert {p.dtype for p in block.parameters()} == {torch.bfloat16}

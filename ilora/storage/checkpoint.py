@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, adapters, add_adapter, delete_adapter, injected, set_adapter
+from ..adapter import Adapter, adapters, add_adapter, delete_adapter, injected, refresh, set_adapter
 from ..config import ILoRAConfig
 from ..delivery import ILoRAModel
 from ..model import eject, inject
@@ -62,7 +62,7 @@ def save_pretrained(
         raise TypeError(f"save_pretrained: unexpected arguments {', '.join(unknown)}")
     if not kwargs.get("safe_serialization", True):
         raise ValueError("save_pretrained: safe_serialization=False asks for a pickle; adapters are safetensors files")
-    adapter = injected(model).adapter
+    adapter = _adapter(model, None)
     tensors = _whole(tensors_of(adapter) if state_dict is None else _taken(adapter, state_dict))
     if not is_main_process:
         return
@@ -176,6 +176,7 @@ def describe_gate(gate: nn.Module | None) -> dict[str, Any] | None:
 
 def _adapter(model: Any, name: str | None) -> Adapter:
     injection = injected(model)
+    refresh(model)
     found = injection.adapter if name in (None, injection.adapter.name) else injection.others.get(name)
     if found is None:
         raise ValueError(f"there is no adapter {name!r}; the model has {adapters(model)}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import injected, replace
+from ..adapter import injected, refresh, replace
 from ..bases import is_linear
 from ..model import eject
 from .cards import PLAIN
@@ -55,6 +55,7 @@ def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None
     injection = injected(model)
     if injection.merged:
         raise ValueError("to_peft: a gate is merged into the weights; ilora.unmerge(model) first")
+    refresh(model)
     layout, tensors = Layout.of(injection.adapter), _gated(injection.adapter, gate)
     alphas = {name: layer.lora_alpha * layer.num_experts for name, layer in layout.layers.items()}
     described = peft_config(model, layout, alphas)
