@@ -1,12 +1,13 @@
 """The comparison of arms: tables, pictures, going on where it was."""
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from sequential_recommendation import compare, sequence_models
 from sequential_recommendation.arms import Curve, perform
-from sequential_recommendation.experiments import Arm, Experiment, Run, same
+from sequential_recommendation.experiments import Arm, Experiment, Run, train_sequence
 from sequential_recommendation.settings import RecommenderConfig, TrainingSettings
 from sequential_recommendation.tiny_model import tiny_lm
 
@@ -68,12 +69,52 @@ def test_a_killed_run_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     assert not list(killed.folder.glob("checkpoint-*"))
 
 
-def test_a_run_knows_its_own_checkpoints_and_results(tmp_path):
-    run = Run(Experiment(tmp_path), Arm("ours", "sequence", 4), TrainingSettings(), watch=0)
-    kept = json.loads(json.dumps(run.described()))
-    assert same(kept, run.described())
-    del kept["experiment"]["guide"], kept["watch"], kept["recommender"]  # as written before there were these
-    assert same(kept, run.described())
-    assert not same(run.described() | {"recommender": asdict(RecommenderConfig(r=4))}, run.described())
-    for other in (run._replace(watch=5), run._replace(settings=TrainingSettings(lr=1e-4))):
-        assert not same(kept, other.described())
+def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(tmp_path / "out", "ml-100k", tmp_path / "data")
+    run = Run(experiment, Arm("ours", "sequence", 4), TrainingSettings(), watch=0)
+
+    def other(**settings):
+        return run._replace(settings=replace(run.settings, **settings))
+
+    elsewhere = replace(experiment, folder=Path("out"), root=Path("data"))
+    same = [run._replace(experiment=elsewhere), other(workers=2, save_steps=5, logging_steps=1, progress=False)]
+    assert [each.key for each in same] == [run.key] * 2
+    different = [other(lr=1e-4), other(steps=3), other(precision="bf16"), other(curriculum=None), other(seed=1)]
+    different += [run._replace(watch=5), run._replace(texts=False), run._replace(arm=Arm("ours", "sequence", 2))]
+    for field, value in (("guide", "gru4rec"), ("plain", True), ("min_users", 20), ("tests", 9), ("root", Path("x"))):
+        different.append(run._replace(experiment=replace(experiment, **{field: value})))
+    assert len({run.key, *(each.key for each in different)}) == 1 + len(different)
+    key = run.key
+    monkeypatch.setattr(Run, "recommender", property(lambda self: RecommenderConfig(r=4)))
+    assert run.key != key
+
+
+def test_another_run_leaves_a_finished_one_as_it_is(tmp_path):
+    first, second = run_in(tmp_path), run_in(tmp_path)
+    second = second._replace(settings=replace(second.settings, steps=1))
+    found = perform(first)
+    files = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    assert perform(second)["hits"] >= 0
+    assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == files
+    assert perform(first) == found
+
+
+def test_shared_models_are_those_of_the_same_data(tmp_path):
+    marks = ["--users", "60", "--evaluate", "random", "--tests", "9", "--pretrain-steps", "5"]
+    folder = compare.experiment_of(compare.parse([*marks, "--out", str(tmp_path)])).folder
+    assert folder == tmp_path / "synthetic-leave-one-out-tiny-60-users-random-9-tests-5-pretrained"
+    films = ["--data", "ml-100k", "--root", str(tmp_path), "--model", "smollm2", "--plain", "--min-users", "20"]
+    folder = compare.experiment_of(compare.parse([*films, "--out", str(tmp_path)])).folder
+    assert folder == tmp_path / "ml-100k-paper-smollm2-min-20-plain"
+    run = run_in(tmp_path)
+    fewer = replace(run.experiment, users=8, min_users=1)
+    sequence_models.save(sequence_models.build("sasrec", 7), fewer.sequence_file("sasrec"))
+    with pytest.raises(ValueError, match="trained on 7 items, synthetic has"):
+        train_sequence(fewer, fewer.dataset(), "sasrec")
+
+
+def test_experts_that_do_not_divide_the_rank_are_refused_at_once(capsys):
+    with pytest.raises(SystemExit):
+        compare.parse(["--experts", "4", "3"])
+    assert "--experts 3: the rank is 8" in capsys.readouterr().err

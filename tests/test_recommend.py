@@ -328,3 +328,10 @@ def test_the_commands_of_the_how_to():
     for options in said:
         if getattr(options, "titles", None) and options.run == kept.FOLDER:
             made_up.find([*options.titles, *options.candidates])
+
+
+def test_nothing_that_was_liked_is_recommended(service):
+    liked = list(range(10, 24))  # more than the model reads
+    answer = service.answer([FILMS[item] for item in liked])
+    assert len(answer.history) == 10
+    assert not {FILMS[item] for item in liked} & {r.title for r in answer.ranked}

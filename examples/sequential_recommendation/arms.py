@@ -20,7 +20,7 @@ import ilora
 
 from . import sequence_models
 from .data import Example
-from .experiments import PROMPTS, Run, same, write_whole
+from .experiments import PROMPTS, Run, write_whole
 from .metrics import hit_ratio, ndcg, text_ratios
 from .prompts import Choice, Prompts
 from .recommender import Recommender
@@ -33,14 +33,11 @@ WATCHED, WATCHES = "validation_hit_ratio", 200  # so many validation examples ar
 def perform(run: Run) -> dict[str, Any]:
     """Trains and tests; the result is JSON-able, and kept in run.file, from which it is read the next time.
 
-    A kept result of other settings is made again; a run that was killed goes on from its last checkpoint, if
-    settings.save_steps made it write some. Raises whatever training and the files raise.
+    A run that was killed goes on from its last checkpoint, if settings.save_steps made it write some.
+    Raises whatever training and the files raise.
     """
-    described = run.described()
     if run.file.exists():
-        kept: dict[str, Any] = json.loads(run.file.read_text(encoding="utf-8"))
-        if same(kept["run"], described):
-            return kept
+        return json.loads(run.file.read_text(encoding="utf-8"))
     start = time.perf_counter()
     dataset = run.experiment.dataset()
     parts, val, test = run.experiment.parts(dataset)
@@ -57,7 +54,7 @@ def perform(run: Run) -> dict[str, Any]:
         model.save(run.folder / "recommender")
         for done in run.folder.glob("checkpoint-*"):
             shutil.rmtree(done)
-    found = {"run": described, "training_seconds": time.perf_counter() - start}
+    found: dict[str, Any] = {"run": run.described(), "training_seconds": time.perf_counter() - start}
     found |= measure(model, prompts, val, test, run)
     found["losses"] = [entry["loss"] for entry in log if "loss" in entry]
     found["curve"] = [(int(entry["step"]), entry[WATCHED]) for entry in log if WATCHED in entry]
@@ -68,11 +65,8 @@ def perform(run: Run) -> dict[str, Any]:
 
 
 def checkpoint_of(run: Run) -> Path | None:
-    """The last whole checkpoint of a run that was killed; those of other settings are removed."""
-    described, written = run.described(), run.folder / "run.json"
-    if run.folder.exists() and not (written.exists() and same(json.loads(written.read_text("utf-8")), described)):
-        shutil.rmtree(run.folder)
-    write_whole(written, json.dumps(described, indent=1) + "\n")
+    """The last whole checkpoint of a run that was killed."""
+    write_whole(run.folder / "run.json", json.dumps(run.described(), indent=1) + "\n")
     whole = [path.parent for path in run.folder.glob("checkpoint-*/trainer_state.json")]  # the Trainer's last file
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
@@ -103,7 +97,7 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
         "trainable": sum(p.numel() for p in model.lm.parameters() if p.requires_grad),
     }
     if run.texts:
-        valid, text_hits = text_ratios(write(model, prompts, test, choice, size), test, prompts.dataset.titles)
+        valid, text_hits = text_ratios(write(model, prompts, test, choice, size), test, prompts.written())
         found["texts"] = {"valid": valid.hits, "hits": text_hits.hits}
     if run.arm.gate not in (None, "uniform"):
         gate = gates(model, prompts, test, choice)
@@ -131,7 +125,7 @@ def exchanged(
 ) -> dict[str, Any]:
     """What the gate tells the model: the hit ratios when each user is given the gate of somebody else."""
     draw, N = random.Random(0), range(len(test))
-    same = [draw.choice([j for j in N if groups[j] == groups[i]]) for i in N]
+    same = [draw.choice([j for j in N if groups[j] == groups[i] and j != i] or [i]) for i in N]
     other = [draw.choice([j for j in N if groups[j] != groups[i]]) for i in N]
     names = sorted({group for group in groups if group is not None})
     means = {k: gate[[i for i in N if groups[i] == k]].mean(0) for k in names}

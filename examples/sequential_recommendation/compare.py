@@ -52,11 +52,11 @@ from .pictures import draw
 from .prompts import Prompts
 from .sequence_models import KINDS
 from .sequence_training import candidate_ranks
-from .settings import LEARNING_RATES, TrainingSettings
+from .settings import LEARNING_RATES, RecommenderConfig, TrainingSettings
 from .tables import described_ranks, table
 from .tiny_model import pretrain, tiny_lm
 
-STEPS, BATCH = 300, 32  # of the tiny model
+STEPS, BATCH, PRETRAINING = 300, 32, 800  # of the tiny model
 RATE = 3e-3  # of the tiny model; the better of 3e-3 and 1e-2 by the validation users (--lr tries several)
 ARMS = ("untuned", "lora", "sequence", "random", "prompt")
 
@@ -71,9 +71,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--users", type=int, default=600, help="how many to make up")
     add("--protocol", choices=("paper", "leave-one-out"), help="default: leave-one-out for made-up users, else paper")
     add("--evaluate", choices=("last", "random"), default="last", help="which window of a validation or test user")
-    add("--tests", type=int, default=0, help="test on so many examples only (default: all)")
+    add("--tests", type=int, default=0, help="validate and test on so many examples only (default: all)")
     add("--model", default=TINY, help=f"{TINY}, {SMOLLM2}, or a folder or name for transformers")
-    add("--pretrain-steps", type=int, default=800, help="of the tiny model, at most")
+    add("--pretrain-steps", type=int, default=PRETRAINING, help="of the tiny model, at most")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
     add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="rows of their own")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -97,6 +97,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if (options.root is None) != (options.data in MADE_UP):
         parser.error("--root goes with --data, and --data of files needs it")
+    if uneven := [E for E in options.experts if E < 1 or RecommenderConfig.r % E]:
+        parser.error(f"--experts {uneven[0]}: the rank is {RecommenderConfig.r}, which the experts must divide evenly")
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the pictures need matplotlib: pip install 'ilora[bench]'")
     return options
@@ -105,7 +107,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def experiment_of(options: argparse.Namespace) -> Experiment:
     protocol: Any = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
     names = ("data", "root", "users", "min_users", "evaluate", "model", "tests", "plain", "guide")
-    folder = options.out / f"{options.data}-{protocol}-{Path(options.model).name}"
+    marks = {
+        f"{options.users}-users": options.data in MADE_UP and options.users != Experiment.users,
+        f"min-{options.min_users}": options.min_users != Experiment.min_users,
+        "plain": options.plain,
+        options.evaluate: options.evaluate != Experiment.evaluate,
+        f"{options.tests}-tests": options.tests != Experiment.tests,
+        f"{options.pretrain_steps}-pretrained": options.model == TINY and options.pretrain_steps != PRETRAINING,
+    }
+    name = [options.data, protocol, Path(options.model).name, *(mark for mark, differs in marks.items() if differs)]
+    folder = options.out / "-".join(name)  # by all that decides the models that its runs share
     return Experiment(folder, protocol=protocol, **{name: getattr(options, name) for name in names})
 
 

@@ -5,14 +5,16 @@ Everything that a run needs is made again from an `Experiment`, so that runs can
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -45,8 +47,8 @@ class Experiment:
     """What all arms of a comparison share. folder holds the trained sequence model and the tiny language model.
 
     model: "tiny", "smollm2", or whatever transformers loads a causal language model from. users: how many are made up.
-    tests: how many of the test examples, 0 for all. plain: titles as `readers.plain_titles` makes them. guide: the kind
-    of the sequence model whose z the gate sees and whose item embeddings stand in the prompts.
+    tests: how many of the validation and of the test examples, 0 for all. plain: titles as `readers.plain_titles` makes
+    them. guide: the kind of the sequence model whose z the gate sees and whose item embeddings stand in the prompts.
     """
 
     folder: Path
@@ -180,9 +182,21 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """Where its result is kept, by everything that decides it."""
-        name = self.arm.name.lower().replace(",", "").replace(" ", "-")
-        return self.experiment.folder / "runs" / name / f"lr{self.settings.lr:g}-seed{self.settings.seed}.json"
+        """Where its result is kept, by everything that decides it: what another run has made is never in the way."""
+        arm = self.arm.name.lower().replace(",", "").replace(" ", "-")
+        name = f"lr{self.settings.lr:g}-seed{self.settings.seed}-{self.key}.json"
+        return self.experiment.folder / "runs" / arm / name
+
+    @property
+    def key(self) -> str:
+        """Eight digits of all that decides the result: not where it is kept, nor what goes on beside the training."""
+        deciding = self.described()
+        del deciding["experiment"]["folder"]
+        if self.experiment.root is not None:
+            deciding["experiment"]["root"] = str(self.experiment.root.resolve())
+        for name in ("workers", "logging_steps", "save_steps", "progress"):
+            del deciding["settings"][name]
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def folder(self) -> Path:
@@ -207,15 +221,6 @@ class Run(NamedTuple):
         return {**found, "texts": self.texts, "watch": self.watch}
 
 
-def same(kept: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Whether a kept description, which may lack what came later, is this one."""
-    experiment = {f.name: str(f.default) for f in fields(Experiment) if f.default is not MISSING} | kept["experiment"]
-    settings = asdict(TrainingSettings()) | kept["settings"]
-    recommender = described["recommender"] | kept.get("recommender", {})  # not written down at first
-    whole = {"experiment": experiment, "settings": settings, "recommender": recommender}
-    return {**Run._field_defaults, **kept, **whole} == described
-
-
 def write_whole(path: Path, content: str | bytes) -> None:
     """The file appears with all of the content or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,4 +243,10 @@ def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: in
         model = sequence_models.build(kind, dataset.num_items, seed)
         train_sequence_model(model, parts.train, val, seed=seed)
         sequence_models.save(model, path)
-    return sequence_models.load(path)
+    kept = sequence_models.load(path)
+    if kept.num_items != dataset.num_items:
+        raise ValueError(
+            f"{path}: it was trained on {kept.num_items} items, {dataset.name} has {dataset.num_items}: "
+            "give another --out, or remove it"
+        )
+    return kept

@@ -149,6 +149,10 @@ class Prompts:
         batch["users"] = torch.tensor([user_number(example.user) for example in examples])
         return batch
 
+    def written(self) -> list[str]:
+        """The titles as the model writes them: some tokenizers put spaces where a title has none."""
+        return [title.strip() for title in self.tokenizer.batch_decode(self.titles)]
+
     def text(self, example: Example, choice: Choice) -> str:
         """The prompt as a person reads it, [item 7] where an embedding goes."""
         ids, items = self.prompt(example, choice)

@@ -40,8 +40,9 @@ def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
 
 
 def _adapter(config: RecommenderConfig) -> ilora.ILoRAConfig:
+    """Adapters are float32 whatever the language model is: steps of the paper's rates are too small for bfloat16."""
     names = ("r", "lora_alpha", "lora_dropout", "num_experts", "target_modules")
-    return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names})
+    return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names}, adapter_dtype="float32")
 
 
 class Recommender(nn.Module):
@@ -71,11 +72,15 @@ class Recommender(nn.Module):
             last.bias.zero_()
         projector = nn.Sequential(nn.Linear(sequence_model.dim, hidden), nn.GELU(), last)
         self.projector = projector.to(embedding.weight.device)
-        items = self.encoder.item_embeddings()
-        self.register_buffer("items", items / items.square().mean().sqrt(), persistent=False)
+        self.register_buffer("items", self._items(), persistent=False)
         accepted = inspect.signature(lm.forward).parameters
         self._keeps = "logits_to_keep" in accepted
         self._positions = "position_ids" in accepted
+
+    def _items(self) -> Tensor:
+        """The item embeddings, of mean square 1."""
+        items = self.encoder.item_embeddings()
+        return items / items.square().mean().sqrt()
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +182,7 @@ class Recommender(nn.Module):
         if config != self.settings:
             raise ValueError(f"{path / _SETTINGS}: it holds {config}, this recommender is {self.settings}")
         self.encoder.model.load_state_dict(sequence_model.state_dict())
+        self.items.copy_(self._items())
         self._fill(path, projector)
         ilora.load_adapter(self.lm, path / _ADAPTER)
         return self

@@ -89,11 +89,12 @@ class Service:
         ValueError for no history, repeated titles, candidates of the history, fewer than two candidates, and more
         than the language model has room for.
         """
-        used, chosen, notes = self._asked(history, candidates)
+        liked, chosen, notes = self._asked(history, candidates)
+        used = liked[-MAX_HISTORY:]
         with self._lock, torch.no_grad():
             order = self._by_sequence(used)
             place = {item: rank for rank, item in enumerate(order, 1)}
-            chosen = chosen or self._shortlist(used, order, shortlist)
+            chosen = chosen or self._shortlist(liked, order, shortlist)
             if len(chosen) != NUM_CANDIDATES:
                 notes.append(f"{len(chosen)} candidates: the model was trained with {NUM_CANDIDATES}")
             example = asked(used, chosen)
@@ -109,7 +110,7 @@ class Service:
         )
 
     def _asked(self, history: Sequence[str], candidates: Sequence[str]) -> tuple[list[int], list[int], list[str]]:
-        """(items of the history that are used, of the candidates, notes)"""
+        """(items of the history, of the candidates, notes)"""
         if not history:
             raise ValueError("the history is empty: give one title or more")
         found = self.titles.find([*history, *candidates])
@@ -128,7 +129,7 @@ class Service:
             notes.append(f"{len(liked)} titles: the last {MAX_HISTORY} are used, as in the training")
         if len(liked) < MIN_HISTORY:
             notes.append(f"{len(liked)} of the {MIN_HISTORY} to {MAX_HISTORY} titles that the model was trained with")
-        return liked[-MAX_HISTORY:], chosen, notes
+        return liked, chosen, notes
 
     def _by_sequence(self, history: Sequence[int]) -> list[int]:
         """All items that are not in the history, the sequence model's first choice first."""

@@ -25,8 +25,9 @@ def described_ranks(rank: Tensor) -> dict[str, Any]:
 def table(name: str, baselines: dict[str, dict[str, Any]], arms: dict[str, list[dict[str, Any]]]) -> str:
     """The comparison in Markdown. arms: the results of `arms.perform` by arm, one for each seed."""
     total, seeds = next(iter(baselines.values()))["total"], max(map(len, arms.values()), default=0)
-    head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | trained | lr "
-    head += "| HitRatio@1 by likelihood [95%] | HitRatio@5 | NDCG@5 | ValidRatio | HitRatio@1 of texts |"
+    head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | adapters and gate | lr "
+    head += f"| HitRatio@1 by likelihood{' ± between seeds' * (seeds > 1)} [95% of the tests] "
+    head += "| HitRatio@5 | NDCG@5 | ValidRatio | HitRatio@1 of texts |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     for baseline, figures in baselines.items():
         ratio = Ratio(figures["hits"], figures["total"])
@@ -35,7 +36,7 @@ def table(name: str, baselines: dict[str, dict[str, Any]], arms: dict[str, list[
 
 
 def row(results: Sequence[dict[str, Any]]) -> str:
-    """One arm's line, over its seeds. The interval is that of the mean on the one set of tests."""
+    """One arm's line, over its seeds. The interval is that of the mean on the one set of tests, not of other seeds."""
     first, total = results[0], results[0]["total"]
     ratio = over_seeds([result["hits"] / total for result in results])
     low, high = Ratio(round(ratio.mean * total), total).interval()

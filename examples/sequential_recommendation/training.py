@@ -37,6 +37,7 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         seed=settings.seed,
         dataloader_num_workers=settings.workers,
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # which would show a loss that is lost as the mean of those before
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         disable_tqdm=not settings.progress,
@@ -123,6 +124,10 @@ class RecommenderTrainer(Trainer):
             )
         return self.lr_scheduler
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        _check_finite(logs.get("loss", 0.0))
+        super().log(logs, start_time)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # The Trainer's own would write the frozen language model too, and fail on its tied weights.
         if self.args.should_save:
@@ -132,6 +137,11 @@ class RecommenderTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.accelerator.unwrap_model(self.model).restore(Path(resume_from_checkpoint) / "recommender")
+
+
+def _check_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss}: try a lower learning rate")
 
 
 def parameter_groups(model: Recommender, settings: TrainingSettings) -> list[dict[str, Any]]:
@@ -170,7 +180,6 @@ def train(
     if not settings.progress:
         trainer.remove_callback(PrinterCallback)  # which takes the place of the progress bar
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if not math.isfinite(result.training_loss):
-        raise FloatingPointError(f"the training loss is {result.training_loss}: try a lower learning rate")
+    _check_finite(result.training_loss)
     model.eval()
     return trainer.state.log_history
