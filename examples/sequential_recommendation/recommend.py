@@ -137,5 +137,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     gc.disable()  # imports make objects by the million and this process is short: a second of its ten
     status = main()
-    gc.freeze()  # nor is the interpreter to walk over them all when it ends: another second
-    sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # nor is the interpreter to walk over them all when it ends: another second

@@ -39,10 +39,11 @@ def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
     raise ValueError(f"unknown gate {config.gate!r}: expected one of {', '.join(GATES)}")
 
 
-def _adapter(config: RecommenderConfig) -> ilora.ILoRAConfig:
+def _adapter(config: RecommenderConfig, embedding: nn.Module) -> ilora.ILoRAConfig:
     """Adapters are float32 whatever the language model is: steps of the paper's rates are too small for bfloat16."""
     names = ("r", "lora_alpha", "lora_dropout", "num_experts", "target_modules")
-    return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names}, adapter_dtype="float32")
+    dtype = None if embedding.weight.dtype == torch.float32 else "float32"
+    return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names}, adapter_dtype=dtype)
 
 
 class Recommender(nn.Module):
@@ -62,9 +63,9 @@ class Recommender(nn.Module):
         super().__init__()
         self.settings = config or RecommenderConfig()
         gate = _network(self.settings, sequence_model.dim)
-        self.lm = ilora.inject(lm, _adapter(self.settings), gate=gate)
-        self.encoder = SequenceEncoder(sequence_model)
         embedding = lm.get_input_embeddings()
+        self.lm = ilora.inject(lm, _adapter(self.settings, embedding), gate=gate)
+        self.encoder = SequenceEncoder(sequence_model)
         hidden = embedding.embedding_dim
         last = nn.Linear(hidden, hidden)
         with torch.no_grad():  # as large as the embeddings of words, so that the model can take them in
