@@ -20,7 +20,9 @@ from .siblings import group
 @dataclass
 class Adapter:
     """One set of updates: the layers by path (each with the frozen layer it stands for), the modules trained whole, the
-    gate network, and the blocks that have a gate each, in order. In the model, or kept beside it."""
+    gate network, and the blocks that have a gate each, in order. In the model, or kept beside it.
+
+    dtype: the frozen model's when the adapter was taken out of it."""
 
     name: str
     config: ILoRAConfig
@@ -28,6 +30,7 @@ class Adapter:
     blocks: list[str]
     layers: dict[str, ILoRALinear]
     saved: dict[str, nn.Module]
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -35,9 +38,10 @@ class Injection:
     """What `inject` has done to a model, so that it can be undone.
 
     adapter: the one in the model. others: those kept beside it, by name. originals: the frozen modules that
-    modules_to_save took the place of. trainable: the parameters that were trainable. tied: transformers' record of
-    tied weights that no longer are. merged: whether a gate is merged into the weights; unmerged: the weights before.
-    forward: the one on the instance, if somebody had put one there. share_inputs: whether layers share their input.
+    modules_to_save took the place of; dtype: the frozen model's at that time. trainable: the parameters that were
+    trainable. tied: transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
+    weights; unmerged: the weights before. forward: the one on the instance, if somebody had put one there.
+    share_inputs: whether layers share their input.
     packing: the modules that would pack their weights for inference, and may not (bases.keep_unpacked).
     """
 
@@ -46,6 +50,7 @@ class Injection:
     adapter: Adapter
     others: dict[str, Adapter] = field(default_factory=dict)
     originals: dict[str, nn.Module] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
     tied: dict[str, Any] = field(default_factory=dict)
     merged: bool = False
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -160,13 +165,14 @@ def attach(model: Any, adapter: Adapter) -> None:
     for path, layer in adapter.layers.items():
         dtype = adapter_like(layer.base_layer, None).dtype
         for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach them while they were kept beside it
-            kept = parameter.dtype in (dtype, torch.float32)
+            kept = parameter.dtype == dtype or (parameter.dtype == torch.float32 and dtype.itemsize == 2)
             parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device, None if kept else dtype)
         replace(model, path, layer.train(layer.base_layer.training))
     group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
+    injection.dtype = dtype_of(model)
     for path, module in adapter.saved.items():
         injection.originals[path] = model.get_submodule(path)
-        replace(model, path, beside(module, injection.originals[path]))
+        replace(model, path, beside(module, injection.originals[path], adapter.dtype, injection.dtype))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for key in list(tied):  # a module that is trained whole has its own weights: transformers must not tie them again
         if any(end.startswith(path + ".") for path in adapter.saved for end in (key, tied[key])):
@@ -185,8 +191,9 @@ def detach(model: Any) -> None:
     for path, layer in injection.adapter.layers.items():
         replace(model, path, layer.base_layer)
     refresh(model)
+    injection.adapter.dtype = now = dtype_of(model)
     for path, original in injection.originals.items():
-        replace(model, path, beside(original, injection.adapter.saved[path]))
+        replace(model, path, beside(original, injection.adapter.saved[path], injection.dtype, now))
     if injection.tied:
         model.all_tied_weights_keys.update(injection.tied)
     injection.originals, injection.tied = {}, {}
@@ -242,6 +249,17 @@ def refresh(model: Any) -> None:
             saved[path] = module
 
 
-def beside(module: nn.Module, other: nn.Module) -> nn.Module:
-    """The parked module, moved to where the other one is: model.to() does not reach it while it is out of the model."""
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The frozen model's, by its first parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), None)
+
+
+def beside(
+    module: nn.Module, other: nn.Module, before: torch.dtype | None = None, now: torch.dtype | None = None
+) -> nn.Module:
+    """The parked module, moved to where the other one is: model.to() does not reach it while it is out of the model. If
+    the model was turned from one dtype to another meanwhile, so is what the module has of it."""
+    for parameter in module.parameters() if before != now else ():
+        if parameter.dtype == before:
+            parameter.data = parameter.data.to(now)
     return module.to(home(other))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Injection, attach, beside, build, detach, injected, replace
+from .adapter import Injection, attach, beside, build, detach, dtype_of, injected, replace
 from .bases import keep_unpacked, let_pack
 from .config import ILoRAConfig
 from .delivery import ILoRAModel, ilora_class
@@ -116,7 +116,7 @@ def disable_adapter(model: Any) -> Iterator[Any]:
     try:
         for path, original in injection.originals.items() if before else ():
             trained[path] = model.get_submodule(path)
-            replace(model, path, beside(original, trained[path]))
+            replace(model, path, beside(original, trained[path], injection.dtype, dtype_of(model)))
         yield model
     finally:
         for path, module in trained.items():

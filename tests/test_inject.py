@@ -21,7 +21,10 @@ def test_all_linear_leaves_the_head_out():
     paths = matched(ILoRAConfig())
     assert {path.rsplit(".", 1)[-1] for path in paths} == set(PARTS)
     assert len(paths) == 2 * len(PARTS)
-    assert "score" in {p.rsplit(".", 1)[-1] for p in matched(ILoRAConfig(modules_to_save=()), lambda: classifier())}
+    model = ilora.inject(classifier(), ILoRAConfig())  # whose head was drawn anew: it is trained whole, and saved
+    assert "score" not in ilora.targets(model)
+    assert model.score.weight.requires_grad
+    assert ilora.targets(ilora.inject(classifier(), ILoRAConfig(target_modules=["score"]))) == ("score",)
 
 
 def classifier():
@@ -85,7 +88,8 @@ def test_eject_gives_the_model_back(name):
     ilora.inject(model, ILoRAConfig(), gate=ilora.UniformGate(E))
     assert isinstance(model, kind)
     assert type(model).__name__ == kind.__name__
-    assert not any(p.requires_grad for key, p in model.named_parameters() if "lora_" not in key)
+    trained = ("lora_", *model.ilora.config.modules_to_save)
+    assert not any(p.requires_grad for key, p in model.named_parameters() if not any(name in key for name in trained))
     randomised(model)
     assert ilora.eject(model) is model
     assert type(model) is kind
@@ -409,13 +413,23 @@ def test_a_partial_state_says_what_of_the_adapter_it_lacks():
     assert all("lora_B" in key or key.startswith("ilora_gate.") for key in missing)
 
 
-def test_what_is_parked_follows_the_model_to_another_dtype():
-    """Its adapters, that is: they must be of the dtype that the layers compute in, or float32."""
-    block = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    ilora.inject(block.half(), ilora.ILoRAConfig(r=4, num_experts=2))
-    ilora.add_adapter(block, "other", ilora.ILoRAConfig(r=4, num_experts=2))
-    block.bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_parked_follows_the_model_to_another_dtype(dtype):
+    def settings():
+        return ilora.ILoRAConfig(r=4, num_experts=2, target_modules=["0"], modules_to_save=["1"])
+
+    norm = torch.nn.LayerNorm(4, dtype=torch.float64)  # of a dtype of its own, which nobody changes
+    norm.forward = lambda x: x
+    block = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4), norm)
+    ilora.inject(block, settings())
+    ilora.add_adapter(block, "other", settings())
+    for module in (block[0], block[1]):
+        module.to(dtype)
+    x, gate = torch.randn(3, 5, 8, dtype=dtype), torch.rand(3, 2)
+    with ilora.disable_adapter(block):
+        assert block(x).dtype == dtype
     ilora.set_adapter(block, "default")
-    gate = torch.rand(3, 2)
-    assert block(torch.randn(3, 5, 8, dtype=torch.bfloat16), ilora_gate=gate).dtype == torch.bfloat16
-    assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+    assert block(x, ilora_gate=gate).dtype == dtype
+    ilora.eject(block)
+    assert block(x).dtype == dtype
+    assert [p.dtype for p in block.parameters()] == [dtype] * 4 + [torch.float64] * 2
