@@ -132,10 +132,11 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
     states = {id(s): s for s in (getattr(m, "gate_state", None) for m in model.modules()) if isinstance(s, GateState)}
     if not states:
         raise ValueError(f"gated: {type(model).__name__} holds no ILoRALinear layer, so a gate would do nothing")
-    before = [(state, state.frame) for state in states.values()]
+    before: list[tuple[GateState, Frame]] = []
     try:
         for state in states.values():
             with state.turn():  # not for the whole block, in which a thread may be started that runs the model
+                before.append((state, state.frame))
                 state.enter(Frame(gate, segments))
         yield model
     finally:
