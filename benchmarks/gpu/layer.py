@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,6 +70,18 @@ def warm_jobs(planned: Iterable[Planned]) -> list[Warm]:
     return sorted(jobs, key=lambda job: job.arm != "compile")
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """What is here stays; collecting between cases then takes no time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@uncollected()
 def measure(
     here: Machine,
     planned: list[Planned],
@@ -77,21 +90,6 @@ def measure(
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """The part: rows in order of the plan, as many as there is time for, kept after every case."""
-    gc.collect()
-    gc.freeze()  # what is here stays; collecting between cases then takes no time
-    try:
-        return _measure(here, planned, processes, left, keep)
-    finally:
-        gc.unfreeze()
-
-
-def _measure(
-    here: Machine,
-    planned: list[Planned],
-    processes: int,
-    left: Callable[[], float],
-    keep: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
     part: dict[str, Any] = {"levels": LEVELS, "rows": [], "unavailable": {}, "warm_up": {}, "left_out": []}
     broken = _warm_up(planned, processes, left, part)
     longest = {True: 0.0, False: 0.0}  # seconds of a case, by whether all peers are in it
