@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import adapter_like, home, offloading_to
+from .bases import home, offloading_to
 from .config import ILoRAConfig, block_of, find_targets, named, with_head
 from .gate import GateState
 from .layer import ILoRALinear
@@ -161,15 +161,13 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, st
 def attach(model: Any, adapter: Adapter) -> None:
     """Puts an adapter into an injected model that has none in it."""
     injection = model.ilora
-    injection.adapter = adapter
+    injection.adapter, injection.dtype = adapter, dtype_of(model)
     for path, layer in adapter.layers.items():
-        dtype = adapter_like(layer.base_layer, None).dtype
         for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach them while they were kept beside it
-            kept = parameter.dtype == dtype or (parameter.dtype == torch.float32 and dtype.itemsize == 2)
-            parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device, None if kept else dtype)
+            dtype = injection.dtype if parameter.dtype == adapter.dtype else None
+            parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device, dtype)
         replace(model, path, layer.train(layer.base_layer.training))
     group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
-    injection.dtype = dtype_of(model)
     for path, module in adapter.saved.items():
         injection.originals[path] = model.get_submodule(path)
         replace(model, path, beside(module, injection.originals[path], adapter.dtype, injection.dtype))

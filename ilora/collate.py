@@ -33,8 +33,9 @@ class GateCollator:
     `trainer.data_collator = GateCollator(trainer.data_collator)`. Its packing drops all columns but its own, so packed
     batches are for PromptGate; for columns use `padding_free=True`, or a dataset that is packed by yourself.
 
-    prompt_mask=True adds `ilora_prompt_mask`, bool as input_ids: what the labels leave for PromptGate to read. It is
-    for trainers that take the labels away from the model (label smoothing, a loss of your own).
+    prompt_mask=True adds `ilora_prompt_mask`, bool as input_ids: what the labels leave for PromptGate to read (the
+    first token of a row that is labelled from its start). It is for trainers that take the labels away from the model
+    (label smoothing, a loss of your own).
 
     Raises: ValueError naming the column that is missing from some examples or has rows of another length or number, and
     where several documents lie in a row but their lengths are not known.

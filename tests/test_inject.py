@@ -433,3 +433,12 @@ def test_what_is_parked_follows_the_model_to_another_dtype(dtype):
     ilora.eject(block)
     assert block(x).dtype == dtype
     assert [p.dtype for p in block.parameters()] == [dtype] * 4 + [torch.float64] * 2
+
+
+def test_an_adapter_keeps_the_dtype_that_was_asked_for():
+    block = ilora.inject(torch.nn.Sequential(torch.nn.Linear(8, 8)), ilora.ILoRAConfig(adapter_dtype="bfloat16"))
+    ilora.add_adapter(block, "other", ilora.ILoRAConfig())
+    ilora.set_adapter(block, "default")
+    assert block[0].lora_A.dtype == block[0].lora_B.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(torch.randn(3, 5, 8), ilora_gate=torch.rand(3, 4)).dtype == torch.bfloat16

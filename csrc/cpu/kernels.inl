@@ -247,8 +247,7 @@ ILORA_TARGET void backward(const Backward& f, int64_t row_begin, int64_t row_end
 }  // namespace
 
 template <class T, class C, class D> static const Kernels table = {
-    sizeof(C),         pack<T, C, D>, pack<T, C, C>,   forward<T, C, D>, backward<T, C, D>,
-    reduce<T, C>, sum_gates<C>};
+    sizeof(C), pack<T, C, D>, pack<T, C, C>, forward<T, C, D>, backward<T, C, D>, reduce<T, C>, sum_gates<C>};
 
 const Kernels& kernels(Element element) {
   switch (element) {
