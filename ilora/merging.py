@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import ilora_layers, injected
+from .adapter import Injection, ilora_layers, injected
 from .bases import is_conv1d, offloading_to
 from .layer import ILoRALinear
 
@@ -17,9 +17,11 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
     model, which then runs without a gate.
 
     keep_base: keep the weights as they were beside the merged ones, so that `unmerge` brings back every bit; False
-    saves that memory, and makes the merge final (`ilora.eject` then gives a plain model with the merged weights).
-    Sums in float32 or wider and rounds once. Raises ValueError for a batch of gates, for a quantised base, and where a
-    gate is merged already; nothing is changed then.
+    saves that memory, layer by layer, and makes the merge final (`ilora.eject` then gives a plain model with the merged
+    weights, and with the modules that were trained whole). Sums in float32 or wider and rounds once.
+    Raises ValueError for a batch of gates, for a quantised base or one whose weight is computed (weight_norm), and
+    where a gate is merged already; nothing is changed then. Out of memory changes nothing either, but for layers
+    merged before it with keep_base=False, whose weights are gone.
     """
     injection, layers = injected(model), ilora_layers(model)
     if injection.merged:
@@ -32,22 +34,18 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
             f"merge: expected one user's gate, [{E}] or [1, {E}], or [{blocks}, 1, {E}], got {list(gate.shape)}"
         )
     for path, layer in layers.items():
-        weight = layer.base_layer.weight
-        plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
-        if not plain or type(weight) not in (Tensor, nn.Parameter):
-            raise ValueError(
-                f"merge: {path} has a {type(layer.base_layer).__name__} base, whose {type(weight).__name__} weight "
-                "cannot be added to"
-            )
-        if offloading_to(layer.base_layer):
-            raise ValueError(f"merge: {path} is offloaded by its device map, its weight is not here to be added to")
-    with torch.no_grad():
-        merged = {path: _merged_weight(layer, gate) for path, layer in layers.items()}
-    for path, layer in layers.items():
-        if keep_base:
-            injection.unmerged[path] = layer.base_layer.weight  # type: ignore[assignment]
-        layer.base_layer.weight = nn.Parameter(merged[path], requires_grad=False)
-        layer.merged = True
+        _refuse_unfit(path, layer.base_layer)
+    try:
+        # The largest first, whose sums take the most memory: if it does not fit, nothing is changed yet.
+        for path, layer in sorted(layers.items(), key=lambda item: -item[1].in_features * item[1].out_features):
+            with torch.no_grad():
+                merged = nn.Parameter(_merged_weight(layer, gate), requires_grad=False)
+            if keep_base:
+                injection.unmerged[path] = layer.base_layer.weight  # type: ignore[assignment]
+            layer.base_layer.weight, layer.merged = merged, True
+    except BaseException:
+        _restore(injection, layers)
+        raise
     injection.merged = True
     return model
 
@@ -59,15 +57,36 @@ def unmerge(model: Any) -> Any:
         raise ValueError("unmerge: no gate is merged")
     if not injection.unmerged:
         raise ValueError("unmerge: the gate was merged with keep_base=False, the weights before it are gone")
-    for path, layer in layers.items():
-        weight = injection.unmerged[path].to(layer.base_layer.weight)  # type: ignore[arg-type]
+    _restore(injection, layers)
+    injection.merged = False
+    return model
+
+
+def _restore(injection: Injection, layers: dict[str, ILoRALinear]) -> None:
+    for path, original in injection.unmerged.items():
+        layer = layers[path]
+        weight = original.to(layer.base_layer.weight)  # type: ignore[arg-type]
         layer.base_layer.weight = (
             weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         )
         layer.merged = False
     injection.unmerged = {}
-    injection.merged = False
-    return model
+
+
+def _refuse_unfit(path: str, base: nn.Module) -> None:
+    weight = getattr(base, "weight", None)
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1
+    if not plain or type(weight) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"merge: {path} has a {type(base).__name__} base, whose {type(weight).__name__} weight cannot be added to"
+        )
+    if base._parameters.get("weight") is None:  # weight_norm, spectral_norm, pruning, old way and new
+        raise ValueError(
+            f"merge: the weight of {path} is no parameter but computed from others, and cannot be added to; "
+            "remove_parametrizations, remove_weight_norm or prune.remove makes it one"
+        )
+    if offloading_to(base) or weight.is_meta:  # type: ignore[union-attr]
+        raise ValueError(f"merge: {path} is offloaded by its device map, its weight is not here to be added to")
 
 
 def _merged_weight(layer: ILoRALinear, gate: Tensor) -> Tensor:
