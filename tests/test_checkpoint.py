@@ -36,9 +36,9 @@ GATES = {
 CONFIGS = {
     "plain": {},
     "patterns": {
-        "rank_pattern": {"q_proj": 16, "c_fc": 4},
-        "alpha_pattern": {"1.mlp.up_proj": 7},
-        "expert_pattern": {"k_proj": 2},
+        "rank_pattern": {"(q_proj|c_fc)": 16},
+        "alpha_pattern": {r"1.mlp.(up_proj|c_fc)": 7},
+        "expert_pattern": {"(k_proj|c_proj)": 2},
     },
     "saved": {"modules_to_save": ("lm_head", "norm", "ln_f"), "layers_to_transform": (1,), "lora_dropout": 0.1},
 }
@@ -154,8 +154,9 @@ def test_a_gate_network_of_ones_own_must_be_given(tmp_path):
     with pytest.raises(AdapterError, match="without a gate network"):
         ilora.load_adapter(model, plain, gate=NormedGate())
     sequence = ilora.save_adapter(adapted(llama(), SequenceGate(6, 4)), tmp_path / "c")
-    with pytest.raises(AdapterError, match="differs in z_dim: 7"):
-        ilora.load_adapter(model, sequence, gate=SequenceGate(7, 4))
+    for width in (7, 1):
+        with pytest.raises(AdapterError, match=f"differs in z_dim: {width}"):
+            ilora.load_adapter(model, sequence, gate=SequenceGate(width, 4))
     assert_untouched(model, before)
     gate = SequenceGate(6, 4)
     assert ilora.load_adapter(model, sequence, gate=gate).ilora_gate is gate
@@ -209,6 +210,15 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
         with pytest.raises(AdapterError, match=why):
             ilora.load_adapter(model, path)
         assert_untouched(model, before)
+
+
+def test_a_model_without_values_is_refused(tmp_path):
+    path = ilora.save_adapter(adapted(llama(layers=1), SequenceGate(6, 4)), tmp_path / "a")
+    with torch.device("meta"):
+        model = type(llama(layers=1))(llama(layers=1).config)
+    with pytest.raises(AdapterError, match=r"lora_A: the model is on the meta device"):
+        ilora.load_adapter(model, path)
+    assert type(model) is type(llama(layers=1))
 
 
 def test_verify_false_skips_checksums_only(tmp_path):

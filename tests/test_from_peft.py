@@ -69,6 +69,44 @@ def test_from_peft_keeps_float32_adapters_of_a_bfloat16_base():
     torch.testing.assert_close(logits(model, ilora_gate=uniform(2)), want, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("file", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("base", ["float16", "bfloat16", "float32", "float64"])
+def test_from_peft_makes_an_adapter_that_runs_and_keeps_the_values(tmp_path, file, base):
+    lora = peft.LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights=False)
+    source = peft.get_peft_model(llama().to(getattr(torch, file)), lora, autocast_adapter_dtype=False)
+    source.save_pretrained(str(tmp_path))
+    model = ilora.from_peft(tmp_path, 4, model=llama().to(getattr(torch, base)))
+    assert logits(model, ilora_gate=uniform()).isfinite().all()
+    for path, layer in ilora.ilora_layers(model).items():
+        kept = source.base_model.model.get_submodule(path).lora_A["default"].weight
+        assert torch.equal(layer.lora_A, kept.to(layer.lora_A.dtype))
+        assert torch.promote_types(layer.lora_A.dtype, kept.dtype) == layer.lora_A.dtype
+    wide = "float32" if base != file and base.endswith("16") else None
+    assert model.ilora.config.adapter_dtype == wide
+
+
+def test_from_peft_takes_files_that_repeat_weights_of_the_base(tmp_path):
+    def base(head=0.0):
+        model = llama()
+        model.config.vocab_size += 1  # as after resize_token_embeddings, which makes PEFT save the embeddings
+        with torch.no_grad():
+            model.lm_head.weight.add_(head)
+        return model
+
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    source = peft.get_peft_model(base(), config).eval()
+    want = logits(source)
+    source.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    close(logits(ilora.from_peft(tmp_path, 4, model=base()), ilora_gate=uniform()), want)
+    model = base(1.0)
+    before = bits(model)
+    with pytest.raises(AdapterError, match=r"lm_head\.base_layer\.weight' is a weight of the base.*pass the PeftModel"):
+        ilora.from_peft(tmp_path, 4, model=model)
+    assert_untouched(model, before)
+    with pytest.raises(ValueError, match="has the adapter 'default' already"):
+        ilora.from_peft(tmp_path, 4, model=ilora.from_peft(source, 4))
+
+
 def test_from_peft_takes_the_active_adapter():
     source = trained("llama")
     source.add_adapter("second", peft.LoraConfig(r=4, target_modules=["gate_proj"], init_lora_weights=False))
@@ -87,6 +125,7 @@ REFUSED = {
     "trained tokens": {"trainable_token_indices": [1, 2]},
     "no linear layer": {"target_modules": ["embed_tokens", "q_proj"]},
     "rank 6, which num_experts=4": {"r": 6},
+    "rank 512, more than the 256": {"r": 512},
 }
 
 
@@ -139,7 +178,11 @@ DAMAGE = {
     "init_lora_weights='pissa'": ("config", lambda c: c.update(init_lora_weights="pissa")),
     "new_thing=3: iLoRA has no counterpart": ("config", lambda c: c.update(new_thing=3)),
     "'.*lora_B.weight' of shape .* is missing": ("tensors", lambda t: t.pop(next(k for k in t if "lora_B" in k))),
-    "unexpected tensor 'base_model.model.lm_head.weight'": ("tensors", lambda t: t.update(surplus("lm_head.weight"))),
+    "'base_model.model.lm_head.weight' is a weight of the base model that this model does not have.*PeftModel": (
+        "tensors",
+        lambda t: t.update(surplus("lm_head.weight")),
+    ),
+    "unexpected tensor 'base_model.model.no.weight'": ("tensors", lambda t: t.update(surplus("no.weight"))),
     "unexpected tensor 'base_model.model.no.lora_A": ("tensors", lambda t: t.update(surplus("no.lora_A.weight"))),
     "got torch.int64": ("tensors", lambda t: t.update({k: v.long() for k, v in t.items()})),
     "it has no LoRA layer": ("tensors", lambda t: t.clear()),

@@ -1,5 +1,9 @@
 """PEFT reads what is saved here, and what PEFT trained comes in and goes out again: with the same outputs."""
 
+import copy
+import json
+from collections import OrderedDict
+
 import pytest
 import torch
 from saved_cases import MODELS, adapted, assert_untouched, bits, close, gpt2, llama, logits, strictly, uniform
@@ -80,6 +84,72 @@ def test_a_bare_model_with_ambiguous_paths(tmp_path):
     model = adapted(Bare(), target_modules=("q",), alpha_pattern={"^q": 3})
     loaded = strictly(lambda: peft.PeftModel.from_pretrained(Bare(), str(ilora.save_adapter(model, tmp_path / "b"))))
     close(loaded(x), model(x, ilora_gate=uniform()))
+
+
+class Named(nn.Module):
+    """A module called fc in a module called fc, and one with a name that a regular expression would read."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.fc, self.blk = nn.Linear(8, 8), nn.Module()
+        self.blk.fc = nn.Sequential(nn.Linear(8, 8))
+        self.blk.add_module("a(b", nn.Linear(8, 8))
+
+    def forward(self, x):
+        return getattr(self.blk, "a(b")(self.blk.fc(self.fc(x)))
+
+
+def test_names_that_mean_several_modules(tmp_path):
+    gate = nn.Sequential(OrderedDict(fc=nn.Linear(3, 4)))  # its names are not the model's
+    model = adapted(Named(), gate, target_modules=r"fc|blk\.a\(b", rank_pattern={r"blk\.a\(b": 4})
+    x = torch.randn(3, 8)
+    path = ilora.save_adapter(model, tmp_path / "a")
+    again = ilora.load_adapter(Named(), path, gate=copy.deepcopy(gate))
+    assert torch.equal(again(x, ilora_gate=uniform()), model(x, ilora_gate=uniform()))
+    loaded = strictly(lambda: peft.PeftModel.from_pretrained(Named(), str(path)))
+    close(loaded(x), model(x, ilora_gate=uniform()))
+    loaded.save_pretrained(str(tmp_path / "b"))
+    for source, base in ((tmp_path / "b", Named()), (loaded, None)):
+        back = ilora.from_peft(source, 4, model=base)
+        close(back(x, ilora_gate=uniform()), model(x, ilora_gate=uniform()))
+
+
+def test_a_list_of_earlier_versions_is_read(tmp_path):
+    model = adapted(Named(), target_modules=r"fc")
+    path = ilora.save_adapter(model, tmp_path / "a")
+    file = path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    assert fields["target_modules"] == "fc"
+    file.write_text(json.dumps({**fields, "target_modules": ["fc"]}))
+    ilora.load_adapter(Named(), path, verify=False)
+    file.write_text(json.dumps({**fields, "target_modules": ["blk"]}))
+    with pytest.raises(AdapterError, match=r"'target_modules': expected \['fc'\]"):
+        ilora.load_adapter(Named(), path, verify=False)
+
+
+def test_a_task_of_peft_is_named_only_where_its_class_fits(tmp_path):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    class OwnForCausalLM(nn.Sequential): ...
+
+    def whisper():
+        torch.manual_seed(0)
+        sizes = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+        sizes |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_source_positions": 8, "max_target_positions": 8}
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        return WhisperForConditionalGeneration(
+            WhisperConfig(vocab_size=20, num_mel_bins=4, d_model=8, **sizes, **tokens)
+        ).eval()
+
+    inputs = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.tensor([[1, 5], [1, 6]])}
+    model = adapted(whisper(), target_modules=("q_proj",))
+    loaded = peft.PeftModel.from_pretrained(whisper(), str(ilora.save_adapter(model, tmp_path / "a")))
+    close(loaded(**inputs).logits, model(**inputs, ilora_gate=uniform()).logits)
+    own = adapted(OwnForCausalLM(nn.Linear(8, 8)))
+    path = ilora.save_adapter(own, tmp_path / "b")
+    close(peft.PeftModel.from_pretrained(OwnForCausalLM(own[0].base_layer), str(path))(torch.ones(1, 8)),
+          own(torch.ones(1, 8), ilora_gate=uniform()))  # fmt: skip
 
 
 @pytest.mark.parametrize("config", CONFIGS)

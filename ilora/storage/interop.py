@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import injected, refresh, replace
+from ..adapter import adapters, injected, refresh, replace
 from ..bases import is_linear
+from ..delivery import ILoRAModel
 from ..model import eject
 from .cards import PLAIN
 from .files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
@@ -38,6 +39,8 @@ def from_peft(source: Any, num_experts: int, model: Any = None, gate: nn.Module 
     if isinstance(source, (str, os.PathLike)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"from_peft: a saved adapter needs model=, its base model; got {type(model).__name__}")
+        if isinstance(model, ILoRAModel):
+            raise ValueError(f"from_peft: the model has the adapter {adapters(model)[0]!r} already: ilora.eject first")
         return take_over(model, read_peft(model, find_directory(source)), num_experts, gate)
     if model is not None:
         raise TypeError("from_peft: model= goes with a saved adapter; a PeftModel has its base model with it")

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, attach, detach, modules_to_save
-from ..bases import features_of, is_conv1d, is_linear
+from ..bases import adapted, features_of, is_conv1d
 from ..config import ILoRAConfig, block_of, find_targets
 from ..delivery import ILoRAModel
+from .files import AdapterError
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
 Spec = tuple[torch.Size, torch.dtype]
@@ -137,6 +138,12 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 @torch.no_grad()
 def fill(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Copies values into the tensors of the same names, all of them or (out of memory, say) none."""
+    for name in values:
+        if tensors[name].is_meta:
+            raise AdapterError(
+                f"{name}: the model is on the meta device, which holds no values; load it, or move it by "
+                "model.to_empty(device=...), before its adapter"
+            )
     staged = {name: _like(value, tensors[name]) for name, value in values.items()}
     for name, value in staged.items():
         tensors[name].copy_(value)
@@ -186,7 +193,10 @@ def patterns(values: dict[str, Any], default: Any) -> dict[str, Any]:
     """The values that are not the default by path, so that the first key that is a path's ending is its own."""
     odd = {path for path, value in values.items() if value != default}
     shadowed = {path for path in values if not _endings(path).isdisjoint(odd)}
-    return {path: values[path] for path in sorted(odd | shadowed, key=lambda path: (-path.count("."), path))}
+    keys = sorted(odd | shadowed, key=lambda path: (-path.count("."), path))
+    return {
+        re.sub(r"[\\()\[\]{}*+?|^$]", r"\\\g<0>", path): values[path] for path in keys
+    }  # PEFT takes them for regexes
 
 
 def most_common(values: dict[str, Any]) -> Any:
@@ -194,7 +204,12 @@ def most_common(values: dict[str, Any]) -> Any:
 
 
 def _task(model: Any, layout: Layout) -> str | None:
+    # PEFT's classes for tasks call the model by these names; under none it passes on what it is given.
+    if getattr(model, "main_input_name", None) != "input_ids":
+        return None
     for ending, (task, heads) in _TASKS.items():
+        if task.endswith("_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+            continue
         if type(model).__name__.endswith(ending):
             paths = [path for path, _ in model.named_modules() if path.endswith(heads)] if heads else []
             return task if all(path in layout.saved for path in paths) else None
@@ -203,11 +218,19 @@ def _task(model: Any, layout: Layout) -> str | None:
 
 def exactly(model: nn.Module, paths: list[str]) -> list[str] | str:
     """target_modules that means these paths alone: the list, or a regular expression where one of them is the ending of
-    another linear layer's path."""
-    linear = {path.removesuffix(".base_layer") for path, module in model.named_modules() if is_linear(module)}
-    endings = {tail for path in linear.difference(paths) for tail in _endings(path)}
+    another module's path."""
+    endings = {tail for path in set(_plain_paths(model)).difference(paths) for tail in _endings(path)}
     ambiguous = not endings.isdisjoint(paths)
     return "|".join(map(re.escape, paths)) if ambiguous else paths
+
+
+def _plain_paths(module: Any, prefix: str = "") -> Iterator[str]:
+    """The paths of all modules, as they are without an adapter in the model."""
+    for name, child in module._modules.items():
+        if child is None or (name == "ilora_gate" and isinstance(module, ILoRAModel)):
+            continue
+        yield prefix + name
+        yield from _plain_paths(child.base_layer if adapted(child) else child, f"{prefix}{name}.")
 
 
 def _endings(path: str) -> set[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import adapter_like, features_of, is_linear
+from ..checks import MAX_RANK
 from ..config import ILoRAConfig
 from ..model import eject, inject
 from .files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
@@ -74,9 +75,28 @@ def read_peft(model: nn.Module, directory: Path) -> PlainLora:
     lora.saved = list(dict.fromkeys(lora.saved))
     for path in lora.saved:
         specs |= {f"{path}.{key}": spec for key, spec in specs_of(modules[path]).items()}
+    tensors = _without_base(model, weights, tensors, {peft_key(name) for name in specs})
     check_tensors(weights, tensors, {peft_key(name): spec for name, spec in specs.items()})
     lora.values = {name: tensors[peft_key(name)] for name in specs}
     return lora
+
+
+def _without_base(model: nn.Module, file: Path, tensors: dict[str, Tensor], kept: set[str]) -> dict[str, Tensor]:
+    """The tensors without weights of the base model, which PEFT adds where a head or the embeddings are adapted or have
+    been resized. Raises AdapterError where they are not this model's."""
+    own = model.state_dict()
+    for key in tensors.keys() - kept:
+        weight = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if weight is None:
+            continue  # nobody's: refused with the others
+        value = tensors[key].to(weight.device, weight.dtype)
+        if weight.is_meta or value.shape != weight.shape or not torch.equal(value, weight):
+            raise AdapterError(
+                f"{file}: {key!r} is a weight of the base model that this model does not have; load the adapter with "
+                "PEFT and pass the PeftModel"
+            )
+        tensors = {name: tensor for name, tensor in tensors.items() if name != key}
+    return tensors
 
 
 def refuse(source: str, config: dict[str, Any]) -> None:
@@ -95,8 +115,9 @@ def take_over(model: Any, lora: PlainLora, num_experts: int, gate: nn.Module | N
     if not lora.ranks:
         raise AdapterError(f"{lora.source}: it has no LoRA layer of {type(model).__name__}")
     for path, r in lora.ranks.items():
-        if r % num_experts:
-            raise AdapterError(f"{lora.source}: {path} has rank {r}, which num_experts={num_experts} does not divide")
+        if r > MAX_RANK or r % num_experts:
+            why = f"more than the {MAX_RANK} of an iLoRA" if r > MAX_RANK else f"which {num_experts=} does not divide"
+            raise AdapterError(f"{lora.source}: {path} has rank {r}, {why}")
     order = [path for path, _ in model.named_modules()]  # not the file's, so that the config is the same either way
     ranks = {path: lora.ranks[path] for path in order if path in lora.ranks}
     alphas = {path: _tidy(lora.alphas[path]) for path in ranks}
@@ -126,14 +147,12 @@ def take_over(model: Any, lora: PlainLora, num_experts: int, gate: nn.Module | N
 
 
 def _dtype(model: nn.Module, lora: PlainLora) -> str | None:
-    """adapter_dtype that keeps the values' dtype; None where it is the base's anyway."""
-    dtypes = {lora.values[f"{path}.{part}"].dtype for path in lora.ranks for part in ("lora_A", "lora_B")}
-    if all(dtypes == {adapter_like(model.get_submodule(path), None).dtype} for path in lora.ranks):
-        return None
-    wide = dtypes.pop()
-    for dtype in dtypes:
-        wide = torch.promote_types(wide, dtype)
-    return str(wide).removeprefix("torch.") if wide.itemsize > 1 else "float32"
+    """adapter_dtype under which the layers run and every value is kept; None where the base's own dtype is that."""
+    values = {lora.values[f"{path}.{part}"].dtype for path in lora.ranks for part in ("lora_A", "lora_B")}
+    values = {dtype if dtype.itemsize > 1 else torch.float32 for dtype in values}
+    bases = {adapter_like(model.get_submodule(path), None).dtype for path in lora.ranks}
+    kept = all(torch.promote_types(base, value) == base for base in bases for value in values)
+    return None if kept or torch.float64 in bases else "float32"  # beside 16 bits nothing but float32 runs
 
 
 def _tidy(alpha: float) -> float:

@@ -52,7 +52,7 @@ class Stored:
         specs = {peft_key(name): spec for name, spec in layout.specs().items()}
         check_tensors(self.directory / PEFT_WEIGHTS, self.lora, specs)
         check_tensors(self.directory / GATE, self.network, {} if gate is None else specs_of(gate))
-        self._check_peft(peft_config(model, layout))
+        self._check_peft(peft_config(model, layout), list(layout.layers))
         self.tensors = {name: self.lora[peft_key(name)] for name in layout.specs()}
         self.tensors |= {GATE_PREFIX + name: tensor for name, tensor in self.network.items()}
 
@@ -101,14 +101,16 @@ class Stored:
         if gate is None:
             return
         own = gate.settings() if isinstance(gate, GateNetwork) and type(gate) is type(network) else None
-        unbound = {"num_layers": 1, "hidden_size": None, "z_dim": 1}  # values that bind will replace
+        unbound = {"num_layers": 1, "hidden_size": None}  # values that bind will replace
         for key, value in network.settings().items():
             if own is None or (own[key] != value and own[key] != unbound.get(key, value)):
                 got = type(gate).__name__ if own is None else f"{own[key]!r}"
                 raise AdapterError(f"{self.directory / CONFIG}: gate {self.gate}: gate= differs in {key}: {got}")
 
-    def _check_peft(self, expected: dict[str, Any]) -> None:
+    def _check_peft(self, expected: dict[str, Any], paths: list[str]) -> None:
         file, found = self.directory / PEFT_CONFIG, self.peft
+        if isinstance(found.get("target_modules"), list):
+            expected["target_modules"] = paths  # as earlier versions wrote it where PEFT needs a regular expression
         for key in {*expected, *found}:
             if key not in expected or key not in found:
                 raise AdapterError(f"{file}: field {key!r} is {'unexpected' if key in found else 'missing'}")
