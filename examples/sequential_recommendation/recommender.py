@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import sys
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,8 @@ from .settings import RecommenderConfig
 GATES = ("sequence", "prompt", "random", "uniform")
 _SETTINGS, _ADAPTER = "recommender.json", "adapter"
 _SEQUENCE, _PROJECTOR = "sequence.safetensors", "projector.safetensors"
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size")
 
 
 def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
@@ -77,6 +80,8 @@ class Recommender(nn.Module):
         accepted = inspect.signature(lm.forward).parameters
         self._keeps = "logits_to_keep" in accepted
         self._positions = "position_ids" in accepted
+        # the longest row in which candidates may stand side by side, and the longest where that was seen to be right
+        self.reach, self.tried = _reach(lm) if self._positions else 0, 0
 
     def _items(self) -> Tensor:
         """The item embeddings, of mean square 1."""
@@ -196,6 +201,17 @@ class Recommender(nn.Module):
             self.encoder.deviation.copy_(tensors["z.deviation"])
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path / _PROJECTOR}: does not fit this language model: {error}") from error
+
+
+def _reach(lm: Any) -> int:
+    """Tokens of the longest row in which a mask and positions alone decide who sees what, by the model's settings: 0
+    with recurrences, convolutions or ALiBi, the smallest window of an attention that has one."""
+    config = lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(lm, "_is_stateful", False) or getattr(config, "alibi", False) or kinds - _ATTENTION:
+        return 0
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    return min([window for window in windows if isinstance(window, int)], default=sys.maxsize)
 
 
 def load(path: Path, lm: Any) -> Recommender:
