@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from .bases import home, offloading_to
-from .config import ILoRAConfig, block_of, find_targets, named, with_head
+from .config import ILoRAConfig, find_targets, with_head
 from .gate import GateState
 from .layer import ILoRALinear
 from .networks import GateNetwork
+from .paths import block_of, named
 from .siblings import group
 
 
@@ -211,8 +212,8 @@ def _bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) 
 
 def _wrap(base: nn.Module, path: str, config: ILoRAConfig, own: dict[str, Any]) -> ILoRALinear:
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    dtype = None if config.adapter_dtype is None else getattr(torch, config.adapter_dtype)
-    layer = ILoRALinear(base, **own, lora_dropout=config.lora_dropout, adapter_dtype=dtype, backend=config.backend)
+    common = {"adapter_dtype": config.adapter_dtype, "backend": config.backend}
+    layer = ILoRALinear(base, **own, lora_dropout=config.lora_dropout, **common)  # type: ignore[arg-type]
     layer.name, layer.gate_experts = path, config.num_experts
     for parameter, flag in flags:  # frozen with the rest of the model, once nothing can be refused any more
         parameter.requires_grad_(flag)

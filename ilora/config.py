@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from .backends import NAMES
 from .bases import is_linear
+from .checks import MAX_RANK
 from .layer import ILoRALinear
-
-ALL_LINEAR = "all-linear"
-_DTYPES = (None, "float16", "bfloat16", "float32", "float64")
-
+from .paths import ALL_LINEAR, PATTERNS, index_of, inside, named, nothing_matched, patterned, refuse_unmatched
+from .paths import block_of as block_of
+from .settings import check_settings, dtype_name, is_finite, is_number
 
 TASK_HEADS = {  # of transformers' classes, by the end of their names
     "ForSequenceClassification": ("classifier", "score"),
@@ -30,7 +29,7 @@ class ILoRAConfig:
     """The settings of an adapter. Names follow PEFT's LoraConfig.
 
     Args:
-        r: total rank of a layer, shared by its experts: as many parameters as a LoRA of the same r.
+        r: total rank of a layer, 1 to 256, shared by its experts: as many parameters as a LoRA of the same r.
         lora_alpha: scaling = lora_alpha / (r / num_experts).
         lora_dropout: 0 <= p < 1, on the low-rank path, in training mode.
         num_experts: E, which divides r; the gate's width.
@@ -43,9 +42,11 @@ class ILoRAConfig:
         rank_pattern, alpha_pattern: r and lora_alpha of single modules, {path ending or regular expression: value}.
         expert_pattern: number of experts of single modules. It divides num_experts: such a layer weighs each of its
             experts with the sum of the gates of E / E' neighbours.
-        adapter_dtype: "float32" and so on for lora_A and lora_B; None means the base layer's.
+        adapter_dtype: of lora_A and lora_B, "float32" or torch.float32 and so on (kept as the string); None means the
+            base layer's.
         backend: as in `ilora.ilora_linear`.
-    Raises: TypeError, ValueError naming the field.
+    Raises: TypeError, ValueError naming the field. Names, patterns and blocks that are not in the model are refused
+        one by one when the config meets it (`inject`, `add_adapter`).
     """
 
     r: int = 8
@@ -59,7 +60,7 @@ class ILoRAConfig:
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     expert_pattern: dict[str, int] | None = None
-    adapter_dtype: str | None = None
+    adapter_dtype: str | torch.dtype | None = None
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class ILoRAConfig:
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set, frozenset)):
                 object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, (set, frozenset)) else value))
+        object.__setattr__(self, "adapter_dtype", dtype_name(self.adapter_dtype))
         _check(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,14 +90,14 @@ class ILoRAConfig:
     def layer_settings(self, path: str) -> dict[str, Any]:
         """r, num_experts and lora_alpha of the module at this path, its patterns applied.
         Raises ValueError where they do not fit each other."""
-        r = _patterned(self.rank_pattern, path, self.r)
-        experts = _patterned(self.expert_pattern, path, self.num_experts)
+        r = patterned(self.rank_pattern, path, self.r)
+        experts = patterned(self.expert_pattern, path, self.num_experts)
         if self.num_experts % experts or r % experts:
             raise ValueError(
                 f"{path}: r={r} and num_experts={experts} from the patterns; the experts must divide r, and "
                 f"the config's num_experts={self.num_experts}"
             )
-        return {"r": r, "num_experts": experts, "lora_alpha": _patterned(self.alpha_pattern, path, self.lora_alpha)}
+        return {"r": r, "num_experts": experts, "lora_alpha": patterned(self.alpha_pattern, path, self.lora_alpha)}
 
 
 def _check(config: ILoRAConfig) -> None:
@@ -104,19 +106,7 @@ def _check(config: ILoRAConfig) -> None:
             value = getattr(config, name)
             raise (TypeError if "expected a" in what else ValueError)(f"{name}: {what}, got {value!r}")
 
-    def number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    for name in ("r", "num_experts"):
-        value = getattr(config, name)
-        expect(name, isinstance(value, int) and not isinstance(value, bool), "expected an int")
-        expect(name, value >= 1, "must be at least 1")
-    for name in ("lora_alpha", "lora_dropout"):
-        expect(name, number(getattr(config, name)), "expected a number")
-    expect("lora_alpha", abs(config.lora_alpha) < float("inf"), "must be finite")
-    expect("lora_dropout", 0.0 <= config.lora_dropout < 1.0, "must be 0 <= p < 1")
-    if config.r % config.num_experts:
-        raise ValueError(f"r={config.r}, num_experts={config.num_experts}: the experts must divide the rank evenly")
+    check_settings(config.r, config.num_experts, config.lora_alpha, config.lora_dropout, config.backend)
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         value = getattr(config, name)
         names = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
@@ -126,20 +116,20 @@ def _check(config: ILoRAConfig) -> None:
     layers = config.layers_to_transform
     numbers = isinstance(layers, tuple) and all(type(v) is int for v in layers)
     expect("layers_to_transform", numbers or layers is None, "expected a list of ints")
-    for name in ("rank_pattern", "alpha_pattern", "expert_pattern"):
+    for name in PATTERNS:
         value = getattr(config, name)
         ok = value is None or (
-            isinstance(value, dict) and all(isinstance(k, str) and number(v) for k, v in value.items())
+            isinstance(value, dict) and all(isinstance(k, str) and is_number(v) for k, v in value.items())
         )
         expect(name, ok, "expected a dict from names to numbers")
-        finite = all(abs(v) < float("inf") for v in (value or {}).values())
-        expect(name, finite, "must hold finite numbers")
+        values = (value or {}).values()
+        expect(name, all(map(is_finite, values)), "must hold finite numbers")
         if name != "alpha_pattern":
-            expect(name, all(type(v) is int and v >= 1 for v in (value or {}).values()), "must hold positive ints")
+            expect(name, all(type(v) is int and v >= 1 for v in values), "must hold positive ints")
+        if name == "rank_pattern":
+            expect(name, all(v <= MAX_RANK for v in values), f"must hold ranks of at most {MAX_RANK}")
         for key in value or {}:
             _regex(name, key)
-    expect("adapter_dtype", config.adapter_dtype in _DTYPES, f"must be one of {_DTYPES}")
-    expect("backend", config.backend in (None, *NAMES), f"must be None or one of {NAMES}")
 
 
 def _regex(name: str, pattern: str) -> None:
@@ -147,30 +137,6 @@ def _regex(name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
-
-
-def named(path: str, names: str | Iterable[str]) -> bool:
-    """Whether the path is meant: by a regular expression for all of it, or by one of several path endings."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(_ends(path, name) for name in names)
-
-
-def _patterned(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    for key, value in (patterns or {}).items():
-        if _ends(path, key) or re.fullmatch(rf"(.*\.)?({key})", path):
-            return value
-    return default
-
-
-def block_of(path: str) -> str | None:
-    """The block that a module belongs to, such as "model.layers.3": its path up to the first number."""
-    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
-    return match.group() if match else None
 
 
 def with_head(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
@@ -186,34 +152,26 @@ def with_head(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
 
 def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
     """The paths of the linear layers to adapt, in the model's order.
-    Raises ValueError where a matched module cannot take an adapter, or nothing matched."""
+    Raises ValueError where a matched module cannot take an adapter, and for names, patterns and blocks that match
+    nothing. The model itself is never one: there is nowhere to put another module in its place."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     everything = config.target_modules == ALL_LINEAR
     targets: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        block = block_of(path)
-        index = int(block.rsplit(".", 1)[-1]) if block else None
-        if config.layers_to_transform is not None and index not in config.layers_to_transform:
+        if not path or (config.layers_to_transform is not None and index_of(path) not in config.layers_to_transform):
             continue
-        if named(path, config.exclude_modules) or _inside(path, config.modules_to_save):
+        if named(path, config.exclude_modules) or inside(path, config.modules_to_save):
             continue
-        if everything:
-            wanted = is_linear(module) and module is not head
-        else:
-            wanted = bool(path) and named(path, config.target_modules)
+        wanted = is_linear(module) and module is not head if everything else named(path, config.target_modules)
         if wanted and targets and path.startswith(targets[-1] + "."):
             continue  # a part of a layer that is adapted as a whole
         if wanted:
             _refuse_unfit(model, path, module)
             targets.append(path)
     if not targets:
-        raise ValueError(_nothing_matched(model, config))
+        raise ValueError(nothing_matched(model, config))
+    refuse_unmatched(model, config, targets)
     return targets
-
-
-def _inside(path: str, names: tuple[str, ...]) -> bool:
-    parts = path.split(".")
-    return any(named(".".join(parts[: i + 1]), names) for i in range(len(parts)))
 
 
 def _refuse_unfit(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -232,13 +190,3 @@ def _refuse_unfit(model: nn.Module, path: str, module: nn.Module) -> None:
             f"{path}: an expert of a sparse mixture sees a routed part of the rows, so a gate for each instance cannot "
             r"be mapped to them; leave the experts out, e.g. exclude_modules=r'.*\.experts\..*'"
         )
-
-
-def _nothing_matched(model: nn.Module, config: ILoRAConfig) -> str:
-    paths = [path for path, module in model.named_modules() if path and is_linear(module)]
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    return (
-        f"no module of {type(model).__name__} matches target_modules={config.target_modules!r} with "
-        f"exclude_modules={config.exclude_modules!r}, layers_to_transform={config.layers_to_transform}; "
-        f"its linear layers end in {', '.join(names) or 'nothing: it has none'}"
-    )

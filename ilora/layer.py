@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .bases import adapter_like, features_of, is_conv1d, keep_unpacked
 from .gate import GateState
 from .ops import ilora_linear, ilora_update
+from .settings import check_settings, dtype_named
 from .siblings import shared_output
 
 
@@ -21,14 +22,15 @@ class ILoRALinear(nn.Module):
         base_layer: nn.Linear or transformers' Conv1D, whose product and update are then computed together; or any
             module that maps [..., d_in] to [..., d_out] and has in_features and out_features (a quantised linear, one
             with hooks or with a tensor-subclass weight), whose output the update is added to. It is frozen in place.
-        r: total rank R, split evenly over the experts.
+        r: total rank R, 1 to 256, split evenly over the experts.
         num_experts: E, which divides r.
         lora_alpha: scaling = lora_alpha / (r / num_experts).
         lora_dropout: 0 <= p < 1, on the low-rank path, in training mode only.
-        adapter_dtype: dtype of lora_A and lora_B; None means the base weight's, or float32 where that is no float.
+        adapter_dtype: of lora_A and lora_B, torch.float32 or "float32" and so on; None means the base weight's, or
+            float32 where that is no float.
         backend: as in `ilora.ilora_linear`.
     lora_A [R, d_in] starts Kaiming-uniform and lora_B [d_out, R] zero, so a fresh layer equals its base.
-    Raises: TypeError, ValueError for a base or settings that do not fit.
+    Raises: TypeError, ValueError naming a base or a setting that does not fit, before the base is changed.
     """
 
     siblings: tuple[ILoRALinear, ...] = ()  # with itself, those that it may share its input with (ilora.share_inputs)
@@ -41,15 +43,13 @@ class ILoRALinear(nn.Module):
         lora_alpha: float = 32,
         lora_dropout: float = 0.0,
         *,
-        adapter_dtype: torch.dtype | None = None,
+        adapter_dtype: str | torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = features_of(base_layer)
-        if r < 1 or num_experts < 1 or r % num_experts:
-            raise ValueError(f"r={r}, num_experts={num_experts}: expected a rank that the experts divide evenly")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout: expected 0 <= p < 1, got {lora_dropout}")
+        check_settings(r, num_experts, lora_alpha, lora_dropout, backend)
+        dtype = dtype_named(adapter_dtype)
         self.r, self.num_experts, self.lora_alpha, self.lora_dropout = r, num_experts, lora_alpha, lora_dropout
         self.scaling = lora_alpha / (r // num_experts)
         self.backend = backend
@@ -57,7 +57,7 @@ class ILoRALinear(nn.Module):
         keep_unpacked(base_layer)
         self.name, self.gate_state, self.gate_index, self.gate_experts = "ILoRALinear", GateState(), 0, num_experts
         self.merged = False  # whether a gate is folded into the base's weight (ilora.merge)
-        like = adapter_like(base_layer, adapter_dtype)
+        like = adapter_like(base_layer, dtype)
         self.lora_A = nn.Parameter(like.new_empty(r, self.in_features))
         self.lora_B = nn.Parameter(like.new_empty(self.out_features, r))
         self.reset_parameters()
@@ -76,10 +76,15 @@ class ILoRALinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """The base layer's own bias, None where it has none."""
         return getattr(self.base_layer, "bias", None)
 
     def forward(self, x: Tensor, gate: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """y [..., d_out] from x [..., d_in], gate [N, E] and segments int32 [N+1] (see `ilora.ilora_linear`)."""
+        """y [..., d_out] from x [..., d_in], gate [N, E] and segments int32 [N+1] (see `ilora.ilora_linear`).
+
+        Raises: RuntimeError without a gate, and for one while another is merged into the weights; TypeError, ValueError
+        naming the argument that does not fit.
+        """
         if not torch.compiler.is_compiling():
             self.gate_state.called.add(self.name)
         if self.merged and gate is not None:
@@ -101,7 +106,11 @@ class ILoRALinear(nn.Module):
         weight = self.plain_weight()
         if weight is None:
             return ilora_update(x, self.base_layer(x), *adapter)
-        return ilora_linear(x, weight, self.base_layer.bias, *adapter)  # type: ignore[arg-type]
+        try:
+            return ilora_linear(x, weight, self.base_layer.bias, *adapter)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            error.args = (f"{self.name}: {error}",)
+            raise
 
     def plain_weight(self) -> Tensor | None:
         """[d_out, d_in] if x Wᵀ + b is all that calling the base does; None where it must be called itself."""
@@ -117,9 +126,16 @@ class ILoRALinear(nn.Module):
         return weight.T if conv1d else weight
 
     def own_gate(self, gate: Tensor) -> Tensor:
-        """[N, num_experts] from the model's [N, gate_experts]: a layer with fewer experts sums neighbours' gates."""
-        if gate.shape[-1] != self.gate_experts:
-            raise ValueError(f"gate: expected [N, num_experts={self.gate_experts}], got {list(gate.shape)}")
+        """[N, num_experts] from the model's [N, gate_experts]: a layer with fewer experts sums neighbours' gates.
+        Raises TypeError, ValueError for what is no gate of this width."""
+        try:
+            fits = gate.shape[-1] == self.gate_experts
+        except (AttributeError, IndexError):  # no tensor, or one without dimensions
+            fits = False
+        if not fits:
+            got = list(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
+            kind = ValueError if isinstance(gate, Tensor) else TypeError
+            raise kind(f"gate: expected [N, num_experts={self.gate_experts}], got {got}")
         if self.num_experts == self.gate_experts:
             return gate
         return gate.reshape(gate.shape[0], self.num_experts, -1).sum(-1)

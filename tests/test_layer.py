@@ -131,9 +131,9 @@ def test_no_gate_is_an_error_that_says_what_to_do():
 @pytest.mark.parametrize(
     ("base", "settings", "error", "message"),
     [
-        (nn.Linear(4, 4), {"r": 6}, ValueError, r"r=6, num_experts=4: expected a rank that the experts divide"),
-        (nn.Linear(4, 4), {"r": 0}, ValueError, r"r=0"),
-        (nn.Linear(4, 4), {"num_experts": 0}, ValueError, r"num_experts=0"),
+        (nn.Linear(4, 4), {"r": 6}, ValueError, r"r=6, num_experts=4: the experts must divide the rank evenly"),
+        (nn.Linear(4, 4), {"r": 0}, ValueError, r"r: must be at least 1, got 0"),
+        (nn.Linear(4, 4), {"num_experts": 0}, ValueError, r"num_experts: must be at least 1, got 0"),
         (nn.Linear(4, 4), {"lora_dropout": 1.0}, ValueError, r"lora_dropout.*1\.0"),
         (nn.Embedding(4, 4), {}, TypeError, r"base_layer: expected nn\.Linear.*got Embedding with in_features=None"),
         (ILoRALinear(nn.Linear(4, 4)), {}, TypeError, r"an ILoRALinear already"),

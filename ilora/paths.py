@@ -1,0 +1,118 @@
+"""What the names of an ILoRAConfig mean among a model's paths, and which of them mean nothing there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .bases import is_linear
+
+if TYPE_CHECKING:
+    from .config import ILoRAConfig
+
+ALL_LINEAR = "all-linear"
+PATTERNS = ("rank_pattern", "alpha_pattern", "expert_pattern")
+
+
+def ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def named(path: str, names: str | Iterable[str]) -> bool:
+    """Whether the path is meant: by a regular expression for all of it, or by one of several path endings."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(ends(path, name) for name in names)
+
+
+def inside(path: str, names: tuple[str, ...]) -> bool:
+    """Whether the module at the path, or one that it is a part of, is named."""
+    parts = path.split(".")
+    return any(named(".".join(parts[: i + 1]), names) for i in range(len(parts)))
+
+
+def patterned(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first key that means the path."""
+    return next((value for key, value in (patterns or {}).items() if _means(key, path)), default)
+
+
+def _means(key: str, path: str) -> bool:
+    return ends(path, key) or re.fullmatch(rf"(.*\.)?({key})", path) is not None
+
+
+def block_of(path: str) -> str | None:
+    """The block that a module belongs to, such as "model.layers.3": its path up to the first number."""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
+    return match.group() if match else None
+
+
+def index_of(path: str) -> int | None:
+    """The number of the module's block."""
+    block = block_of(path)
+    return int(block.rsplit(".", 1)[-1]) if block else None
+
+
+def nothing_matched(model: nn.Module, config: ILoRAConfig) -> str:
+    """Why there is nothing to adapt."""
+    kind, blocks = type(model).__name__, config.layers_to_transform
+    if is_linear(model) and not _linear(model):
+        return (
+            f"model: this {kind} is a linear layer itself, which has no place to be replaced in; wrap it: "
+            "layer = ilora.ILoRALinear(linear, r=8, num_experts=4), then layer(x, gate=g)"
+        )
+    text = (
+        f"no module of {kind} matches target_modules={config.target_modules!r} with "
+        f"exclude_modules={config.exclude_modules!r}, layers_to_transform={blocks}; {_endings(model)}"
+    )
+    if blocks is not None:
+        text += f"; {_blocks(model)}"
+    if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
+        text += (
+            "; a string is one regular expression for a module's whole path: give a list for path endings, such as "
+            f'["q_proj"], or "{ALL_LINEAR}"'
+        )
+    return text
+
+
+def refuse_unmatched(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> None:
+    """Raises ValueError for names that mean no module of the model, patterns that mean none of the targets, and blocks
+    that are not there: one that is misspelt would do nothing, beside others that do."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    for field in ("target_modules", "exclude_modules"):
+        names = getattr(config, field)
+        each = [names] if isinstance(names, str) else [(name,) for name in names]
+        lost = [name for name in each if name not in ("", ALL_LINEAR) and not any(named(path, name) for path in paths)]
+        if lost:
+            shown = ", ".join(repr(name if isinstance(name, str) else name[0]) for name in lost)
+            raise ValueError(f"{field}: no module of {type(model).__name__} matches {shown}; {_endings(model)}")
+    present = {index_of(path) for path in _linear(model)}
+    absent = [str(index) for index in config.layers_to_transform or () if index not in present]
+    if absent:
+        raise ValueError(f"layers_to_transform: there is no block {', '.join(absent)}; {_blocks(model)}")
+    for field in PATTERNS:
+        lost = [key for key in getattr(config, field) or {} if not any(_means(key, path) for path in targets)]
+        if lost:
+            adapted = sorted({path.rsplit(".", 1)[-1] for path in targets})
+            raise ValueError(
+                f"{field}: {', '.join(map(repr, lost))} matches none of the adapted layers, which end in "
+                f"{', '.join(adapted)}"
+            )
+
+
+def _linear(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if path and is_linear(module)]
+
+
+def _endings(model: nn.Module) -> str:
+    names = sorted({path.rsplit(".", 1)[-1] for path in _linear(model)})
+    return f"its linear layers end in {', '.join(names) or 'nothing: it has none'}"
+
+
+def _blocks(model: nn.Module) -> str:
+    found = sorted({index for index in map(index_of, _linear(model)) if index is not None})
+    run = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
+    shown = f"{found[0]} to {found[-1]}" if run else ", ".join(map(str, found))
+    return f"its blocks are {shown}" if found else "it has no blocks"
