@@ -44,12 +44,18 @@ def why_not(name: str, device_type: str, dtype: torch.dtype | None = None) -> st
 
 
 def available_backends(device: str | torch.device | None = None) -> tuple[str, ...]:
-    """The backends that work here: on `device` ("cpu", "cuda", ...), or on any device of this machine when None."""
-    if device is not None:
-        types = [torch.device(device).type]
-    else:
-        types = ["cpu"] + [t for t in ("cuda", "xpu") if getattr(torch, t).is_available()]
+    """The backends that work here: on `device` ("cpu", "cuda", ...), or on any device of this machine when None; () for
+    a device that this machine lacks. Raises RuntimeError for what names no device, as torch does."""
+    asked = [torch.device(t) for t in (("cpu", "cuda", "xpu") if device is None else (device,))]
+    types = [each.type for each in asked if _present(each)]
     return tuple(name for name in NAMES if any(why_not(name, t) is None for t in types))
+
+
+def _present(device: torch.device) -> bool:
+    if device.type in ("cpu", "meta"):
+        return True
+    module = getattr(torch, device.type, None)
+    return module is not None and module.is_available() and (device.index or 0) < module.device_count()
 
 
 def select(backend: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:

@@ -236,3 +236,14 @@ def test_available_backends():
     everywhere = ilora.available_backends()
     assert "reference" in everywhere
     assert set(ilora.available_backends("cpu")) <= set(everywhere) <= set(ilora.backends.NAMES)
+
+
+def test_no_backend_works_on_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ilora.available_backends("cuda") == ()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "reference" in ilora.available_backends("cuda:0")
+    assert ilora.available_backends("cuda:1") == ()
+    with pytest.raises(RuntimeError, match="gpu"):
+        ilora.available_backends("gpu")
