@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ def check_tensors(
         raise ValueError(f"x: expected [..., d_in] with d_in >= 1, got {_shape(x)}")
     d_in, M = x.shape[-1], rows(x)
     if A.dim() != 2 or A.shape[1] != d_in:
-        raise ValueError(f"A: expected [R, d_in={d_in}] to go with x {_shape(x)}, got {_shape(A)}")
+        raise ValueError(_misfit(x, weight, A))
     R = A.shape[0]
     if not 1 <= R <= MAX_RANK:
         raise ValueError(f"A: expected a rank of 1 to {MAX_RANK}, got R={R} from {_shape(A)}")
@@ -43,6 +45,13 @@ def check_tensors(
     if base is not None and tuple(base.shape) != (*x.shape[:-1], d_out):
         raise ValueError(f"base: expected {[*x.shape[:-1], d_out]} to go with x {_shape(x)}, got {_shape(base)}")
     _check_gate(gate, segments, M, R)
+
+
+def _misfit(x: Tensor, weight: Tensor | None, A: Tensor) -> str:
+    """What is wrong where x and A have no d_in in common: x, if the weight agrees with A."""
+    if weight is not None and A.dim() == weight.dim() == 2 and A.shape[1] == weight.shape[1]:
+        return f"x: expected [..., {A.shape[1]}], as weight {_shape(weight)} and A {_shape(A)} have it, got {_shape(x)}"
+    return f"A: expected [R, d_in={x.shape[-1]}] to go with x {_shape(x)}, got {_shape(A)}"
 
 
 def _check_gate(gate: Tensor, segments: Tensor | None, M: int, R: int) -> None:
@@ -114,6 +123,13 @@ def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devi
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected 64 bits, got {seed}")
     return as_seed(seed, device) if dropout_p > 0.0 else None
+
+
+def as_number(name: str, value: Any) -> float:
+    """A setting that is no Python number: one of another library, or of one element. Raises TypeError for others."""
+    if isinstance(value, (Real, Tensor)):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {value!r}")
 
 
 def rows(x: Tensor) -> int:

@@ -19,6 +19,7 @@ def frame_of(
     model: Any, inputs: Inputs, gate: Tensor | None, z: Tensor | None, segments: Tensor | None, mask: Tensor | None
 ) -> Frame:
     """The frame of one call, checked: a gate that does not fit the batch is refused here, by name."""
+    check_kinds(segments, mask)
     given, inherited = [g is not None for g in (gate, z)], model.ilora.state.frame
     if getattr(model, "_is_replica", False):
         raise RuntimeError("nn.DataParallel shares one gate among its threads; use DistributedDataParallel")
@@ -38,12 +39,21 @@ def frame_of(
         gate = network_gate(model, inputs, z, segments, mask)
     elif mask is not None:
         raise ValueError("ilora_prompt_mask was given with ilora_gate; it is for models with a PromptGate")
+    check_gate(model, gate, segments, inputs, expanded)
     if segments is not None:
         segments = segments.to(device=gate.device, dtype=torch.int32)
-    check_gate(model, gate, segments, inputs, expanded)
     if not torch.compiler.is_compiling():
         refuse_uneven_images(model, gate, inputs)
     return Frame(gate, segments, inputs.rows, inputs.lengths, expanded)
+
+
+def check_kinds(segments: Tensor | None, mask: Tensor | None) -> None:
+    """Raises TypeError for ilora_segments and ilora_prompt_mask that are no tensors of their kind."""
+    if segments is not None and (not isinstance(segments, Tensor) or segments.is_floating_point()):
+        got = getattr(segments, "dtype", type(segments).__name__)
+        raise TypeError(f"ilora_segments: expected int32 [N+1] row offsets, got {got}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"ilora_prompt_mask: expected a bool tensor, got {type(mask).__name__}")
 
 
 def network_gate(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor | None, mask: Tensor | None) -> Tensor:

@@ -127,8 +127,14 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
 
     gate may be [layers, N, E] for a model whose layers have a gate each. Afterwards, also after an exception, the
     layers are as they were. Blocks nest; it holds for every thread, so threads with gates of their own pass them as
-    arguments. Raises ValueError where the model holds no iLoRA layer.
+    arguments. Raises ValueError where the model holds no iLoRA layer, TypeError for a gate that is no float tensor and
+    segments that are no integer one.
     """
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        raise TypeError(f"gate: expected a float tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
+    if segments is not None and (not isinstance(segments, Tensor) or segments.is_floating_point()):
+        got = getattr(segments, "dtype", type(segments).__name__)
+        raise TypeError(f"segments: expected int32 [N+1] row offsets, got {got}")
     states = {id(s): s for s in (getattr(m, "gate_state", None) for m in model.modules()) if isinstance(s, GateState)}
     if not states:
         raise ValueError(f"gated: {type(model).__name__} holds no ILoRALinear layer, so a gate would do nothing")

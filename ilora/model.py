@@ -12,7 +12,7 @@ from .adapter import Injection, attach, beside, build, detach, dtype_of, injecte
 from .bases import keep_unpacked, let_pack
 from .config import ILoRAConfig
 from .delivery import ILoRAModel, ilora_class
-from .frames import network_gate
+from .frames import check_kinds, network_gate
 from .gate import GateState, release_checkpoints
 from .inputs import read_inputs
 from .layer import ILoRALinear
@@ -125,13 +125,22 @@ def disable_adapter(model: Any) -> Iterator[Any]:
 
 
 def gate_of(
-    model: Any, ilora_z: Tensor | None = None, ilora_prompt_mask: Tensor | None = None, **inputs: Any
+    model: Any,
+    *,
+    ilora_z: Tensor | None = None,
+    ilora_prompt_mask: Tensor | None = None,
+    ilora_segments: Tensor | None = None,
+    **inputs: Any,
 ) -> Tensor:
     """The gate [N, E] (or [blocks, N, E]) that the model's gate network gives for these inputs, for loops that call the
-    model step by step: `with ilora.gated(model, ilora.gate_of(model, input_ids=..., attention_mask=...)): ...`."""
+    model step by step: `with ilora.gated(model, ilora.gate_of(model, input_ids=..., attention_mask=...)): ...`.
+
+    All by name, as the model's forward takes them. Raises: ValueError where nothing was injected, where the model has
+    no gate network, and for inputs that are missing or not this network's; TypeError for those of another kind.
+    """
     injected(model)
-    segments = inputs.pop("ilora_segments", None)
-    return network_gate(model, read_inputs((), (), inputs), ilora_z, segments, ilora_prompt_mask)
+    check_kinds(ilora_segments, ilora_prompt_mask)
+    return network_gate(model, read_inputs((), (), inputs), ilora_z, ilora_segments, ilora_prompt_mask)
 
 
 def last_gate(model: Any) -> Tensor:

@@ -120,12 +120,16 @@ class SequenceGate(GateNetwork):
     def forward(self, z: Tensor) -> Tensor:
         """gate [N, E], or [num_layers, N, E] if per_layer, from z [N, z_dim] of any float dtype; rows are independent.
 
-        Raises: ValueError for another shape, TypeError for another dtype.
+        Raises: ValueError for another shape or device, TypeError for another dtype and what is no tensor.
         """
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z: expected a float tensor [N, z_dim={self.z_dim}], got {type(z).__name__}")
         if z.ndim != 2 or z.shape[1] != self.z_dim:
             raise ValueError(f"z: expected [N, z_dim={self.z_dim}], got {list(z.shape)}")
         if not z.is_floating_point():
             raise TypeError(f"z: expected a float tensor, got {z.dtype}")
+        if z.device != self.weight.device:
+            raise ValueError(f"z: expected it on the gate network's device {self.weight.device}, got {z.device}")
         with torch.autocast(z.device.type, enabled=False):
             return self._gate(z)
 

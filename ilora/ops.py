@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_dtypes, check_segments, check_tensors, checked_seed, rows
+from .checks import as_number, check_dtypes, check_segments, check_tensors, checked_seed, rows
 
 _LIBRARY = torch.library.Library("ilora", "DEF")
 _LIBRARY.define(
@@ -58,6 +58,8 @@ def ilora_linear(
     Saved for backward: x, xa [M, R], the arguments and the seed. The same inputs give the same bits.
     Formula: arXiv 2408.10159, with the experts' sum written as a scaling in rank space.
     """
+    if weight is None:
+        raise TypeError("weight: expected a torch.Tensor, got None; ilora_update computes the update alone")
     return _apply(x, weight, bias, None, A, B, gate, scaling, segments, dropout_p, seed, backend)
 
 
@@ -79,6 +81,10 @@ def ilora_update(
 
 
 def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed, backend):
+    if not isinstance(scaling, float):
+        scaling = as_number("scaling", scaling)
+    if not isinstance(dropout_p, float):
+        dropout_p = as_number("dropout_p", dropout_p)
     check_tensors(x, weight, bias, base, A, B, gate, segments)
     device = x.device.type
     autocast = autocasts(device)
@@ -86,7 +92,6 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
         x, weight, bias, base, A, B = autocast_to(torch.get_autocast_dtype(device), x, weight, bias, base, A, B)
     check_dtypes(x, weight, bias, base, A, B, gate)
     bias, segments = dense(bias), dense(segments)
-    dropout_p = float(dropout_p)
     seed = checked_seed(seed, dropout_p, x.device)
     args = (
         x,
@@ -97,7 +102,7 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
         B,
         gate,
         segments,
-        float(scaling) / (1.0 - dropout_p),
+        scaling / (1.0 - dropout_p),
         dropout_p,
         seed,
         backend or "",
