@@ -19,10 +19,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 CONFIGS = {
     "plain": {},
     "patterns": {
-        "rank_pattern": {"q_proj": 16, "c_fc": 4},
-        "alpha_pattern": {"1.mlp.up_proj": 7.5, "h.0.attn.c_attn": 3},
+        "rank_pattern": {"q_proj|c_attn": 16, "down_proj|c_fc": 4},
+        "alpha_pattern": {r"1\.mlp\.(up_proj|c_proj)": 7.5, r"0\.(self_)?attn\.(q_proj|c_attn)": 3},
     },
-    "experts": {"expert_pattern": {"k_proj": 2, "c_proj": 2}, "lora_alpha": 10},
+    "experts": {"expert_pattern": {"k_proj|c_proj": 2}, "lora_alpha": 10},
     "saved": {"modules_to_save": ("lm_head",), "layers_to_transform": (1,)},
 }
 
