@@ -1,5 +1,6 @@
 """The benchmark: its peers compute one function, a wrong one is not timed, its files hold what they promise."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import peers
 import pytest
 import report
 import torch
+import torch.nn.functional as F
 from memory import peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
@@ -57,6 +59,65 @@ def dropout_not_inverted(case):
     return peer if case.settings.dropout == 0.0 else replace(peer, mask=None)
 
 
+def dropped_by(drop):
+    """Builds a peer that a generator's state does not foretell: `drop(x, p)` is what its update sees."""
+
+    def build(case):
+        peer = peers.eager(case, lambda x, weight, bias, A, B, gate, s, p: layer(x, weight, bias, A, B, gate, s, p))
+        return replace(peer, mask=None)
+
+    def layer(x, weight, bias, A, B, gate, s, p):
+        seen = drop(x, p) if p else x
+        return F.linear(x, weight, bias) + peers._algebraic(seen, weight * 0, bias * 0, A, B, gate, s, 0.0)
+
+    return build
+
+
+class MaskForgotten(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        return F.dropout(x, p)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+class OtherMaskForA(torch.autograd.Function):
+    """xa of x̃ whose mask is right in xa and in the gradient of x: the gradient of A is that of x without a mask."""
+
+    @staticmethod
+    def forward(ctx, x, A, p):
+        mask = F.dropout(torch.ones_like(x), p)
+        ctx.save_for_backward(x, A, mask)
+        return F.linear(x * mask, A)
+
+    @staticmethod
+    def backward(ctx, dxa):
+        x, A, mask = ctx.saved_tensors
+        return dxa @ A * mask, torch.einsum("blr,blk->rk", dxa, x), None
+
+
+def mask_not_in_the_gradient_of_A(case):
+    peer, p = peers.eager(case), case.settings.dropout
+    A, B, gate = peer.parameters
+
+    def call(x):
+        gamma = (gate * case.scaling).repeat_interleave(A.shape[0] // gate.shape[1], dim=1)
+        return F.linear(x, case.weight, case.bias) + F.linear(OtherMaskForA.apply(x, A, p) * gamma[:, None], B)
+
+    return peer if p == 0.0 else replace(peer, call=call, mask=None)
+
+
+DROPOUTS = {  # each right at p = 0
+    "no scale": lambda x, p: F.dropout(x, p) * (1.0 - p),
+    "twice": lambda x, p: F.dropout(F.dropout(x, p), p),
+    "another p": lambda x, p: F.dropout(x, 0.4 * p) * (1.0 - 0.4 * p) / (1.0 - p),
+    "none in backward": MaskForgotten.apply,
+    "two masks mixed": lambda x, p: 0.5 * F.dropout(x, p) + 0.5 * F.dropout(x, p),
+}
+
+
 def gradient_of_another_mask(case):
     peer = peers.eager(case)
 
@@ -67,13 +128,47 @@ def gradient_of_another_mask(case):
     return replace(peer, call=call)
 
 
-@pytest.mark.parametrize(
-    "build", [wrong_scaling, wrong_gate, no_dropout, dropout_not_inverted, gradient_of_another_mask]
-)
+def gradient_of_nan(case):
+    peer = peers.eager(case)
+
+    def call(x):
+        return peer.call(x) + (peer.parameters[0].sum() * 0.0).sqrt()  # 0, of infinite slope times 0
+
+    return replace(peer, call=call)
+
+
+WRONG = [wrong_scaling, wrong_gate, no_dropout, dropout_not_inverted, gradient_of_another_mask]
+
+
+@pytest.mark.parametrize("build", [*WRONG, mask_not_in_the_gradient_of_A, gradient_of_nan])
 def test_check_refuses(build):
     case = case_of(dropout=0.3)
     with pytest.raises(checking.WrongPeer):
         checking.check(build(case), build, case)
+
+
+SIZES = [(1, 1, 576, 576), (8, 8, 576, 576), (8, 64, 576, 1536), (2, 8, 24, 40), (1, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_passes_every_right_dropout(size, dtype):
+    right = dropped_by(F.dropout)
+    for (rank, experts), dropout in itertools.product([(1, 1), (8, 4)], [0.1, 0.5, 0.9]):
+        batch, length, d_in, d_out = size
+        changes = {"batch": batch, "length": length, "d_in": d_in, "d_out": d_out, "rank": rank, "experts": experts}
+        case = case_of(**changes, dropout=dropout, dtype=dtype)
+        assert checking.check(right(case), right, case) <= checking.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_check_refuses_every_wrong_dropout(name, dtype):
+    wrong = dropped_by(DROPOUTS[name])
+    for size, dropout in itertools.product([(3, 64), (2, 8)], [0.1, 0.5, 0.9]):
+        case = case_of(batch=size[0], length=size[1], dropout=dropout, dtype=dtype)
+        with pytest.raises(checking.WrongPeer):
+            checking.check(wrong(case), wrong, case)
 
 
 def test_sweep_writes_rows_table_and_plot(tmp_path, capsys):
