@@ -123,6 +123,10 @@ def test_several_adapters(tmp_path):
         logits(ilora.load_adapter(llama(), ilora.save_adapter(model, tmp_path / "1", name="one")), ilora_z=Z),
     )
 
+    plain = ilora.load_adapter(llama(), one, name="one")
+    plain.ilora_gate = None
+    with pytest.raises(AdapterError, match=r"settings: the gate network's type is None, in the file 'SequenceGate';"):
+        ilora.load_adapter(plain, one, name="one")
     fresh = ilora.load_adapter(llama(), one, name="one")
     ilora.load_adapter(fresh, two, name="two")
     assert ilora.adapters(fresh) == ("two", "one")
@@ -139,6 +143,13 @@ def test_several_adapters(tmp_path):
     with pytest.raises(ValueError, match="no adapter 'three'"):
         ilora.save_adapter(fresh, tmp_path / "three", name="three")
     assert_untouched(fresh, before)
+
+
+def test_the_order_of_names_is_no_setting(tmp_path):
+    path = ilora.save_adapter(adapted(llama(), target_modules=("q_proj", "v_proj")), tmp_path / "a")
+    model = adapted(llama(), target_modules=("v_proj", "q_proj"), std=0.3)
+    loaded = ilora.load_adapter(model, path)
+    assert_same_state(loaded.state_dict(), ilora.load_adapter(llama(), path).state_dict())
 
 
 def test_a_gate_network_of_ones_own_must_be_given(tmp_path):

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from saved_cases import FILES, adapted, assert_same_state, assert_untouched, bits, llama, logits, uniform
+from saved_cases import FILES, adapted, assert_same_state, assert_untouched, bits, llama, logits, randomise, uniform
 
 import ilora
 from ilora import AdapterError, PromptGate, SequenceGate
@@ -140,6 +140,28 @@ def test_save_pretrained_pushes(server, tmp_path):
     model.save_pretrained(tmp_path / "a", push_to_hub=True, repo_id="me/b", token="hf_secret", commit_message="first")
     assert sorted(server.repos["me/b"]) == sorted([*FILES, "README.md"])
     assert_same_state(ilora.load_adapter(llama(layers=1), "me/b", token=False).state_dict(), model.state_dict())
+
+
+def test_a_card_written_on_the_hub_is_kept(server):
+    model = adapted(llama(layers=1), PromptGate(4))
+    ilora.push_adapter(model, "me/b", token="hf_secret")
+    assert b"iLoRA" in server.repos["me/b"]["README.md"]
+    server.repos["me/b"]["README.md"] = b"my own card"
+    ilora.push_adapter(randomise(model, std=0.3), "me/b", token="hf_secret")
+    assert server.repos["me/b"]["README.md"] == b"my own card"
+    assert_same_state(ilora.load_adapter(llama(layers=1), "me/b", token=False).state_dict(), model.state_dict())
+
+
+def test_a_connection_that_is_cut_is_named(monkeypatch):
+    class RemoteProtocolError(Exception):
+        """Of an HTTP client: no OSError."""
+
+    def cut(*args, **kwargs):
+        raise RemoteProtocolError("peer closed connection")
+
+    monkeypatch.setattr(hub.HfApi, "snapshot_download", cut)
+    with pytest.raises(AdapterError, match=r"me/b: .*peer closed connection"):
+        ilora.load_adapter(llama(layers=1), "me/b", token=False)
 
 
 def test_what_the_hub_lacks_or_damaged(server):

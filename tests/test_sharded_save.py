@@ -39,6 +39,8 @@ def worker(rank, folder):
         fully_shard(part, mesh=mesh)
     save_pretrained(model, folder / "saved", is_main_process=rank == 0)
     dist.barrier()
+    path = ilora.save_adapter(model, folder / f"by-{rank}")
+    assert path.exists() == (rank == 0)
     assert_same_state(ilora.load_adapter(tower(), folder / "saved").state_dict(), whole)
     with torch.no_grad():
         for parameter in model.parameters():

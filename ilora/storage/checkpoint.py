@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,35 @@ from ..networks import GATE_TYPES
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory
 from .files import AdapterError as AdapterError
+from .gathered import check_whole, taken, whole, writes
 from .layout import GATE_PREFIX, Layout, fill, peft_config, peft_key, tensors_of
 from .stored import Stored, find_directory, read_adapter
 
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 _PUSH = ("repo_id", "token", "private", "commit_message")
 _IGNORED = {"max_shard_size", "variant", "save_peft_format", "save_original_format", "distributed_checkpoint"}
 _IGNORED |= {"save_function", "use_auth_token"}
 
 
-def save_adapter(model: Any, path: str | os.PathLike[str], *, name: str | None = None) -> Path:
+def save_adapter(
+    model: Any, path: str | os.PathLike[str], *, name: str | None = None, is_main_process: bool | None = None
+) -> Path:
     """Writes an adapter of the model to a directory, and returns its path.
 
     name: which of the model's adapters; None means the active one. Dtypes are kept. A new directory appears whole or
     not at all; in an existing one complete files take the places of the old, `ilora_config.json` last, whose checksums
     tell a mixture. PEFT reads the same directory: it computes the model under the uniform gate.
-    Raises: ValueError for a model without iLoRA or without this adapter, NotADirectoryError, OSError, ImportError.
+    is_main_process: False gathers what is sharded, with the other processes, and writes nothing. None means this one,
+        and the first one alone where tensors are sharded (FSDP2); nobody waits for it to have written.
+    Raises: ValueError for a model without iLoRA or without this adapter, AdapterError for a model of which this process
+    has fragments (FSDP1: save_pretrained with the state_dict it gathers), NotADirectoryError, OSError, ImportError.
     """
     adapter = _adapter(model, name)
-    return _write(model, path, adapter, _whole(tensors_of(adapter)))
+    tensors = tensors_of(adapter)
+    if is_main_process is None:
+        is_main_process = writes(tensors)
+    tensors = whole(tensors)
+    check_whole(adapter, tensors)
+    return _write(model, path, adapter, tensors) if is_main_process else Path(path)
 
 
 def save_pretrained(
@@ -63,9 +72,10 @@ def save_pretrained(
     if not kwargs.get("safe_serialization", True):
         raise ValueError("save_pretrained: safe_serialization=False asks for a pickle; adapters are safetensors files")
     adapter = _adapter(model, None)
-    tensors = _whole(tensors_of(adapter) if state_dict is None else _taken(adapter, state_dict))
+    tensors = whole(tensors_of(adapter) if state_dict is None else taken(adapter, state_dict))
     if not is_main_process:
         return
+    check_whole(adapter, tensors)
     _write(model, save_directory, adapter, tensors, state=tensors)
     if push_to_hub:
         from .hub import push_folder
@@ -153,15 +163,21 @@ def differences(adapter: Adapter, config: ILoRAConfig, gate: dict[str, Any] | No
     found = [
         f"{key} is {own[key]!r}, in the file {other[key]!r}"
         for key in own
-        if own[key] != other[key] and key != "backend"
+        if _unordered(own[key]) != _unordered(other[key]) and key != "backend"
     ]
     mine, theirs = describe_gate(adapter.gate) or {}, gate or {}
-    custom = mine.get("type") == theirs.get("type") == "custom"  # tensors tell whether they fit: classes move
+    if mine.get("type") != theirs.get("type"):
+        return [*found, f"the gate network's type is {mine.get('type')!r}, in the file {theirs.get('type')!r}"]
+    custom = mine.get("type") == "custom"  # tensors tell whether they fit: classes move
     for key in () if custom else sorted({*mine, *theirs}):
         same = mine.get(key) == theirs.get(key) and isinstance(mine.get(key), bool) == isinstance(theirs.get(key), bool)
         if not (same and key in mine and key in theirs):
             found.append(f"the gate network's {key} is {mine.get(key)!r}, in the file {theirs.get(key)!r}")
     return found
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 def describe_gate(gate: nn.Module | None) -> dict[str, Any] | None:
@@ -220,22 +236,3 @@ def _write(
         return to_json({**sealed, "digest": digest_of(sealed)})
 
     return write_directory(path, contents, (CONFIG, seal))
-
-
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise ValueError(f"{name} has no values here: it is on the meta device, as what a device map offloads")
-    # A sharded tensor (FSDP2) is gathered, by all processes together.
-    return {
-        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in tensors.items()
-    }
-
-
-def _taken(adapter: Adapter, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    given = {_WRAPPERS.sub("", key): tensor for key, tensor in state_dict.items()}
-    wanted = tensors_of(adapter)
-    missing = [name for name in wanted if name not in given]
-    if missing:
-        raise AdapterError(f"state_dict: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} are)")
-    return {name: given[name] for name in wanted}

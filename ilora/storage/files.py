@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -31,7 +32,8 @@ def write_directory(
 ) -> Path:
     """Writes texts and tensors to files of these names, and last of all the seal, whose text is made from the others'
     SHA-256 sums. A new directory appears with everything in it or not at all; in an existing one every file is complete
-    on the disk before the first takes its place. A README.md that is there already is kept. Returns the directory.
+    on the disk before the first takes its place. A README.md that is there already is kept, files of an earlier save
+    that this one has not are removed. Returns the directory.
 
     Raises: NotADirectoryError where the path is a file, OSError where it cannot be written, ImportError.
     """
@@ -47,15 +49,27 @@ def write_directory(
             _write(stage / name, content)
             sums[name] = checksum(stage / name)
         _write(stage / seal[0], seal[1](sums))
-        if not path.exists():
-            os.rename(stage, path)
+        if not path.exists() and _renamed(stage, path):
             return path
+        ours = (path / CONFIG).exists() and not (path / "config.json").exists()
         for name in [*contents, seal[0]]:
             if name != README or not (path / README).exists():
                 os.replace(stage / name, path / name)
+        for name in {GATE, STATE}.difference(contents) if ours else ():
+            (path / name).unlink(missing_ok=True)  # of an earlier save here, which nothing must take for this one's
         return path
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _renamed(stage: Path, path: Path) -> bool:
+    try:
+        os.rename(stage, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False  # another process was faster
+    return True
 
 
 def _write(path: Path, content: str | dict[str, Tensor]) -> None:
