@@ -39,9 +39,10 @@ CASES += [
 
 @pytest.fixture
 def planned(monkeypatch):
-    """What decode.plan answered, call by call."""
-    from ilora.kernels import decode
+    """What decode.plan answered, plan by plan."""
+    from ilora.kernels import decode, replay
 
+    replay.forget()
     answers, plan = [], decode.plan
 
     def spy(*args):
@@ -64,10 +65,12 @@ def test_against_the_definition(case, dtypes, planned):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels launched."""
+    from ilora.kernels import replay
     from ilora.kernels.launch import Launch
 
+    replay.forget()
     names, call = [], Launch.__call__
-    monkeypatch.setattr(Launch, "__call__", lambda self: (names.append(self.kernel.fn.__name__), call(self)))
+    monkeypatch.setattr(Launch, "__call__", lambda self: names.append(self.kernel.fn.__name__) or call(self))
     return names
 
 
@@ -90,10 +93,11 @@ def test_one_launch_and_the_frozen_product_within_it_up_to_16_rows(M, launched, 
 
 
 def test_what_the_ordinary_launches_are_for(launched):
-    from ilora.kernels import decode
+    from ilora.kernels import decode, replay
 
     def forward(t, p=0.0):
         launched.clear()
+        replay.forget()
         low = (t["A"], t["B"], t["gate"], 2.0)
         ilora.ilora_linear(t["x"], t["weight"], t["bias"], *low, dropout_p=p, seed=1, backend="triton")
         return "decode" in launched

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if reason := backends.why_not("triton", DEVICE):
     pytest.skip(reason, allow_module_level=True)
 
-from ilora.kernels import config, strategy, table, update  # noqa: E402
+from ilora.kernels import config, launch, strategy, table, update  # noqa: E402
 from ilora.kernels.launch import INTERPRETER, Device  # noqa: E402
 
 DTYPES = [F16, BF16] if DEVICE == "cuda" else [F16]  # the interpreter's bfloat16 arithmetic means nothing
@@ -70,7 +70,7 @@ def both(x, weight, dropout_p=0.3):
         y, xa = plan.forward(None, None, weight)
         dx = plan.backward(dy, xa, True, weight)[0]
         assert plan.fused == (name == "gemm")
-        update.run(plan.launches, x.device)
+        launch.run(plan.launches, x.device)
         if name == "beta":
             y, dx = y + x @ weight.T, dx + dy @ weight
         results.append((y, dx))

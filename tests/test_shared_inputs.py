@@ -150,17 +150,18 @@ def test_triton_reads_x_once_each_way(monkeypatch):
     """Counted in the launches: one that reads x forward, one backward, and each dy once."""
     if (reason := backends.why_not("triton", "cuda" if torch.cuda.is_available() else "cpu")) is not None:
         pytest.skip(reason)
-    from ilora.kernels import halves
+    from ilora.kernels import replay
 
     case = Case(M=40, N=2, d_in=33, device="cuda" if torch.cuda.is_available() else "cpu")
     leaves, projections, _, dys = problem(case)
-    read, run = [], halves.run
+    replay.forget()
+    read, run = [], replay.run
 
     def counted(launches, device):
         read.extend(launch.args["x_ptr"].data_ptr() for launch in launches if "x_ptr" in launch.args)
-        run(launches, device)
+        return run(launches, device)
 
-    monkeypatch.setattr(halves, "run", counted)
+    monkeypatch.setattr(replay, "run", counted)
     x = leaves["x"]
     shared = SharedInput(x, projections, leaves["gate"], 2.0, backend="triton")
     ys = [shared.y(j) for j in range(3)]

@@ -72,7 +72,12 @@ def unit(stride: int) -> int:
 
 def aligned(x: Tensor) -> bool:
     """Whether x's rows can be read 16 bytes at a time, by what Triton's launcher notices."""
-    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.storage_offset() * x.element_size() % 16 == 0
+    return x.stride(1) == 1 and x.stride(0) % 16 == 0 and start(x) == 0
+
+
+def start(x: Tensor) -> int:
+    """The remainder of x's address by 16 bytes."""
+    return (x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr()) % 16
 
 
 def _stages(device: Device, stage: int, budget: int) -> int:

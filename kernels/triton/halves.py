@@ -6,15 +6,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .launch import device_of, run
+from .launch import device_of
+from .replay import Plan, planned
 from .update import Update
 
 
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """xa [M, R] = x̃ Aᵀ, float32: it is rounded once, when the gate has been at it."""
-    update = _of_x(x, A, x.shape[1], dropout_p, seed)
-    xa = update.shrink_x()
-    run(update.launches, x.device)
+    one = _one(x)
+
+    def make() -> Plan:
+        update = _of_x(x, A, one, x.shape[1], dropout_p, seed)
+        xa = update.shrink_x()
+        return update.launches, (xa,), update.fused
+
+    (xa,), _ = planned("shrink_x", (dropout_p,), x, (x, A, one, seed), make)
     return xa
 
 
@@ -23,11 +29,14 @@ def expand_xa(
     scaling: float,
 ) -> Tensor:  # fmt: skip
     """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ."""
-    A = _shaped(B, B.shape[1], x.shape[1])
-    update = Update(device_of(x), x, A, B, gate, segments, scaling, 0.0, None)
-    y = update.expand_xa(xa, bias, weight)
-    run(update.launches, x.device)
-    if y.numel() and not update.fused:
+
+    def make() -> Plan:
+        update = Update(device_of(x), x, _shaped(B, B.shape[1], x.shape[1]), B, gate, segments, scaling, 0.0, None)
+        y = update.expand_xa(xa, bias, weight)
+        return update.launches, (y,), update.fused
+
+    (y,), fused = planned("expand_xa", (scaling,), x, (x, xa, weight, bias, B, gate, segments), make)
+    if y.numel() and not fused:
         y.addmm_(x, weight.t())
     return y
 
@@ -36,10 +45,13 @@ def backward_dy(
     dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dxa [M, R], dB, dgate) from one launch over dy."""
-    update = Update(device_of(dy), dy, _shaped(B, *reversed(B.shape)), B, gate, segments, scaling, 0.0, None)
-    results = update.backward_dy(dy, xa)
-    run(update.launches, dy.device)
-    return results
+
+    def make() -> Plan:
+        update = Update(device_of(dy), dy, _shaped(B, *reversed(B.shape)), B, gate, segments, scaling, 0.0, None)
+        return update.launches, update.backward_dy(dy, xa), update.fused
+
+    (dxa, dB, dgate), _ = planned("backward_dy", (scaling,), dy, (dy, xa, B, gate, segments), make)
+    return dxa, dB, dgate
 
 
 def backward_x(
@@ -49,17 +61,26 @@ def backward_x(
     """(dx or None, dA): dx = keep ⊙ (dxa A) + Σ dy W over the products, the first of them in one GEMM with it where
     strategy.py says so."""
     dy, weight = products[0] if products else (None, None)
-    update = _of_x(x, A, x.shape[1] if dy is None else dy.shape[1], dropout_p, seed)
-    dx, dA = update.backward_x(dxa, need_dx, dy, weight)
-    run(update.launches, x.device)
-    for dy, weight in products[update.fused :] if dx is not None and dx.numel() else ():
-        dx.addmm_(dy, weight)
+    one = _one(x)
+
+    def make() -> Plan:
+        update = _of_x(x, A, one, x.shape[1] if dy is None else dy.shape[1], dropout_p, seed)
+        results = update.backward_x(dxa, need_dx, dy, weight)
+        return update.launches, results, update.fused
+
+    inputs = (dxa, x, A, one, dy, weight, seed)
+    (dx, dA), fused = planned("backward_x", (dropout_p, need_dx), x, inputs, make)
+    for each, its_weight in products[fused:] if dx is not None and dx.numel() else ():
+        dx.addmm_(each, its_weight)
     return dx, dA
 
 
-def _of_x(x: Tensor, A: Tensor, d_out: int, dropout_p: float, seed: Tensor | None) -> Update:
+def _one(x: Tensor) -> Tensor:
+    return x.new_ones(1, 1, dtype=torch.float32)
+
+
+def _of_x(x: Tensor, A: Tensor, one: Tensor, d_out: int, dropout_p: float, seed: Tensor | None) -> Update:
     """The half of an update that knows of x and A alone, under a gate of one."""
-    one = x.new_ones(1, 1, dtype=torch.float32)
     return Update(device_of(x), x, A, _shaped(A, d_out, A.shape[0]), one, None, 1.0, dropout_p, seed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -57,16 +58,25 @@ class Launch(NamedTuple):
     warps: int = 4
     stages: int = 2
 
-    def __call__(self) -> None:
-        self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
+    def __call__(self) -> Any:
+        """Launches; returns Triton's compiled kernel, or None in the interpreter."""
+        return self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
+
+    def values(self) -> list[Any]:
+        """The arguments in the order of the kernel's signature."""
+        return [self.args[name] for name in self.kernel.arg_names]
+
+    def runner(self, compiled: Any) -> Callable[..., Any]:
+        """What launches the compiled kernel on other values like these: on a GPU it takes `stream=` too."""
+        if compiled is not None:
+            return compiled[(*self.grid, 1, 1)[:3]]
+        names, options = self.kernel.arg_names, {"num_warps": self.warps, "num_stages": self.stages}
+        return lambda *values: self.kernel[self.grid](**dict(zip(names, values, strict=True)), **options)
 
 
-def run(launches: list[Launch], device: torch.device) -> None:
-    """Launches in order on device's current stream; nothing here waits for it."""
+def run(launches: list[Launch], device: torch.device) -> list[Any]:
+    """Launches in order on device's current stream; nothing here waits for it. Returns what the launches do."""
     if device.type != "cuda":
-        for launch in launches:
-            launch()
-        return
+        return [launch() for launch in launches]
     with torch.cuda.device(device):
-        for launch in launches:
-            launch()
+        return [launch() for launch in launches]

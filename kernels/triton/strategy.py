@@ -17,7 +17,7 @@ from torch import Tensor
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Dots, GemmTile, ceil_div, gemm_shared, gemm_step, gemm_tile, unit
+from .config import Dots, GemmTile, ceil_div, gemm_shared, gemm_step, gemm_tile, start, unit
 from .gemm import gemm
 from .launch import Device, Launch
 from .table import MEASURED, STRATEGIES, load_table
@@ -96,7 +96,7 @@ def why_not(x: Tensor, weight: Tensor | None, D: int, A: Tensor) -> str | None:
     for name, matrix in (("the input", x), ("the weight", rows_of(weight)[0])):
         if matrix.stride(1) != 1 or matrix.stride(0) * 2 % 16 or matrix.stride(0) < matrix.shape[1]:
             return f"{name}'s strides {tuple(matrix.stride())} are not those of rows a multiple of 16 bytes long"
-        if (matrix.storage_offset() * 2 if matrix.is_meta else matrix.data_ptr()) % 16:
+        if start(matrix):
             return f"{name} does not start at a multiple of 16 bytes"
     return None
 

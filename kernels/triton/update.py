@@ -12,9 +12,10 @@ from . import config, decode
 from .config import ceil_div, pow2
 from .expand import expand
 from .gates import gate_ranks, sum_segments
-from .launch import Device, Launch, device_of, run
+from .launch import Device, Launch, device_of
 from .outer import outer, sum_parts
 from .pair import pair_launch
+from .replay import Plan, planned
 from .shrink import shrink
 from .strategy import gemm_launch, gemm_or_beta
 
@@ -29,14 +30,18 @@ def forward(
     else:
         base = None
     device = device_of(x)
-    if planned := decode.plan(device, x, weight, bias, base, A, B, gate, segments, scaling, dropout_p):
-        launch, y, xa, fused = planned
-        run([launch], x.device)
-    else:
+
+    def make() -> Plan:
+        few = decode.plan(device, x, weight, bias, base, A, B, gate, segments, scaling, dropout_p)
+        if few is not None:
+            launch, y, xa, fused = few
+            return [launch], (y, xa), fused
         update = Update(device, x, A, B, gate, segments, scaling, dropout_p, seed)
-        y, xa = update.forward(bias, base, weight)
-        run(update.launches, x.device)
-        fused = update.fused
+        results = update.forward(bias, base, weight)
+        return update.launches, results, update.fused
+
+    inputs = (x, weight, bias, base, A, B, gate, segments, seed)
+    (y, xa), fused = planned("forward", (scaling, dropout_p), x, inputs, make)
     if weight is not None and y.numel() and not fused:
         y.addmm_(x, weight.t())
     return y, xa
@@ -47,10 +52,15 @@ def backward(
     segments: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None, need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx [M, d_in] or None, dA, dB, dgate); dx = dy W + keep ⊙ (dxa A), without a weight its second part only."""
-    update = Update(device_of(x), x, A, B, gate, segments, scaling, dropout_p, seed)
-    dx, dA, dB, dgate = update.backward(dy, xa, need_dx, weight)
-    run(update.launches, x.device)
-    if dx is not None and weight is not None and dx.numel() and not update.fused:
+
+    def make() -> Plan:
+        update = Update(device_of(x), x, A, B, gate, segments, scaling, dropout_p, seed)
+        results = update.backward(dy, xa, need_dx, weight)
+        return update.launches, results, update.fused
+
+    inputs = (dy, x, xa, weight, A, B, gate, segments, seed)
+    (dx, dA, dB, dgate), fused = planned("backward", (scaling, dropout_p, need_dx), x, inputs, make)
+    if dx is not None and weight is not None and dx.numel() and not fused:
         dx.addmm_(dy, weight)
     return dx, dA, dB, dgate
 
@@ -80,7 +90,7 @@ class Update:
         xa, h = self._ranks(), self._ranks()
         y = self.x.new_empty(self.M, self.B.shape[0])
         if self.M:
-            self._gate(self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=h, raw=xa)
+            self._gate(*self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=h, raw=xa)
             self._onto_y(y, h, bias, base, weight)
         return y, xa
 
@@ -94,13 +104,13 @@ class Update:
     def shrink_x(self) -> Tensor:
         xa = self._buffer(self.M, self.R)
         if self.M:
-            self._gate(self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=xa)
+            self._gate(*self._shrink(self.x, self.A, self.A.stride(), self.dropout), gated=xa)
         return xa
 
     def expand_xa(self, xa: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
         y, h = self.x.new_empty(self.M, self.B.shape[0]), self._ranks()
         if self.M:
-            self._gate(xa[None], gated=h)
+            self._gate(xa, 1, gated=h)
             self._onto_y(y, h, bias, None, weight)
         return y
 
@@ -111,11 +121,11 @@ class Update:
             return dxa, dB.zero_(), dgate.zero_()
         one_row_each = self.segments is None and self.N == self.M  # then the scores are the gradient already
         scores = dgate if one_row_each else self._buffer(self.M, self.E)
-        self._gate(xa[None], gated=h)
+        self._gate(xa, 1, gated=h)
         launch, dh, parts = pair_launch(self.device, self.dots, dy, h, self.B, dB, (self.R, 1))
         self.launches.append(launch)
         self._sum(parts, dB)
-        self._gate(dh, gated=dxa, xa=xa, scores=scores)
+        self._gate(dh, len(dh), gated=dxa, xa=xa, scores=scores)
         if not one_row_each:
             self._sum_segments(scores, dgate)
         return dxa, dB, dgate
@@ -145,8 +155,8 @@ class Update:
     def _buffer(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=torch.float32)
 
-    def _shrink(self, x: Tensor, w: Tensor, strides: tuple[int, int], mask: dict) -> Tensor:
-        """w's (rank, column) strides. Returns the partial sums [S, M, R]."""
+    def _shrink(self, x: Tensor, w: Tensor, strides: tuple[int, int], mask: dict) -> tuple[Tensor, int]:
+        """w's (rank, column) strides. Returns the partial sums [S, M, R], and S."""
         M, D = x.shape
         tile = config.shrink_tile(self.device, x, self.R, self.dots)
         S, chunk = config.splits(self.device, ceil_div(M, tile.m), D, tile.n, config.per_sm(self.R))
@@ -159,7 +169,7 @@ class Update:
             "PRECISION": self.dots.precision, "BLOCK_M": tile.m, "BLOCK_K": tile.n, "BLOCK_R": self.block_r,
         }  # fmt: skip
         self.launches.append(Launch(shrink, (ceil_div(M, tile.m), S), args, tile.warps, tile.stages))
-        return parts
+        return parts, S
 
     def _outer(self, x: Tensor, h: Tensor, out: Tensor, strides: tuple[int, int], mask: dict) -> None:
         """out's (column, rank) strides."""
@@ -217,15 +227,16 @@ class Update:
         return True
 
     def _gate(
-        self, parts: Tensor, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
+        self, parts: Tensor, S: int, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
         scores: Tensor | None = None,
     ) -> None:  # fmt: skip
+        """parts [S, M, R], or [M, R] where S is 1."""
         rank = self.R // self.E
         block_e, block_j = pow2(self.E, 1, 256), pow2(rank, 1, 256)
         block_m = max(1, 2048 // (block_e * block_j))
         args = {
             "parts_ptr": parts, "gate_ptr": self.gate, "segments_ptr": self.segments, "xa_ptr": xa, "raw_ptr": raw,
-            "gated_ptr": gated, "scores_ptr": scores, "M": self.M, "N": self.N, "S": parts.shape[0], "run": self._run(),
+            "gated_ptr": gated, "scores_ptr": scores, "M": self.M, "N": self.N, "S": S, "run": self._run(),
             "steps": self.N.bit_length(), "scaling": self.scaling,
             "gate_row": self.gate.stride(0), "gate_col": self.gate.stride(1),
             "E": self.E, "RANK": rank, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j,

@@ -1,0 +1,90 @@
+"""Run by test_replay.py without the interpreter: launches and launches again under a driver that only takes notes."""
+
+import os
+import tempfile
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+
+import torch
+from ilora.kernels import launch, replay, update
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+NOTED: list[tuple[Any, ...]] = []
+
+
+class Utilities:
+    def load_binary(self, name: str, *_: Any) -> tuple[Any, ...]:
+        return name, f"function {name}", 32, 0, 1024
+
+    def unload_module(self, module: Any) -> None: ...
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None: ...
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+        NOTED.append((x, y, z, stream, function, *map(noted, rest[4:])))  # after metadata and hooks
+
+
+class Driver:
+    utils, launcher_cls = Utilities(), Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+
+def noted(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return PLACES.get(value.data_ptr(), tuple(value.shape)), value.dtype
+    if hasattr(value, "block_shape"):
+        return noted(value.base), value.shape, value.strides, value.block_shape
+    return str(value)
+
+
+driver.set_active(Driver())
+PLACES: dict[int, str] = {}
+DEVICE = launch.Device(132, 227 * 1024, tma=True, name="noted")
+setattr(update, "device_of", lambda x: DEVICE)  # noqa: B010
+
+
+def tensors(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    shapes = {"dy": (256, 128), "x": (256, 64), "xa": (256, 16), "weight": (128, 64), "A": (16, 64), "B": (128, 16)}
+    made: dict[str, Any] = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    made |= {"gate": torch.rand(2, 4), "seed": torch.zeros(1, dtype=torch.int64)}
+    PLACES.clear()
+    PLACES.update({tensor.data_ptr(): name for name, tensor in made.items()})
+    return made
+
+
+def launches(seed: int, strategy: str) -> list[tuple[Any, ...]]:
+    os.environ["ILORA_STRATEGY"] = strategy
+    t = tensors(seed)
+    NOTED.clear()
+    low = (t["A"], t["B"], t["gate"], None, 2.0, 0.1, t["seed"])
+    update.forward(t["x"], t["weight"], None, None, *low)
+    update.backward(t["dy"], t["x"], t["xa"], t["weight"], *low, True)
+    return [(*entry[:3], *entry[4:]) for entry in NOTED]
+
+
+for strategy in ("beta", "gemm"):
+    first = launches(1, strategy)
+    kept = len(replay._KEPT)
+    again = launches(2, strategy)
+    assert len(first) > 6, first
+    assert len(replay._KEPT) == kept, "a plan was made twice"
+    for one, other in zip(first, again, strict=True):
+        assert one == other, f"{one}\n{other}"
+print("launched alike")
