@@ -60,6 +60,13 @@ def test_interleaved_forwards_under_checkpointing(name, gate, reentrant):
     assert max(value.abs().max() for value in expected.values()) > 1e-3
 
 
+def test_checkpointing_is_exact_but_for_the_order_of_a_shared_gates_sums():
+    expected, plain, reentrant = (interleaved("llama", "network", kind) for kind in (None, False, True))
+    for key, value in expected.items():
+        assert torch.equal(plain[key], value), key
+        assert torch.equal(reentrant[key], value) or key.startswith("ilora_gate"), key
+
+
 def test_checkpoint_wrapper_of_torch():
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
