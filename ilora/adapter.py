@@ -72,7 +72,13 @@ def injected(model: Any) -> Injection:
 
 
 def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: nn.Module | None = None) -> Any:
-    """Gives an injected model one more adapter, as `inject` would, and makes it the active one."""
+    """Gives an injected model one more adapter, as `inject` would, and makes it the active one; returns the model.
+
+    name: one that the model has not yet. config, gate: as in `inject`; the adapter has settings, layers and a gate
+    network of its own, in the mode (training or not) of the model.
+    Raises: ValueError where nothing was injected, the name is taken or empty, or a gate is merged; ValueError,
+    TypeError as `inject`. The model is then what it was.
+    """
     injection = injected(model)
     if name in adapters(model):
         raise ValueError(f"add_adapter: there is an adapter {name!r} already; the model has {adapters(model)}")
@@ -92,7 +98,8 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
 
 def set_adapter(model: Any, name: str) -> Any:
     """Makes the adapter of this name the active one: its layers, gate network and saved modules are in the model (in
-    its parameters and its state dict), those of the others are kept beside it. The tensors are the same objects."""
+    its parameters and its state dict), those of the others are kept beside it. The tensors are the same objects.
+    Returns the model. Raises ValueError where nothing was injected, for an unknown name, and while a gate is merged."""
     injection = injected(model)
     if name == injection.adapter.name:
         return model
@@ -108,7 +115,8 @@ def set_adapter(model: Any, name: str) -> Any:
 
 
 def delete_adapter(model: Any, name: str) -> Any:
-    """Forgets an adapter that is not the active one."""
+    """Forgets an adapter that is not the active one; returns the model. Raises ValueError where nothing was injected,
+    for the active one (`set_adapter` another first) and for a name that is not there."""
     injection = injected(model)
     if name not in injection.others:
         what = "is the active one" if name == injection.adapter.name else "is not there"
@@ -118,18 +126,19 @@ def delete_adapter(model: Any, name: str) -> Any:
 
 
 def adapters(model: Any) -> tuple[str, ...]:
-    """The names of the model's adapters, the active one first."""
+    """The names of the model's adapters, the active one first. Raises ValueError where nothing was injected."""
     injection = injected(model)
     return (injection.adapter.name, *injection.others)
 
 
 def ilora_layers(model: Any) -> dict[str, ILoRALinear]:
-    """The adapted layers by path, in the model's order; one that stands in two places once, by its first path."""
+    """The adapted layers by path, in the model's order; one that stands in two places once, by its first path.
+    Raises ValueError where nothing was injected."""
     return {layer.name: layer for layer in injected(model).adapter.layers.values()}
 
 
 def targets(model: Any) -> tuple[str, ...]:
-    """The paths of the adapted layers, of a shared one all."""
+    """The paths of the adapted layers, of a shared one all. Raises ValueError where nothing was injected."""
     return tuple(injected(model).adapter.layers)
 
 

@@ -145,7 +145,8 @@ def gate_of(
 
 def last_gate(model: Any) -> Tensor:
     """The gate [N, E] (or [blocks, N, E]) of the model's last forward or generation, detached: see `gate_stats`,
-    `plot_gates`. Raises ValueError before there was one."""
+    `plot_gates`. Raises ValueError where nothing was injected, before there was one, and after a forward without one
+    (a merged gate, a disabled adapter)."""
     last = injected(model).state.last
     if last is None:
         raise ValueError("last_gate: the model has not run under a gate yet")

@@ -37,7 +37,8 @@ class GateNetwork(nn.Module):
     """What every gate network has; a subclass adds `forward`.
 
     num_experts: E. per_layer: each adapted layer has a gate of its own; num_layers: how many (1 where they share one).
-    balance: the coefficient of `ilora.stats.balance_loss` in the training loss.
+    balance: the coefficient of `ilora.balance_loss` in the training loss.
+    A subclass keeps its constructor's arguments as attributes of the same names, which `settings` reads.
     Raises: ValueError for settings of a wrong type or range.
     """
 
@@ -81,13 +82,16 @@ class SequenceGate(GateNetwork):
 
     Args:
         z_dim: width of z.
+        num_experts: E, the model's.
         kind: "dense" softmax(W z / T), as in the paper; "topk" the same over the top_k largest logits, the others
             exactly 0; "mlp" with W silu(W' z + b') for W z, hidden_dim wide (None: at least 4·E, at most 256 of z_dim);
             "noisy" with W z + softplus(W_noise z) · normal noise, in training only (arXiv 1701.06538).
-        temperature, dropout: T above; dropout acts on z, in training only.
+        top_k: of kind "topk": how many experts an instance has, 1 to num_experts. Other kinds do not read it.
+        temperature, dropout: T above, of any kind: below 1 gates are sharper; dropout acts on z, in training only.
         per_layer, balance, num_layers: as in `GateNetwork`; num_layers is set by `bind`.
     Parameters: weight [G, E, z_dim], without bias; "mlp": weight [G, E, hidden], hidden_weight [G, hidden, z_dim],
         hidden_bias [G, 1, hidden]; "noisy": also noise_weight [G, E, z_dim].
+    Raises: ValueError naming a setting of a wrong type or range, or that asks for 2³¹ weights.
     """
 
     def __init__(
@@ -171,7 +175,7 @@ class PromptGate(SequenceGate):
     """The gate from the prompt itself: the mean of its input embeddings, layer-normed, is the z of a `SequenceGate`.
 
     hidden_size: H, the width of the embeddings; None waits for `bind`. min_tokens: as in `prompt_mask`.
-    The other arguments and the parameters are those of `SequenceGate` with z_dim = H.
+    The other arguments, the parameters and what raises are those of `SequenceGate` with z_dim = H.
     """
 
     def __init__(
@@ -197,6 +201,10 @@ class PromptGate(SequenceGate):
         self.hidden_size, self.min_tokens = hidden_size, min_tokens
 
     def bind(self, num_experts: int, num_layers: int, hidden_size: int | None = None) -> None:
+        """As `GateNetwork.bind`; the first hidden_size makes the parameters, if the constructor was given none.
+
+        Raises: ValueError also where nobody says hidden_size, or where it is not this network's.
+        """
         width = self.hidden_size or hidden_size
         if width is None:
             raise ValueError("hidden_size: neither PromptGate nor the model says it; pass PromptGate(hidden_size=...)")
@@ -224,7 +232,8 @@ class PromptGate(SequenceGate):
 
 
 class UniformGate(GateNetwork):
-    """1/E for every expert and instance: what a plain LoRA of the same rank computes. It has no parameters."""
+    """1/E for every expert and instance: what a plain LoRA of the same rank computes. It has no parameters.
+    Raises: ValueError for a num_experts that is no integer >= 1."""
 
     def __init__(self, num_experts: int = 4) -> None:
         super().__init__(num_experts)
