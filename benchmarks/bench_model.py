@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.util
 import random
 import statistics
 import time
@@ -21,8 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 from memory import peak_bytes
+from peers import unavailable
 from report import busy, heading, machine, markdown, write_json
 from torch import Tensor
 from tqdm import tqdm
@@ -61,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="smollm2", help=f"{', '.join(SHAPES)}, or a folder of a causal language model")
     add("--layers", type=int, help="of the shape, only so many layers")
-    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (default: what is here)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--batch", type=int, default=8)
     add("--length", type=int, default=256)
@@ -72,8 +75,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpointing", action="store_true", help="gradient checkpointing for all")
     add("--json", type=Path, help="write machine, settings and rows to this file")
     options = parser.parse_args(argv)
-    options.dropout = [float(p) for p in options.dropout.split(",")]
+    try:
+        _complete(options)
+    except ValueError as error:
+        parser.error(str(error))
     return options
+
+
+def _complete(options: argparse.Namespace) -> None:
+    """Turns texts into values; ValueError for what cannot be run."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("transformers is not installed, and every model here is one of its own")
+    options.device = arguments.device(options.device)
+    options.dropout = arguments.probabilities("--dropout", options.dropout)
+    numbers = ("layers", "batch", "length", "rank", "experts", "rounds")
+    arguments.at_least_one(**{name: getattr(options, name) for name in numbers})
+    arguments.divided("--rank", [options.rank], [options.experts])
+    if options.layers is not None and options.model not in SHAPES:
+        raise ValueError(f"--layers {options.layers}: only with --model {', '.join(SHAPES)}, not {options.model}")
+    arguments.writable("--json", options.json)
 
 
 def make_model(options: argparse.Namespace) -> Any:
@@ -183,14 +203,15 @@ def measure(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     where = machine(options.device)
-    print(heading(where))
-    if (warning := busy(where)) is not None:
-        print(warning)
+    peft = unavailable("peft", options.device, getattr(torch, options.dtype))
+    notes = [peft and f"peft is left out: {peft}", busy(where)]
+    print(heading(where), *(f"note: {note}" for note in notes if note), sep="\n")
+    kinds = [name for name in STEPS if name != "peft" or peft is None]
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     settings["device"] = str(options.device)
     results: dict[str, Any] = {"machine": where, "settings": settings, "steps": []}
     for dropout in options.dropout:
-        results["steps"] += measure(options, dropout)
+        results["steps"] += measure(options, dropout, kinds)
         if options.json is not None:
             write_json(results, options.json)
     print(markdown(results))

@@ -10,7 +10,6 @@ rotate over more input than three L2 caches hold, as eager calls and as CUDA-gra
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import arguments
+import plot
 import torch
 from checking import WrongPeer, check
 from measure import Eager, Graphed, Program, bf16_cost, input_sets, interleave, summarise
@@ -64,31 +65,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _complete(options: argparse.Namespace) -> None:
     """Fills in the defaults and turns texts into values; ValueError for what cannot be run."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = device.split(":")[0]
-    if kind not in DEFAULT:
-        raise ValueError(f"--device {device}: expected cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device}: torch finds no GPU here")
-    options.device = torch.device(device)
-    for name, value in {**DEFAULT[kind], **(QUICK if options.quick else {})}.items():
+    options.device = arguments.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for name, value in {**DEFAULT[options.device.type], **(QUICK if options.quick else {})}.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.shapes = [_shape(text) for text in options.shapes.split(",")]
-    options.ranks, options.experts = _integers("--ranks", options.ranks), _integers("--experts", options.experts)
-    options.dropout = [_number("--dropout", text) for text in options.dropout.split(",")]
-    if min(options.batch, options.length, options.repeats, options.threads or 1) < 1 or options.seconds < 0:
-        raise ValueError("--batch, --length, --repeats, --threads: expected 1 or more, and --seconds 0 or more")
-    if not all(0 <= p < 1 for p in options.dropout):
-        raise ValueError("--dropout: expected 0 <= p < 1")
-    for rank, experts in itertools.product(options.ranks, options.experts):
-        if rank % experts:
-            raise ValueError(f"--ranks {rank} --experts {experts}: the experts must divide the rank evenly")
-    for file in filter(None, (options.json, options.plot)):
-        if not file.absolute().parent.is_dir():
-            raise ValueError(f"{file}: its folder does not exist")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot: matplotlib is not installed")
+    options.ranks = arguments.whole_numbers("--ranks", options.ranks)
+    options.experts = arguments.whole_numbers("--experts", options.experts)
+    options.dropout = arguments.probabilities("--dropout", options.dropout)
+    arguments.at_least_one(**{name: getattr(options, name) for name in ("batch", "length", "repeats", "threads")})
+    if not options.seconds >= 0:  # so written that nan fails
+        raise ValueError(f"--seconds {options.seconds}: expected 0 or more")
+    arguments.divided("--ranks", options.ranks, options.experts)
+    arguments.writable("--json", options.json)
+    plot.check("--plot", options.plot)
     if options.threads:
         torch.set_num_threads(options.threads)
     options.notes = []
@@ -101,20 +91,6 @@ def _shape(text: str) -> tuple[int, int]:
     if not (x and d_in.strip().isdigit() and d_out.strip().isdigit() and int(d_in) and int(d_out)):
         raise ValueError(f"--shapes {text}: expected d_in x d_out, as 576x1536")
     return int(d_in), int(d_out)
-
-
-def _integers(option: str, text: str) -> list[int]:
-    values = [_number(option, part) for part in text.split(",")]
-    if not all(value >= 1 and value.is_integer() for value in values):
-        raise ValueError(f"{option} {text}: expected whole numbers of 1 or more")
-    return [int(value) for value in values]
-
-
-def _number(option: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{option} {text}: not a number") from None
 
 
 def _dtypes(options: argparse.Namespace) -> list[torch.dtype]:
@@ -223,9 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             if options.json:
                 write_json(results, options.json)
     if options.plot:
-        from plot import plot
-
-        plot(results, options.plot)
+        plot.plot(results, options.plot)
     return int(any("error" in row for row in results["rows"]))
 
 

@@ -1,12 +1,17 @@
-"""What a benchmark run shows and keeps: the machine it ran on, a table for each case, a JSON file."""
+"""What a benchmark run shows and keeps: the machine it ran on, a table for each case, a JSON file.
+
+`python benchmarks/report.py RESULTS.json` prints the Markdown tables of a file that a benchmark wrote.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,27 +43,43 @@ def table(title: object, rows: list[dict[str, Any]]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A Markdown table of one run, forward + backward over the frozen layer's: a row a peer, a column a shape.
+    """Markdown of one run: a table for each dtype, rank and E, headed by them if there are several.
 
-    A cell holds one figure for each dropout probability, in order; saved MB is that of the last shape. Of a GPU report
-    these are the rows of its main case, by the device's time alone. Raises ValueError for a dry run.
+    Forward + backward over the frozen layer's: a row a peer, a column a shape. A cell holds one figure for each dropout
+    probability, in order, "wrong" where the check refused the peer; saved MB is that of the last shape. Of a GPU report
+    these are the rows of its main case, by the device's time alone. Raises ValueError for a dry run, and for a file
+    without rows.
     """
     if results.get("dry_run"):
         raise ValueError("this is a dry run of gpu_report.py on a CPU: its figures mean nothing, publish none of them")
     if "parts" in results:
-        results = {"rows": [row for row in results["parts"]["layer"]["rows"] if row["level"] == 0 and "graph" in row]}
+        rows = results["parts"].get("layer", {}).get("rows", ())
+        results = {"rows": [row for row in rows if row["level"] == 0 and "graph" in row]}
     if "steps" in results:
         return _steps_markdown(results["steps"])
-    rows = {(r["peer"], (r["d_in"], r["d_out"]), r["dropout"]): r for r in results["rows"]}
-    peers, shapes, dropouts = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in results.get("rows", ()):
+        groups.setdefault((row["dtype"], row["rank"], row["experts"]), []).append(row)
+    if not groups:
+        raise ValueError("no rows of a layer and no steps of a model: there is no table to make")
+    if len(groups) == 1:
+        return _rows_markdown(*groups.values())
+    tables = (f"{dtype}, R = {R}, E = {E}:\n\n{_rows_markdown(rows)}" for (dtype, R, E), rows in groups.items())
+    return "\n\n".join(tables)
+
+
+def _rows_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of rows of one dtype, rank and E."""
+    found = {(r["peer"], (r["d_in"], r["d_out"]), r["dropout"]): r for r in rows}
+    peers, shapes, dropouts = (list(dict.fromkeys(part)) for part in zip(*found, strict=True))
     head = " | ".join(f"{d_in}→{d_out}" for d_in, d_out in shapes)
     lines = [f"| | {head} | saved for backward |", "|---" * (len(shapes) + 2) + "|"]
     for peer in peers:
         cells = [peer]
         for shape in shapes:
-            cells.append(" / ".join(_ratio(rows.get((peer, shape, p))) for p in dropouts))
-        kept = (rows.get((peer, shapes[-1], p)) for p in dropouts)
-        saved = " / ".join("–" if row is None else f"{row['saved_bytes'] / 1e6:.1f}" for row in kept)
+            cells.append(" / ".join(_ratio(found.get((peer, shape, p))) for p in dropouts))
+        kept = (found.get((peer, shapes[-1], p)) for p in dropouts)
+        saved = " / ".join("–" if row is None or "error" in row else f"{row['saved_bytes'] / 1e6:.1f}" for row in kept)
         lines.append(f"| {' | '.join(cells)} | {saved} MB |")
     return "\n".join(lines)
 
@@ -66,7 +87,9 @@ def markdown(results: dict[str, Any]) -> str:
 def _ratio(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
-    ratio = row.get("graph", row["eager"])["both"]["ratio"]
+    if "error" in row:
+        return "wrong"
+    ratio = (row["graph"] if "graph" in row else row["eager"])["both"]["ratio"]
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
 
 
@@ -119,10 +142,20 @@ def write_json(results: dict[str, Any], file: Path) -> None:
 
 
 def write_text(text: str, file: Path) -> None:
-    """Whole or not at all: to a temporary file beside it, which is then renamed."""
+    with whole(file) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A temporary file beside it, to write to; it takes the file's name in the end, or is removed if anything fails."""
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+    try:
+        yield temporary
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _cpu() -> str:
@@ -152,5 +185,27 @@ def _git(*arguments: str) -> str | None:
     return run.stdout.strip() if run.returncode == 0 else None
 
 
+def load(file: Path) -> dict[str, Any]:
+    """What a benchmark wrote; ValueError for any other file."""
+    try:
+        results = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(results, dict) or "machine" not in results:
+        raise ValueError(f"{file} is no file that a benchmark wrote with --json")
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="RESULTS.json", help="what a benchmark wrote with --json")
+    options = parser.parse_args(argv)
+    try:
+        text = markdown(load(options.file))
+    except ValueError as error:
+        parser.error(str(error))
+    print(text)
+
+
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    main()

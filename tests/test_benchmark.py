@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 
 import bench_moe_lora as bench
 import checking
 import measure
 import peers
+import plot
 import pytest
 import report
 import torch
@@ -172,9 +174,9 @@ def test_check_refuses_every_wrong_dropout(name, dtype):
 
 
 def test_sweep_writes_rows_table_and_plot(tmp_path, capsys):
-    file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
+    file, image = tmp_path / "rows.json", tmp_path / "plot.png"
     names = ["peft", "published", "loop", "eager", "ilora[reference]"]
-    assert bench.main([*TINY, f"--peers={','.join(names)}", f"--json={file}", f"--plot={plot}"]) == 0
+    assert bench.main([*TINY, f"--peers={','.join(names)}", f"--json={file}", f"--plot={image}"]) == 0
     results = json.loads(file.read_text())
     wanted = {"device", "cpu", "threads", "torch", "triton", "peft", "transformers", "ilora", "git_commit"}
     assert wanted <= results["machine"].keys()
@@ -189,7 +191,7 @@ def test_sweep_writes_rows_table_and_plot(tmp_path, capsys):
     frozen, published = results["rows"][0], results["rows"][2]
     assert frozen["eager"]["both"]["ratio"] == 1.0
     assert published["saved_bytes"] > frozen["saved_bytes"] == 0
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "rows.json"]
     shown = capsys.readouterr().out
     assert "24→40, R=4, E=2, p=0.1" in shown
@@ -214,12 +216,103 @@ def test_sweep_does_not_time_a_wrong_peer(monkeypatch, capsys):
         (["--device=tpu"], "tpu"),
         (["--batch=0"], "--batch"),
         (["--json=/no/such/folder/x.json"], "does not exist"),
+        (["--json=."], "--json .: a folder"),
+        (["--plot=."], "--plot .: a folder"),
+        (["--plot=/no/such/folder/x.png"], "does not exist"),
+        (["--plot=x.txt"], "--plot x.txt: expected a name that ends in "),
+        (["--dropout=0,,0.1"], "--dropout: '' is not a number"),
+        (["--seconds=nan"], "--seconds nan"),
+        (["--device=cuda:x"], "--device cuda:x: expected cpu or cuda"),
     ],
 )
 def test_unusable_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         bench.parse([*TINY, *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_first(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    with pytest.raises(SystemExit):
+        bench.parse([*TINY, "--plot=x.png"])
+    assert "--plot: matplotlib" in capsys.readouterr().err
+
+
+def row_of(peer, ratio, d_in=24, dropout=0.0, dtype="float32", rank=4, experts=2):
+    row = {"peer": peer, "d_in": d_in, "d_out": 40, "dropout": dropout, "dtype": dtype, "rank": rank}
+    row |= {"experts": experts, "saved_bytes": 2e6}
+    return row | {"eager": {"both": {"ratio": ratio, "low": ratio, "high": ratio}}}
+
+
+def refused(peer, **about):
+    row = row_of(peer, 1.0, **about) | {"error": "y differs"}
+    return {name: value for name, value in row.items() if name not in ("eager", "saved_bytes")}
+
+
+def test_a_refused_peer_is_wrong_in_the_table():
+    rows = [row_of("frozen", 1.0, dropout=p) for p in (0.0, 0.1)]
+    rows += [row_of("eager", 1.25), refused("eager", dropout=0.1)]
+    assert report.markdown({"rows": rows}).splitlines() == [
+        "| | 24→40 | saved for backward |",
+        "|---|---|---|",
+        "| frozen | 1.00 / 1.00 | 2.0 / 2.0 MB |",
+        "| eager | 1.25 / wrong | 2.0 / – MB |",
+    ]
+
+
+def test_every_dtype_rank_and_number_of_experts_has_its_table():
+    about = [("float32", 4, 2), ("bfloat16", 4, 2), ("float32", 8, 2), ("float32", 8, 4)]
+    rows = [row_of("eager", 1.0 + i / 10, 24, 0.0, *each) for i, each in enumerate(about)]
+    text = report.markdown({"rows": rows})
+    assert text.count("saved for backward") == len(about)
+    for i, (dtype, rank, experts) in enumerate(about):
+        heading = f"{dtype}, R = {rank}, E = {experts}:\n\n| | 24→40 | saved for backward |\n|---|---|---|\n"
+        assert f"{heading}| eager | {1.0 + i / 10:.2f} | 2.0 MB |" in text
+
+
+def test_a_file_without_rows_has_no_table():
+    with pytest.raises(ValueError, match="no rows"):
+        report.markdown({"rows": []})
+
+
+def test_report_and_plot_say_how_they_are_called(tmp_path, capsys):
+    results, image = tmp_path / "rows.json", tmp_path / "plot.png"
+    report.write_json({"machine": {"device": "a CPU"}, "rows": [row_of("frozen", 1.0), row_of("eager", 1.2)]}, results)
+    report.main([str(results)])
+    assert "| eager | 1.20 | 2.0 MB |" in capsys.readouterr().out
+    plot.main([str(results), str(image)])
+    assert image.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "other.json").write_text("[1]")
+    for program, arguments, message in [
+        (report, ["--help"], "usage:"),
+        (plot, ["--help"], "usage:"),
+        (report, [], "usage:"),
+        (report, [str(tmp_path / "none.json")], "none.json cannot be read"),
+        (report, [str(tmp_path / "other.json")], "no file that a benchmark wrote"),
+        (plot, [str(results), str(tmp_path / "x.txt")], "x.txt: expected a name that ends in"),
+    ]:
+        with pytest.raises(SystemExit):
+            program.main(arguments)
+        shown = capsys.readouterr()
+        assert message in shown.out + shown.err
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError):
+        report.write_text("text", folder)
+    matplotlib = pytest.importorskip("matplotlib.figure")
+
+    def fails(figure, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(matplotlib.Figure, "savefig", fails)
+    with pytest.raises(OSError, match="no space"):
+        plot.plot({"machine": {"device": "a CPU"}, "rows": [row_of("eager", 1.2)]}, tmp_path / "x.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a folder"]
 
 
 def test_quick_is_small_and_options_still_rule():
