@@ -238,9 +238,29 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
         return "Triton needs a GPU; its interpreter is not for timing"
     if name.startswith("ilora["):
         return ilora.backends.why_not(name[6:-1], device.type, dtype)
-    if name == "peft" and importlib.util.find_spec("peft") is None:
-        return "peft is not installed"
+    if name == "peft":
+        return _peft_trouble()
     return _compiler_trouble(device) if name == "compile" else None
+
+
+@cache
+def _peft_trouble() -> str | None:
+    """PEFT's import fails beside some versions of other packages, and so may making a layer; only trying tells."""
+    if importlib.util.find_spec("peft") is None:
+        return "peft is not installed"
+    try:
+        importlib.import_module("peft")
+    except Exception as error:  # whatever its import does
+        return f"peft does not import here: {_first_line(error)}"
+    try:
+        peft_lora(make_case(Settings(8, 8, 1, 1, 1, 1, 0.0, torch.float32, torch.device("cpu"))))
+    except ImportError as error:  # of what PEFT looks for when it makes a layer
+        return f"peft makes no layer here: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 @cache
@@ -249,5 +269,5 @@ def _compiler_trouble(device: torch.device) -> str | None:
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except (RuntimeError, ImportError) as error:
-        return "torch.compile does not work here: " + str(error).strip().splitlines()[0]
+        return f"torch.compile does not work here: {_first_line(error)}"
     return None

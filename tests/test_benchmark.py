@@ -239,6 +239,39 @@ def test_a_plot_without_matplotlib_is_refused_first(monkeypatch, capsys):
     assert "--plot: matplotlib" in capsys.readouterr().err
 
 
+@pytest.fixture
+def untried():
+    """What is known of PEFT and the compiler here is asked anew, and forgotten afterwards."""
+    peers._peft_trouble.cache_clear()
+    yield
+    peers._peft_trouble.cache_clear()
+
+
+def test_a_peft_that_does_not_import_is_left_out_and_named(untried, monkeypatch, tmp_path, capsys):
+    (tmp_path / "peft.py").write_text("raise RuntimeError('made for another transformers\\nand more')\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = bench.parse(TINY)
+    assert options.peers[torch.float32][:2] == ["frozen", "published"]
+    wanted = "peft does not import here: RuntimeError: made for another transformers"
+    assert f"peft is left out: {wanted}" in options.notes
+    with pytest.raises(SystemExit):
+        bench.parse([*TINY, "--peers=peft"])
+    assert f"--peers peft: {wanted}" in capsys.readouterr().err
+
+
+def test_a_peft_that_makes_no_layer_is_left_out_and_named(untried, monkeypatch):
+    pytest.importorskip("peft")
+
+    def fails(case):
+        raise ImportError("another version of torchao is wanted")
+
+    monkeypatch.setattr(peers, "peft_lora", fails)
+    reason = peers.unavailable("peft", CPU, torch.float32)
+    assert reason == "peft makes no layer here: ImportError: another version of torchao is wanted"
+
+
 def row_of(peer, ratio, d_in=24, dropout=0.0, dtype="float32", rank=4, experts=2):
     row = {"peer": peer, "d_in": d_in, "d_out": 40, "dropout": dropout, "dtype": dtype, "rank": rank}
     row |= {"experts": experts, "saved_bytes": 2e6}
