@@ -39,7 +39,8 @@ def inject(
             device of the model's first parameter. None: every call is given its gate.
         name: the adapter's, for models with several.
         share_inputs: as `ilora.share_inputs(model)` afterwards.
-    Raises: ValueError, TypeError naming the module that cannot be adapted, before anything is changed.
+    Raises: ValueError, TypeError naming the module that cannot be adapted, or the name, pattern or block of the config
+    that is not in the model, before anything is changed; ValueError for a bare linear layer, which `ILoRALinear` wraps.
     """
     config = ILoRAConfig() if config is None else config
     _refuse(model)

@@ -43,6 +43,11 @@ def _means(key: str, path: str) -> bool:
     return ends(path, key) or re.fullmatch(rf"(.*\.)?({key})", path) is not None
 
 
+def _means_any(key: str, paths: list[str]) -> bool:
+    # The endings first, and one expression for all: files have a key for each of hundreds of layers.
+    return any(ends(path, key) for path in paths) or any(map(re.compile(rf"(.*\.)?({key})").fullmatch, paths))
+
+
 def block_of(path: str) -> str | None:
     """The block that a module belongs to, such as "model.layers.3": its path up to the first number."""
     match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
@@ -93,7 +98,7 @@ def refuse_unmatched(model: nn.Module, config: ILoRAConfig, targets: list[str]) 
     if absent:
         raise ValueError(f"layers_to_transform: there is no block {', '.join(absent)}; {_blocks(model)}")
     for field in PATTERNS:
-        lost = [key for key in getattr(config, field) or {} if not any(_means(key, path) for path in targets)]
+        lost = [key for key in getattr(config, field) or {} if not _means_any(key, targets)]
         if lost:
             adapted = sorted({path.rsplit(".", 1)[-1] for path in targets})
             raise ValueError(
