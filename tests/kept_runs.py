@@ -43,7 +43,8 @@ def kept_run(out, gate="sequence", seed=0, validation=None, **experiment):
         for name, parameter in model.lm.named_parameters():
             if "lora_B" in name or "ilora_gate" in name:
                 parameter.normal_(std=0.3)
-    run = Run(described, Arm(f"iLoRA, {gate}", gate, E), TrainingSettings(seed=seed))
+    settings, fingerprint = TrainingSettings(seed=seed), described.fingerprint(dataset)
+    run = Run(described, Arm(f"iLoRA, {gate}", gate, E), settings, fingerprint=fingerprint)
     model.save(run.folder / "recommender")
     (run.folder / "run.json").write_text(json.dumps(run.described(), indent=1))
     if validation is not None:

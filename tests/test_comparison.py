@@ -5,10 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sequential_recommendation import compare, sequence_models
+from kept_runs import movielens_files
+from sequential_recommendation import compare, options, sequence_models
 from sequential_recommendation.arms import Curve, perform
-from sequential_recommendation.experiments import Arm, Experiment, Run, train_sequence
+from sequential_recommendation.experiments import Arm, Experiment, OtherData, Run
+from sequential_recommendation.options import experiment_of, parse, settings_of, watch_of
 from sequential_recommendation.settings import RecommenderConfig, TrainingSettings
+from sequential_recommendation.shared import MARK, tiny_model, train_sequence
 from sequential_recommendation.tiny_model import tiny_lm
 
 BRIEF = ["--users", "40", "--pretrain-steps", "3", "--steps", "2", "--seed", "0", "1", "--jobs", "1", "--watch", "1"]
@@ -39,9 +42,9 @@ def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
         compare.main(["--data", "lastfm", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
 
 
-def run_in(folder):
-    """A short run, its sequence model and language model being there."""
-    experiment = Experiment(folder, users=8)
+def run_in(folder, **more):
+    """A short run, its sequence model and language model being there. more: fields of `Experiment`."""
+    experiment = Experiment(folder, users=8, **more)
     dataset = experiment.dataset()
     sequence_models.save(sequence_models.build("sasrec", dataset.num_items), experiment.sequence_file("sasrec"))
     tiny_lm(experiment.tokenizer(dataset), 16, 1, 2).save_pretrained(experiment.lm_folder)
@@ -102,10 +105,10 @@ def test_another_run_leaves_a_finished_one_as_it_is(tmp_path):
 
 def test_shared_models_are_those_of_the_same_data(tmp_path):
     marks = ["--users", "60", "--evaluate", "random", "--tests", "9", "--pretrain-steps", "5"]
-    folder = compare.experiment_of(compare.parse([*marks, "--out", str(tmp_path)])).folder
+    folder = experiment_of(parse([*marks, "--out", str(tmp_path)])).folder
     assert folder == tmp_path / "synthetic-leave-one-out-tiny-60-users-random-9-tests-5-pretrained"
     films = ["--data", "ml-100k", "--root", str(tmp_path), "--model", "smollm2", "--plain", "--min-users", "20"]
-    folder = compare.experiment_of(compare.parse([*films, "--out", str(tmp_path)])).folder
+    folder = experiment_of(parse([*films, "--out", str(tmp_path)])).folder
     assert folder == tmp_path / "ml-100k-paper-smollm2-min-20-plain"
     run = run_in(tmp_path)
     fewer = replace(run.experiment, users=8, min_users=1)
@@ -114,7 +117,140 @@ def test_shared_models_are_those_of_the_same_data(tmp_path):
         train_sequence(fewer, fewer.dataset(), "sasrec")
 
 
-def test_experts_that_do_not_divide_the_rank_are_refused_at_once(capsys):
-    with pytest.raises(SystemExit):
-        compare.parse(["--experts", "4", "3"])
-    assert "--experts 3: the rank is 8" in capsys.readouterr().err
+def changed(folder):
+    """As many films and users, one of whom met others."""
+    file = folder / "u.data"
+    file.write_text(file.read_text().replace("0\t9\t5\t9\n", "0\t19\t5\t9\n", 1))
+    return folder
+
+
+def test_what_was_trained_on_other_data_is_refused(tmp_path, capsys):
+    films = Experiment(tmp_path / "out", "ml-100k", movielens_files(tmp_path / "data"))
+    same = replace(films, root=movielens_files(tmp_path / "copy"))
+    other = replace(films, root=changed(movielens_files(tmp_path / "other")))
+    dataset, now = films.dataset(), other.dataset()
+    assert dataset.num_items == now.num_items
+    train_sequence(films, dataset, "caser")
+    tiny_model(films, dataset, 1)
+    train_sequence(same, same.dataset(), "caser")
+    tiny_model(same, same.dataset(), 1)
+    assert "does not say" not in capsys.readouterr().err
+    for make in (lambda: train_sequence(other, now, "caser"), lambda: tiny_model(other, now, 1)):
+        with pytest.raises(OtherData, match="made from other data .* give another --out"):
+            make()
+    (films.lm_folder / MARK).unlink()  # as in a folder of an older version
+    tiny_model(other, now, 1)
+    assert "tiny-lm: does not say of which data it is" in capsys.readouterr().err
+
+
+def test_the_fingerprint_is_of_titles_users_and_split(tmp_path):
+    films = Experiment(tmp_path, "ml-100k", movielens_files(tmp_path / "data"))
+    dataset = films.dataset()
+    turned = replace(dataset, users=dict(reversed(dataset.users.items())), name="films")
+    assert films.fingerprint(turned) == films.fingerprint(dataset)
+    titles = replace(dataset, titles=[*dataset.titles[:-1], "another"])
+    users = replace(dataset, users=dataset.users | {"0": dataset.users["0"][::-1]})
+    found = [films.fingerprint(each) for each in (dataset, titles, users)]
+    for field, value in (("protocol", "paper"), ("evaluate", "random"), ("tests", 9), ("data_seed", 1)):
+        found.append(replace(films, **{field: value}).fingerprint(dataset))
+    assert len(set(found)) == 7
+
+
+def test_a_comparison_does_not_go_on_with_other_data(tmp_path):
+    brief = ["--data", "ml-100k", "--protocol", "leave-one-out", "--sequence-models", "--arms", "untuned", "--no-texts"]
+    brief += ["--out", str(tmp_path / "out"), "--pretrain-steps", "1", "--jobs", "1"]
+    compare.main([*brief, "--root", str(movielens_files(tmp_path / "data"))])
+    with pytest.raises(SystemExit, match="sequence.safetensors: it was made from other data"):
+        compare.main([*brief, "--root", str(changed(movielens_files(tmp_path / "other")))])
+    result = next((tmp_path / "out").rglob("lr*.json"))
+    described = json.loads(result.read_text())["run"]
+    assert described["fingerprint"] == next((tmp_path / "out").rglob(MARK)).read_text()
+    for path in [*(tmp_path / "out").rglob("sequence*"), *(tmp_path / "out").rglob("tiny-lm/*")]:
+        path.unlink()  # and the models made anew: the results are still the old ones
+    next((tmp_path / "out").rglob("tiny-lm")).rmdir()
+    changed(tmp_path / "data")
+    with pytest.raises(SystemExit, match=f"{result.name}: it was made from other data"):
+        compare.main([*brief, "--root", str(tmp_path / "data")])
+
+
+def test_a_checkpoint_of_other_data_is_not_gone_on_from(tmp_path):
+    run = run_in(tmp_path)._replace(fingerprint="0" * 16)
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(json.dumps(run.described()))
+    with pytest.raises(OtherData, match="run.json: it was made from other data"):
+        perform(run._replace(fingerprint="1" * 16))
+
+
+def test_tests_of_one_group_exchange_no_gates(tmp_path):
+    run = run_in(tmp_path, tests=1)
+    found = perform(run._replace(settings=replace(run.settings, steps=1)))
+    assert found["total"] == 1
+    assert set(found["gate"]) == {"entropy", "usage", "weights"}
+
+
+def test_epochs_are_those_that_were_asked_for():
+    def asked(*arguments):
+        settings = settings_of(parse(arguments))
+        return settings.epochs, settings.steps, watch_of(parse(arguments), settings, 100)
+
+    assert asked() == (5, 300, 100)
+    assert asked("--steps", "30") == (5, 30, 10)
+    assert asked("--epochs", "2.5") == (2.5, 0, 3)  # 10 steps: 2.5 epochs of 100 / 32
+    assert asked("--epochs", "2", "--watch", "0") == (2, 0, 0)
+    films = ("--data", "ml-100k", "--root", "x", "--model", "smollm2")
+    assert asked(*films) == (5, 0, 0)
+    assert asked(*films, "--steps", "7") == (5, 7, 0)
+
+
+FILMS = ["--data", "ml-100k", "--root", "."]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--experts", "4", "3"], "--experts 3: the rank is 8"),
+        (["--experts", "0"], "--experts: expected a whole number of 1 or more, got '0'"),
+        (["--seed", "0", "0"], "--seed 0: given more than once"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got '-1'"),
+        (["--experts", "4", "4"], "--experts 4: given more than once"),
+        (["--arms", "lora", "lora"], "--arms lora: given more than once"),
+        (["--lr", "0.1", "1e-1"], "--lr 0.1: given more than once"),
+        (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
+        (["--lr", "nan"], "--lr: expected a number above 0, got 'nan'"),
+        (["--batch-size", "5", "--effective-batch", "12"], "a multiple of --batch-size, got 12 and 5"),
+        (["--effective-batch", "12"], "a multiple of --batch-size, got 12 and 32"),
+        ([*FILMS, "--model", "smollm2", "--effective-batch", "100"], "a multiple of --batch-size, got 100 and 8"),
+        ([*FILMS, "--model", "smollm2", "--batch-size", "24"], "a multiple of --batch-size, got 128 and 24"),
+        (["--batch-size", "-4"], "--batch-size: expected a whole number of 1 or more, got '-4'"),
+        (["--jobs", "-1"], "--jobs: expected a whole number of 1 or more, got '-1'"),
+        (["--pretrain-steps", "0"], "--pretrain-steps: expected a whole number of 1 or more, got '0'"),
+        (["--tests", "-5"], "--tests: expected a whole number of 0 or more, got '-5'"),
+        (["--steps", "-2"], "--steps: expected a whole number of 1 or more, got '-2'"),
+        (["--steps", "0"], "--steps: expected a whole number of 1 or more, got '0'"),
+        (["--epochs", "0"], "--epochs: expected a number above 0, got '0'"),
+        (["--epochs", "1", "--steps", "3"], "--steps: not allowed with argument --epochs"),
+        (["--min-users", "20"], "--min-users 20: means nothing with --data synthetic"),
+        (["--plain"], "--plain: means nothing with --data synthetic"),
+        ([*FILMS, "--users", "9"], "--users 9: means nothing with --data ml-100k"),
+        (["--model", "smollm2", "--pretrain-steps", "9"], "--pretrain-steps 9: means nothing with --model smollm2"),
+        (["--model", "/no/where"], "--model /no/where: expected the folder of a causal language model"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_at_once(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_relative_folders_are_of_use_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = ["--data", "ml-100k", "--out", "out", "--root"]
+    typed = experiment_of(parse([*asked, "data", "--model", "./model"]))
+    whole = experiment_of(parse([*asked, str(tmp_path / "data"), "--model", str(tmp_path / "model")]))
+    assert typed == whole
+    assert (whole.root, whole.model) == (tmp_path / "data", str(tmp_path / "model"))
+    assert experiment_of(parse([*asked, "data", "--model", "some/name"])).model == "some/name"
+    (tmp_path / options.TINY).mkdir()
+    assert experiment_of(parse([*asked, "data"])).model == options.TINY

@@ -34,10 +34,12 @@ def perform(run: Run) -> dict[str, Any]:
     """Trains and tests; the result is JSON-able, and kept in run.file, from which it is read the next time.
 
     A run that was killed goes on from its last checkpoint, if settings.save_steps made it write some.
-    Raises whatever training and the files raise.
+    Raises OtherData where what is kept is of other data, and whatever training and the files raise.
     """
     if run.file.exists():
-        return json.loads(run.file.read_text(encoding="utf-8"))
+        kept = json.loads(run.file.read_text(encoding="utf-8"))
+        run.check_data(run.file, kept["run"])
+        return kept
     start = time.perf_counter()
     dataset = run.experiment.dataset()
     parts, val, test = run.experiment.parts(dataset)
@@ -65,8 +67,11 @@ def perform(run: Run) -> dict[str, Any]:
 
 
 def checkpoint_of(run: Run) -> Path | None:
-    """The last whole checkpoint of a run that was killed."""
-    write_whole(run.folder / "run.json", json.dumps(run.described(), indent=1) + "\n")
+    """The last whole checkpoint of a run that was killed. Raises OtherData where it is of other data."""
+    described = run.folder / "run.json"
+    if described.exists():
+        run.check_data(described, json.loads(described.read_text(encoding="utf-8")))
+    write_whole(described, json.dumps(run.described(), indent=1) + "\n")
     whole = [path.parent for path in run.folder.glob("checkpoint-*/trainer_state.json")]  # the Trainer's last file
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
@@ -104,7 +109,7 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
         stats = ilora.gate_stats(gate)
         found["gate"] = {"entropy": stats.entropy, "usage": stats.usage, "weights": rounded(gate)}
         groups = [prompts.dataset.groups.get(example.user) for example in test]
-        if None not in groups and run.arm.gate == "sequence":
+        if None not in groups and len(set(groups)) > 1 and run.arm.gate == "sequence":
             found["gate"] |= exchanged(model, prompts, test, choice, gate, groups, size)
     return found
 
@@ -123,7 +128,10 @@ def exchanged(
     groups: Sequence[int | None],
     size: int,
 ) -> dict[str, Any]:
-    """What the gate tells the model: the hit ratios when each user is given the gate of somebody else."""
+    """What the gate tells the model: the hit ratios when each user is given the gate of somebody else.
+
+    groups: of the users, two or more of them.
+    """
     draw, N = random.Random(0), range(len(test))
     same = [draw.choice([j for j in N if groups[j] == groups[i] and j != i] or [i]) for i in N]
     other = [draw.choice([j for j in N if groups[j] != groups[i]]) for i in N]

@@ -26,11 +26,14 @@ from .tastes import tastes
 
 if TYPE_CHECKING:  # a wrong title is answered before torch could be imported
     from .prompts import Choice
-    from .sequence_models import SequenceModel
 
 PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
 MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
 TINY, SMOLLM2 = "tiny", "smollm2"
+
+
+class OtherData(ValueError):
+    """What is kept was made from other data than there are now."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,23 @@ class Experiment:
         parts = split(dataset, self.data_seed, self.protocol, self.evaluate)
         val, test = (with_candidates(part, dataset, self.data_seed, self.exclude) for part in parts[1:])
         return parts, val[: self.tests or None], test[: self.tests or None]
+
+    def fingerprint(self, dataset: Dataset) -> str:
+        """Sixteen digits of the titles, the users and all that decides their split; not of where the files are."""
+        split_by = [dataset.given, self.protocol, self.evaluate, self.exclude, self.data_seed, self.tests]
+        deciding = [dataset.titles, sorted(dataset.users.items()), split_by]
+        return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
+
+    def check_data(self, path: Path, kept: str, now: str) -> None:
+        """What is kept at the path was made from the data of this fingerprint; "" is not known, and passes.
+
+        Raises OtherData: to go on would test a model on what it was trained on.
+        """
+        if kept and now and kept != now:
+            raise OtherData(
+                f"{path}: it was made from other data (fingerprint {kept}) than those of {self.data} now ({now}): "
+                f"give another --out, or remove {self.folder}"
+            )
 
     def sequence_file(self, kind: str) -> Path:
         return self.folder / ("sequence.safetensors" if kind == "sasrec" else f"sequence-{kind}.safetensors")
@@ -172,13 +192,14 @@ def unpacked(folder: Path) -> Path:
 
 class Run(NamedTuple):
     """An arm with a seed and its settings, which hold the seed too. texts: whether answers are generated as well.
-    watch: the validation examples are ranked every so many steps, 0: only after the last."""
+    watch: the validation examples are ranked every so many steps, 0: only after the last. fingerprint: the data's."""
 
     experiment: Experiment
     arm: Arm
     settings: TrainingSettings
     texts: bool = True
     watch: int = 0
+    fingerprint: str = ""
 
     @property
     def file(self) -> Path:
@@ -189,9 +210,12 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Eight digits of all that decides the result: not where it is kept, nor what goes on beside the training."""
+        """Eight digits of all that decides the result: not where it is kept, nor what goes on beside the training.
+
+        The data stand in it by their root; `check_data` sees whether they are still the same.
+        """
         deciding = self.described()
-        del deciding["experiment"]["folder"]
+        del deciding["experiment"]["folder"], deciding["fingerprint"]
         if self.experiment.root is not None:
             deciding["experiment"]["root"] = str(self.experiment.root.resolve())
         for name in ("workers", "logging_steps", "save_steps", "progress"):
@@ -218,7 +242,11 @@ class Run(NamedTuple):
         """All that decides its result, JSON-able."""
         found = {name: asdict(getattr(self, name)) for name in ("arm", "recommender", "settings")}
         found["experiment"] = {key: str(value) for key, value in asdict(self.experiment).items()}
-        return {**found, "texts": self.texts, "watch": self.watch}
+        return {**found, "texts": self.texts, "watch": self.watch, "fingerprint": self.fingerprint}
+
+    def check_data(self, path: Path, described: dict[str, Any]) -> None:
+        """What is kept at the path is described like this. Raises OtherData."""
+        self.experiment.check_data(path, described.get("fingerprint", ""), self.fingerprint)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -230,23 +258,3 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: int = 0) -> SequenceModel:
-    """A sequence model of an experiment: trained and kept in its folder, or read from there."""
-    from . import sequence_models
-    from .sequence_training import train_sequence_model
-
-    path = experiment.sequence_file(kind)
-    if not path.exists():
-        parts, val, _ = experiment.parts(dataset)
-        model = sequence_models.build(kind, dataset.num_items, seed)
-        train_sequence_model(model, parts.train, val, seed=seed)
-        sequence_models.save(model, path)
-    kept = sequence_models.load(path)
-    if kept.num_items != dataset.num_items:
-        raise ValueError(
-            f"{path}: it was trained on {kept.num_items} items, {dataset.name} has {dataset.num_items}: "
-            "give another --out, or remove it"
-        )
-    return kept

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data import Dataset
-from .experiments import PROMPTS, Arm, Experiment
+from .experiments import PROMPTS, Arm, Experiment, OtherData
 
 if TYPE_CHECKING:  # a wrong title is answered before torch could be imported
     from .prompts import Prompts
@@ -26,13 +26,15 @@ class NoRun(ValueError):
 class KeptRun:
     """What a run's `run.json` says that is needed to use its recommender.
 
-    folder: holds run.json and the recommender. hybrid: whether item embeddings stand in the prompts.
+    folder: holds run.json and the recommender. hybrid: whether item embeddings stand in the prompts. fingerprint: of
+    the data it was trained on, "" where run.json has none.
     """
 
     folder: Path
     arm: Arm
     hybrid: bool
     experiment: Experiment
+    fingerprint: str = ""
 
     @property
     def recommender(self) -> Path:
@@ -55,25 +57,32 @@ class KeptRun:
         from .prompts import Prompts
         from .recommender import load
 
+        root = self.experiment.root
+        source = dataset.name if root is None else f"{dataset.name} as read from {root}"
+        remedy = "give --root with the files that it was trained on"
+        if self.fingerprint and self.fingerprint != (now := self.experiment.fingerprint(dataset)):
+            raise OtherData(
+                f"{self.folder}: it was trained on other data (fingerprint {self.fingerprint}) than {source} ({now}): "
+                + remedy
+            )
         lm, tokenizer = self.experiment.language_model(dataset)
         model = load(self.recommender, lm)
-        if model.encoder.num_items != dataset.num_items:
-            raise ValueError(
-                f"{self.recommender}: it knows {model.encoder.num_items} items, {dataset.name} as read from "
-                f"{self.experiment.root} has {dataset.num_items}: give --root with the files that it was trained on"
-            )
+        if (known := model.encoder.num_items) != dataset.num_items:  # a run that says no fingerprint
+            raise OtherData(f"{self.recommender}: it knows {known} items, {source} has {dataset.num_items}: {remedy}")
         return model, Prompts(tokenizer, dataset, PROMPTS[self.experiment.data])
 
 
 def read_run(folder: Path) -> KeptRun:
     """What <folder>/run.json says. Raises FileNotFoundError, or ValueError naming the file and what it lacks."""
     path = folder / "run.json"
+    above = folder.resolve().parents
+    if len(above) < 3:
+        raise ValueError(f"{folder.resolve()}: expected a run in its place, <comparison>/runs/<arm>/<run>")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-        comparison = folder.resolve().parents[2]  # <comparison>/runs/<arm>/<rate and seed>
-        experiment = Experiment.read(described["experiment"], comparison)
+        experiment = Experiment.read(described["experiment"], above[2])
         hybrid = described["settings"]["curriculum"] is not None
-        return KeptRun(folder, Arm(**described["arm"]), hybrid, experiment)
+        return KeptRun(folder, Arm(**described["arm"]), hybrid, experiment, described.get("fingerprint", ""))
     except KeyError as error:
         raise ValueError(f"{path}: expected the description of a run, it has no {error}") from error
     except (TypeError, ValueError) as error:

@@ -32,10 +32,11 @@ class SequenceModel(nn.Module):
     """What the three share: item embeddings [num_items + 1, dim], which also score, and how padding is put aside.
 
     A subclass defines `encode(items, lengths) -> z [N, dim]`; items [N, max_length] hold lengths [N] items of each row,
-    then padding.
+    then padding. fingerprint: of the data it was trained on, as `Experiment.fingerprint` has it; "" where nobody said.
     """
 
     kind = ""
+    fingerprint = ""
 
     def __init__(self, num_items: int, dim: int = 64, max_length: int = MAX_HISTORY, dropout: float = 0.2) -> None:
         super().__init__()
@@ -193,7 +194,8 @@ def build(kind: str, num_items: int, seed: int = 0, **settings: Any) -> Sequence
 
 def save(model: SequenceModel, path: Path) -> None:
     """Writes one safetensors file whose header holds the settings as JSON; whole or not at all."""
-    header = {"ilora_sequence_model": json.dumps({"kind": model.kind, **model.config})}
+    settings = {"kind": model.kind, **model.config} | ({"fingerprint": model.fingerprint} if model.fingerprint else {})
+    header = {"ilora_sequence_model": json.dumps(settings)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -214,7 +216,9 @@ def load(path: Path) -> SequenceModel:
         with safe_open(path, "pt") as file:
             settings = json.loads((file.metadata() or {})["ilora_sequence_model"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        fingerprint = settings.pop("fingerprint", "")
         model = build(settings.pop("kind"), settings.pop("num_items"), **settings)
+        model.fingerprint = fingerprint
         model.load_state_dict(tensors)
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: expected a saved sequence model: {error}") from error

@@ -1,0 +1,157 @@
+"""The options of `compare.py`, and what they ask for: an experiment, the settings of its runs, its arms."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import MOST_SEED, real, refuse_idle, refuse_missing_folder, refuse_repeats, whole
+from .experiments import MADE_UP, PROMPTS, SMOLLM2, TINY, Arm, Experiment
+from .sequence_models import KINDS
+from .settings import RecommenderConfig, TrainingSettings
+
+STEPS, BATCH, PRETRAINING = 300, 32, 800  # of the tiny model
+ARMS = ("untuned", "lora", "sequence", "random", "prompt")
+
+
+def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
+    """Ends the program with status 2 for options that are wrong, contradict each other or would be ignored."""
+    parser = made_parser(description)
+    options = parser.parse_args(argv)
+    made_up = options.data in MADE_UP
+    if (options.root is None) != made_up:
+        parser.error("--root goes with --data, and --data of files needs it")
+    idle = ("min_users", "plain") if made_up else ("users",)
+    refuse_idle(parser, options, idle, f"--data {options.data}")
+    if options.model != TINY:
+        refuse_idle(parser, options, ("pretrain_steps",), f"--model {options.model}")
+    for name, default in (("min_users", 1), ("users", Experiment.users), ("pretrain_steps", PRETRAINING)):
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    refuse_repeats(parser, options, ("arms", "experts", "seed", "lr", "sequence_models"))
+    if uneven := [E for E in options.experts if RecommenderConfig.r % E]:
+        parser.error(f"--experts {uneven[0]}: the rank is {RecommenderConfig.r}, which the experts must divide evenly")
+    batch, effective = batches_of(options)
+    if effective % batch:
+        parser.error(f"--effective-batch: expected a multiple of --batch-size, got {effective} and {batch}")
+    refuse_missing_folder(parser, options.model)
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the pictures need matplotlib: pip install 'ilora[bench]'")
+    return options
+
+
+def made_parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that may be refused where they mean nothing have the default None."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", choices=tuple(PROMPTS), default="synthetic")
+    add("--root", type=Path, help="folder of the raw files (readers.py says which)")
+    add("--plain", action="store_true", help="titles without year and with the article in front")
+    add("--min-users", type=whole(1), help="drop items that fewer users met (try 20 for Steam; default: 1)")
+    add("--users", type=whole(1), help=f"how many to make up (default: {Experiment.users})")
+    add("--protocol", choices=("paper", "leave-one-out"), help="default: leave-one-out for made-up users, else paper")
+    add("--evaluate", choices=("last", "random"), default="last", help="which window of a validation or test user")
+    add("--tests", type=whole(0), default=0, help="validate and test on so many examples only (default: all)")
+    add("--model", default=TINY, help=f"{TINY}, {SMOLLM2}, or a folder or name for transformers")
+    add("--pretrain-steps", type=whole(1), help=f"of the tiny model, at most (default: {PRETRAINING})")
+    add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
+    add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="rows of their own")
+    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--experts", type=whole(1), nargs="+", default=[4], help="of the sequence gate; the others' is the first")
+    add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0, 1, 2])
+    rates = "one for all arms, or several for each to choose from (see above)"
+    add("--lr", nargs="+", type=real(zero=False), help=rates)
+    add("--gate-lr", type=real(zero=True), default=0.3, help="the gate's, as a factor")
+    long = parser.add_mutually_exclusive_group().add_argument
+    long("--epochs", type=real(zero=False), help=f"default: 5; for made-up users {STEPS} steps")
+    long("--steps", type=whole(1), help="instead of epochs")
+    add("--batch-size", type=whole(1), help="examples at once")
+    add("--effective-batch", type=whole(1), help="examples of a step, a multiple of those at once")
+    hybrid = parser.add_mutually_exclusive_group().add_argument
+    hybrid("--curriculum", type=real(zero=True), help="part of the steps over which item embeddings come in")
+    hybrid("--text-only", action="store_true", help="no item embeddings in the prompts")
+    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--workers", type=whole(0), default=0, help="of the data loader")
+    add("--jobs", type=whole(1), help="runs at a time, each a process (default: 2 with the tiny model, else 1)")
+    add("--save-steps", type=whole(0), default=0, help="a checkpoint every so often, from which a killed run goes on")
+    add("--watch", type=whole(0), help="rank validation examples every so often (default: thrice, for made-up users)")
+    add("--no-texts", action="store_true", help="do not generate answers")
+    add("--out", type=Path, default=Path("recommender-comparison"))
+    return parser
+
+
+def batches_of(options: argparse.Namespace) -> tuple[int, int]:
+    """How many examples at once, and of a step."""
+    tiny = options.model == TINY
+    batch = options.batch_size or (BATCH if tiny else 8)
+    return batch, options.effective_batch or (batch if tiny else 128)
+
+
+def model_of(options: argparse.Namespace) -> str:
+    """The language model; a relative folder is made absolute, so that its runs are of use from everywhere."""
+    name: str = options.model
+    as_it_is = name in (TINY, SMOLLM2) or Path(name).is_absolute() or not Path(name).is_dir()
+    return name if as_it_is else os.path.abspath(name)
+
+
+def experiment_of(options: argparse.Namespace) -> Experiment:
+    protocol: Any = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
+    names = ("data", "users", "min_users", "evaluate", "tests", "plain", "guide")
+    marks = {
+        f"{options.users}-users": options.data in MADE_UP and options.users != Experiment.users,
+        f"min-{options.min_users}": options.min_users != Experiment.min_users,
+        "plain": options.plain,
+        options.evaluate: options.evaluate != Experiment.evaluate,
+        f"{options.tests}-tests": options.tests != Experiment.tests,
+        f"{options.pretrain_steps}-pretrained": options.model == TINY and options.pretrain_steps != PRETRAINING,
+    }
+    name = [options.data, protocol, Path(model_of(options)).name, *(mark for mark, differs in marks.items() if differs)]
+    folder = options.out / "-".join(name)  # by all that decides the models that its runs share
+    given = {name: getattr(options, name) for name in names}
+    root = options.root and options.root.resolve()
+    return Experiment(folder, root=root, protocol=protocol, model=model_of(options), **given)
+
+
+def settings_of(options: argparse.Namespace) -> TrainingSettings:
+    batch, effective = batches_of(options)
+    in_words = options.text_only or (options.model == TINY and options.curriculum is None)
+    steps = STEPS if options.data in MADE_UP and options.epochs is None else 0
+    curriculum = 1.0 if options.curriculum is None else options.curriculum
+    return TrainingSettings(
+        epochs=options.epochs or TrainingSettings.epochs,
+        steps=options.steps or steps,
+        gate_lr=options.gate_lr,
+        batch_size=batch,
+        effective_batch=effective,
+        curriculum=None if in_words else curriculum,
+        workers=options.workers,
+        precision=options.precision,
+        progress=False,
+        logging_steps=10,
+        save_steps=options.save_steps,
+    )
+
+
+def watch_of(options: argparse.Namespace, settings: TrainingSettings, windows: int) -> int:
+    """Every so many steps; windows: how many there are to train on."""
+    if options.watch is not None or options.data not in MADE_UP:
+        return options.watch or 0
+    total = settings.steps or math.ceil(settings.epochs * math.ceil(windows / settings.effective_batch))
+    return total // 3
+
+
+def arms_of(options: argparse.Namespace) -> list[Arm]:
+    first = options.experts[0]
+    every = {
+        "untuned": [Arm("LM untuned", None)],
+        "lora": [Arm("LoRA", "uniform")],
+        "sequence": [Arm(f"iLoRA, E={E}, sequence gate", "sequence", E) for E in options.experts],
+        "random": [Arm(f"iLoRA, E={first}, random gate", "random", first)],
+        "prompt": [Arm(f"iLoRA, E={first}, prompt gate", "prompt", first)],
+    }
+    return [arm for name in options.arms for arm in every[name]]

@@ -1,0 +1,68 @@
+"""What the arms of a comparison share, made once and kept beside its runs: sequence models, the tiny language model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from . import sequence_models
+from .data import Dataset
+from .experiments import PROMPTS, Experiment
+from .prompts import Prompts
+from .sequence_models import SequenceModel
+from .sequence_training import train_sequence_model
+from .tiny_model import pretrain, tiny_lm
+
+MARK = "fingerprint.txt"  # of the data, in the tiny model's folder
+
+
+def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: int = 0) -> SequenceModel:
+    """A sequence model of an experiment: trained and kept in its folder, or read from there.
+
+    Raises OtherData or ValueError where it was trained on other data.
+    """
+    path, fingerprint = experiment.sequence_file(kind), experiment.fingerprint(dataset)
+    if not path.exists():
+        parts, val, _ = experiment.parts(dataset)
+        model = sequence_models.build(kind, dataset.num_items, seed)
+        train_sequence_model(model, parts.train, val, seed=seed)
+        model.fingerprint = fingerprint
+        sequence_models.save(model, path)
+    kept = sequence_models.load(path)
+    if kept.num_items != dataset.num_items:
+        raise ValueError(
+            f"{path}: it was trained on {kept.num_items} items, {dataset.name} has {dataset.num_items}: "
+            f"give another --out, or remove {experiment.folder}"
+        )
+    _check(experiment, path, kept.fingerprint, fingerprint)
+    return kept
+
+
+def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
+    """Makes the tiny language model and trains it for so many steps at most, if the experiment's folder has none.
+
+    Raises OtherData where there is one that was made for other data.
+    """
+    folder, fingerprint = experiment.lm_folder, experiment.fingerprint(dataset)
+    if folder.exists():
+        mark = folder / MARK
+        _check(experiment, folder, mark.read_text(encoding="utf-8") if mark.exists() else "", fingerprint)
+        return
+    start = time.perf_counter()
+    tokenizer = experiment.tokenizer(dataset)
+    lm = tiny_lm(tokenizer)
+    losses = pretrain(lm, Prompts(tokenizer, dataset, PROMPTS[experiment.data]), steps)
+    staged = folder.with_name(".tiny-lm")
+    lm.save_pretrained(staged)
+    (staged / MARK).write_text(fingerprint, encoding="utf-8")
+    staged.rename(folder)
+    spent = f"{len(losses)} steps, {time.perf_counter() - start:.0f} s"
+    print(f"tiny language model: loss {losses[0]:.2f} -> {losses[-1]:.2f}, {spent}", flush=True)
+
+
+def _check(experiment: Experiment, path: Path, kept: str, now: str) -> None:
+    """Warns where an older file does not say what it was made from."""
+    if not kept:
+        print(f"{path}: does not say of which data it is; it is taken for these", file=sys.stderr, flush=True)
+    experiment.check_data(path, kept, now)
