@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +286,48 @@ def test_how_the_command_refuses(films, tmp_path, capsys):
         file.write("99|A new film (1999)|\n")
     status, *_ = run_command(capsys, "--run", folder, "--root", tmp_path / "other", "alien")
     assert "the files that it was trained on" in str(status)
+
+
+def test_the_files_must_be_those_of_the_training_wherever_they_are(films, tmp_path, capsys):
+    data, folder = films
+    moved = movielens_files(tmp_path / "moved")
+    assert (
+        run_command(capsys, "--run", folder, *LIKED)[1]
+        == run_command(capsys, "--run", folder, "--root", moved, *LIKED)[1]
+    )
+    items = moved / "u.item"
+    items.write_text(items.read_text("latin-1").replace("Film number 29", "Film number 30"), "latin-1")
+    status, *_ = run_command(capsys, "--run", folder, "--root", moved, *LIKED)
+    assert "it was trained on other data" in status
+    assert "the files that it was trained on" in status
+
+
+def test_an_answer_that_nobody_reads_to_its_end(films):
+    script = ROOT / "examples" / "sequential_recommendation" / "recommend.py"
+    command = [sys.executable, script, "--run", films[1], *LIKED]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| true`
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 141
+    assert "Traceback" not in said
+    assert "BrokenPipe" not in said
+
+
+def test_examples_are_spelt_as_the_page_offers_them():
+    users = {"a": [0, 1, 2, 3, 4, 5], "b": [6, 0, 2, 3, 4, 5], "c": [6, 2, 3, 5]}
+    dataset = Dataset("films", ["ALIEN", "Heat", "Big", "Fargo", "alien ", "Jaws", "Alien"], users)
+    titles = Titles(dataset)
+    histories = Service.histories(SimpleNamespace(dataset=dataset, titles=titles))
+    offered = set(titles.known)
+    assert sorted(histories) == [["ALIEN", "Heat", "Big", "Fargo", "Jaws"]]
+    assert all(title in offered for history in histories for title in history)
+
+
+def test_a_run_that_lies_in_no_comparison(tmp_path):
+    with pytest.raises(ValueError, match="/run: expected a run in its place, <comparison>/runs/<arm>/<run>"):
+        read_run(Path("/run"))
 
 
 def test_the_command_by_its_path_and_without_a_run(tmp_path):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # torch is imported once the titles are known
     from .service import Answer, Service
 
 BAR = 30  # characters of the longest
+BROKEN_PIPE = 128 + 13  # the status of what SIGPIPE ends
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,7 +112,7 @@ def shown(answer: Answer, service: Service, top: int) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, or 2 where the titles or options are wrong."""
+    """The exit status: 0; 2 where the titles or options are wrong; 141 where nobody reads the answer to its end."""
     made = parser()
     options = made.parse_args(argv)
     if options.top < 1:
@@ -128,15 +129,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         from .service import as_json
 
-        print(json.dumps(as_json(answer, service.label, run.folder, options.top), indent=1))
+        text = json.dumps(as_json(answer, service.label, run.folder, options.top), indent=1)
     else:
-        print("\n".join(shown(answer, service, options.top)))
+        text = "\n".join(shown(answer, service, options.top))
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as under `| head -1`
+        return BROKEN_PIPE
     return 0
 
 
 if __name__ == "__main__":
     gc.disable()  # imports make objects by the million and this process is short: a second of its ten
-    status = main()
-    sys.stdout.flush()
+    status = main()  # which has flushed stdout
     sys.stderr.flush()
     os._exit(status)  # nor is the interpreter to walk over them all when it ends: another second

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .data import MAX_HISTORY, MIN_HISTORY, NUM_CANDIDATES, Dataset, Example
 from .kept import KeptRun
+from .likelihoods import candidate_likelihoods
 from .prompts import Choice, Prompts
 from .recommender import Recommender
-from .scoring import candidate_likelihoods, gates
+from .scoring import gates
 from .sequence_models import pad_histories
 from .titles import Titles
 
@@ -172,11 +173,13 @@ class Service:
         ]
 
     def histories(self, count: int = 4, length: int = 5) -> list[list[str]]:
-        """The latest titles of some users of the data set, to try."""
+        """The latest titles of some users of the data set, to try; spelt as `Titles.known` has them."""
+        names, kept = self.dataset.names, self.titles.items
         users = (items for _, items in sorted(self.dataset.users.items()))
-        found = (list(dict.fromkeys(self.dataset.titles[item] for item in items)) for items in users)
-        long_enough = [titles[-length:] for titles in found if len(titles) >= length]
-        return random.Random(0).sample(long_enough, min(count, len(long_enough)))
+        found = (list(dict.fromkeys(kept[names[item]] for item in items)) for items in users)
+        long_enough = [items[-length:] for items in found if len(items) >= length]
+        chosen = random.Random(0).sample(long_enough, min(count, len(long_enough)))
+        return [[self.dataset.titles[item] for item in items] for items in chosen]
 
 
 def asked(history: Sequence[int], candidates: Sequence[int]) -> Example:
