@@ -295,6 +295,13 @@ def test_a_bad_review_is_named_by_file_and_line(tmp_path, review, words):
         readers.steam(tmp_path)
 
 
+def test_missing_files_are_named_as_they_may_be_called(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"expected steam_games\.json\.gz or steam_games\.json, there"):
+        readers.steam(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"artists\.dat and user_.*, or items\.tsv, train\.tsv"):
+        readers.lastfm(tmp_path)
+
+
 TRAIN = "0,1,2\t3\n0,1,2,3\t4\n5,6,7\t8\n0,1,2\t9\n1,2,3,4,5,6,7,8,9,10\t11\n2,3,4,5,6,7,8,9,10,11\t12\n"
 
 

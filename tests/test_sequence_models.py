@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sequential_recommendation import sequence_training as training
 from sequential_recommendation.data import Dataset, split, with_candidates
+from sequential_recommendation.experiments import MADE_UP, PROMPTS
 from sequential_recommendation.metrics import candidate_scores, hit_ratio, popularity, ranks
+from sequential_recommendation.readers import READERS
 from sequential_recommendation.sequence_models import KINDS, SequenceEncoder, build, load, pad_histories, save
 from sequential_recommendation.sequence_training import Settings, candidate_ranks, train_sequence_model
 from sequential_recommendation.synthetic import synthetic
@@ -283,6 +285,39 @@ def test_the_command_names_what_is_wrong(tmp_path, capsys):
     assert "--root goes with --data" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"--data ml-100k: .*u\.item"):
         command().main(["--data=ml-100k", f"--root={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device=gpu"], "--device: expected a device that computes here, got 'gpu'"),
+        (["--device=meta"], "--device: expected a device that computes here, got 'meta'"),
+        (["--device=cuda:99"], "--device: expected a device that computes here, got 'cuda:99'"),
+        (["--lr=-1"], "--lr: expected a number above 0, got '-1'"),
+        (["--lr=inf"], "--lr: expected a number above 0, got 'inf'"),
+        (["--epochs=0"], "--epochs: expected a whole number of 1 or more, got '0'"),
+        (["--seed", "1", "1"], "--seed 1: given more than once"),
+        (["--min-users=20"], "--min-users 20: means nothing with --data synthetic"),
+        (["--data=tastes", "--root=x"], "--root goes with --data"),
+    ],
+)
+def test_the_command_refuses_at_once(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command().parse(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_data_of_the_readme_are_those_of_the_commands():
+    lines = (EXAMPLES / "sequential_recommendation" / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    del rows["--data"]
+    assert set(rows) == {*PROMPTS, *READERS}
+    for name, line in rows.items():
+        assert ("train_sequence_models.py` alone" in line) == (name not in PROMPTS)
+        root = [] if name in MADE_UP else ["--root=."]
+        assert command().parse([f"--data={name}", *root]).data == name
+    assert command().read(command().parse(["--data=tastes"])).name == "tastes"
 
 
 def test_the_command_runs_by_path(tmp_path):

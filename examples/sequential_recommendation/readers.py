@@ -97,8 +97,13 @@ def lastfm(folder: Path) -> Dataset:
 
     A folder that has items.tsv and no artists.dat is read by `windows_files`.
     """
-    if (folder / "items.tsv").exists() and not (folder / "artists.dat").exists():
-        return replace(windows_files(folder), name="LastFM")
+    if not (folder / "artists.dat").exists():
+        if (folder / "items.tsv").exists():
+            return replace(windows_files(folder), name="LastFM")
+        raise FileNotFoundError(
+            f"{folder}: expected artists.dat and user_taggedartists-timestamps.dat, or "
+            "items.tsv, train.tsv, val.tsv and test.tsv; there is neither artists.dat nor items.tsv"
+        )
     titles: dict[str, str] = {}
     for line in _body(folder / "artists.dat", "id"):
         item, title, *_ = _fields(line, "\t", 2)
@@ -149,8 +154,10 @@ def steam(folder: Path) -> Dataset:
 
 
 def _records(folder: Path, name: str) -> Iterator[tuple[str, dict[str, object]]]:
-    packed = folder / (name + ".gz")
-    for where, text in _lines(packed if packed.exists() else folder / name):
+    packed, plain = folder / (name + ".gz"), folder / name
+    if not packed.exists() and not plain.exists():
+        raise FileNotFoundError(f"{folder}: expected {packed.name} or {name}, there is neither")
+    for where, text in _lines(packed if packed.exists() else plain):
         try:
             record = ast.literal_eval(text)
         except (ValueError, SyntaxError) as error:

@@ -24,45 +24,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arguments import MOST_SEED, device, real, refuse_idle, refuse_repeats, whole
 from .data import Dataset, Example, Split, frequent, split, with_candidates
+from .experiments import MADE_UP
 from .metrics import Ratio, candidate_scores, hit_ratio, ndcg, over_seeds, popularity, ranks
 from .readers import READERS
 from .sequence_models import KINDS, build, save
 from .sequence_training import Epoch, Settings, candidate_ranks, train_sequence_model
-from .synthetic import synthetic
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", choices=("synthetic", *READERS), default="synthetic")
+    add("--data", choices=(*MADE_UP, *READERS), default="synthetic")
     add("--root", type=Path, help="folder of the raw files (readers.py says which)")
-    add("--min-users", type=int, default=1, help="drop items that fewer users met (try 20 for Steam)")
-    add("--protocol", choices=("paper", "leave-one-out"), default="paper")
+    add("--min-users", type=whole(1), help="drop items that fewer users met (try 20 for Steam; default: 1)")
+    add("--protocol", choices=("paper", "leave-one-out"), default="paper", help="(default: %(default)s)")
     add("--evaluate", choices=("last", "random"), default="last", help="which window of a validation or test user")
     add("--exclude", choices=("window", "user"), default="window", help="what negatives are not: see data.py")
     add("--data-seed", type=int, default=0, help="of the split and the candidates")
     add("--model", nargs="+", choices=tuple(KINDS), default=["sasrec"])
-    add("--seed", nargs="+", type=int, default=[0], help="of weights and training")
-    add("--epochs", type=int, default=Settings().epochs)
-    add("--lr", type=float, default=Settings().lr)
-    add("--threads", type=int, default=1)
-    add("--device", type=torch.device, default=torch.device("cpu"))
+    add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0], help="of weights and training")
+    add("--epochs", type=whole(1), default=Settings().epochs)
+    add("--lr", type=real(zero=False), default=Settings().lr)
+    add("--threads", type=whole(1), default=1)
+    add("--device", type=device, default="cpu")
     add("--out", type=Path, default=Path("sequence-models"), help="folder for the trained models")
     options = parser.parse_args(argv)
-    if (options.root is None) != (options.data == "synthetic"):
-        parser.error("--root goes with --data, and --data other than synthetic needs it")
-    if min(options.epochs, options.threads, options.min_users) < 1:
-        parser.error("--epochs, --threads and --min-users: expected 1 or more")
+    if (options.root is None) != (options.data in MADE_UP):
+        parser.error("--root goes with --data, and --data of files needs it")
+    if options.data in MADE_UP:
+        refuse_idle(parser, options, ("min_users",), f"--data {options.data}")
+    refuse_repeats(parser, options, ("model", "seed"))
     return options
 
 
 def read(options: argparse.Namespace) -> Dataset:
     """The data set that the options name."""
-    if options.data == "synthetic":
-        return synthetic(seed=options.data_seed)
+    if options.data in MADE_UP:
+        return MADE_UP[options.data](seed=options.data_seed)
     dataset = READERS[options.data](options.root)
-    return dataset if options.min_users == 1 else frequent(dataset, items=options.min_users)
+    return dataset if options.min_users in (None, 1) else frequent(dataset, items=options.min_users)
 
 
 def show_epoch(epoch: Epoch) -> None:
