@@ -13,6 +13,7 @@ from sequential_recommendation.recommender import Recommender, load
 from sequential_recommendation.settings import RecommenderConfig, TrainingSettings
 from sequential_recommendation.tiny_model import tiny_lm, tiny_tokenizer
 from sequential_recommendation.training import train
+from tokenizers.pre_tokenizers import Whitespace
 
 import ilora
 
@@ -57,6 +58,14 @@ def test_an_answer_is_valid_as_the_tokenizer_writes_it(parts):
     texts = [prompts.tokenizer.decode(prompts.answer(item)) for item in range(8)]
     examples = [Example("a", (1, 2), item, tuple(range(8))) for item in range(8)]
     assert [ratio.hits for ratio in text_ratios(texts, examples, written)] == [8, 8]
+
+
+def test_a_tokenizer_without_a_newline_is_refused(parts):
+    *_, prompts, _ = parts
+    tokenizer = tiny_tokenizer(prompts.dataset, "movies")
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    with pytest.raises(ValueError, match="makes nothing of a newline"):
+        Prompts(tokenizer, prompts.dataset, "movies")
 
 
 def test_restoring_brings_the_item_embeddings_too(parts, tmp_path):

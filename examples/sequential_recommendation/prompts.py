@@ -74,7 +74,7 @@ class Prompts:
         tokenizer: any transformers tokenizer. Pieces (template words, titles) are tokenised apart and joined, so that a
             title has the same tokens wherever it stands.
         dataset: for its titles. kind: of TEMPLATES.
-    Raises: ValueError for another kind, a tokenizer without a pad or end token, or a title that has no token.
+    Raises: ValueError for another kind, a tokenizer without a pad or end token, or a title or newline without a token.
     """
 
     def __init__(self, tokenizer: Any, dataset: Dataset, kind: str = "neutral") -> None:
@@ -91,7 +91,9 @@ class Prompts:
         self.comma, self.newline = self._tokens(","), self._tokens("\n")
         titles = [" " + title for title in dataset.titles]
         self.titles: list[list[int]] = tokenizer(titles, add_special_tokens=False)["input_ids"]
-        for title, ids in zip(dataset.titles, [*self.titles, self.newline], strict=False):
+        if not self.newline:
+            raise ValueError("the tokenizer makes nothing of a newline, with which an answer ends")
+        for title, ids in zip(dataset.titles, self.titles, strict=True):
             if not ids:
                 raise ValueError(f"the tokenizer makes nothing of the title {title!r}")
 
