@@ -1,6 +1,8 @@
 """The comparison of arms: tables, pictures, going on where it was."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +243,15 @@ def test_options_that_cannot_be_meant_are_refused_at_once(arguments, words, caps
         parse(arguments)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_commands_of_the_results_are_still_accepted():
+    folder = Path(compare.__file__).parent
+    texts = [path.read_text(encoding="utf-8") for path in (folder / "README.md", *(folder / "results").glob("*.md"))]
+    commands = [found for text in texts for found in re.findall(r"recommendation/compare\.py([^`#\n]*)", text)]
+    assert len(commands) >= 8
+    for command in commands:
+        assert experiment_of(parse(shlex.split(command)))
 
 
 def test_relative_folders_are_of_use_from_everywhere(tmp_path, monkeypatch):
