@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .bases import home, offloading_to
-from .config import ILoRAConfig, find_targets, with_head
+from .config import ILoRAConfig, find_targets
 from .gate import GateState
+from .heads import with_heads
 from .layer import ILoRALinear
 from .networks import GateNetwork
 from .paths import block_of, named
@@ -79,6 +80,11 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
     Raises: ValueError where nothing was injected, the name is taken or empty, or a gate is merged; ValueError,
     TypeError as `inject`. The model is then what it was.
     """
+    return add(model, name, ILoRAConfig() if config is None else config, gate, heads=True)
+
+
+def add(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, heads: bool = False) -> Any:
+    """`add_adapter`; heads as in `build`."""
     injection = injected(model)
     if name in adapters(model):
         raise ValueError(f"add_adapter: there is an adapter {name!r} already; the model has {adapters(model)}")
@@ -87,7 +93,7 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
     before = injection.adapter
     detach(model)
     try:
-        adapter = build(model, name, ILoRAConfig() if config is None else config, gate, injection.state)
+        adapter = build(model, name, config, gate, injection.state, heads)
     except BaseException:
         attach(model, before)
         raise
@@ -142,15 +148,17 @@ def targets(model: Any) -> tuple[str, ...]:
     return tuple(injected(model).adapter.layers)
 
 
-def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, state: GateState) -> Adapter:
-    """A fresh adapter for the model, which it leaves as it is. Every refusal of a configuration is raised in here."""
+def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, state: GateState, heads: bool) -> Adapter:
+    """A fresh adapter for the model, which it leaves as it is. Every refusal of a configuration is raised in here.
+
+    heads: what a task class adds is trained whole too; False for a config from a file, which says all."""
     if not isinstance(config, ILoRAConfig):
         raise TypeError(f"config: expected an ILoRAConfig, got {type(config).__name__}")
     if gate is not None and not isinstance(gate, nn.Module):
         raise TypeError(f"gate: expected a gate network (an nn.Module), got {type(gate).__name__}")
     if not isinstance(name, str) or not name:
         raise ValueError(f"name: expected a name for the adapter, got {name!r}")
-    config = with_head(model, config)
+    config = with_heads(model, config) if heads else config
     paths = find_targets(model, config)
     settings = {path: config.layer_settings(path) for path in paths}
     saved = modules_to_save(model, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -16,13 +16,6 @@ from .paths import ALL_LINEAR, PATTERNS, index_of, inside, named, nothing_matche
 from .paths import block_of as block_of
 from .settings import check_settings, dtype_name, is_finite, is_number
 
-TASK_HEADS = {  # of transformers' classes, by the end of their names
-    "ForSequenceClassification": ("classifier", "score"),
-    "ForTokenClassification": ("classifier", "score"),
-    "ForQuestionAnswering": ("qa_outputs",),
-    "ForMultipleChoice": ("classifier",),
-}
-
 
 @dataclass(frozen=True)
 class ILoRAConfig:
@@ -34,10 +27,12 @@ class ILoRAConfig:
         lora_dropout: 0 <= p < 1, on the low-rank path, in training mode.
         num_experts: E, which divides r; the gate's width.
         target_modules: names or path endings ("q_proj", "mlp.up_proj"), one regular expression for the whole path, or
-            "all-linear": every linear layer but the output head. The head of a transformers classifier (classes called
-            ForSequenceClassification and the like) then joins modules_to_save.
+            "all-linear": every linear layer but the output head.
         exclude_modules: names, path endings or one regular expression of modules to leave out.
-        modules_to_save: names or path endings of modules to train whole, and to save with the adapter.
+        modules_to_save: names, path endings or "^" and a whole path, of modules to train whole and to save with the
+            adapter. `inject` and `add_adapter` add what a task class of transformers (ForSequenceClassification and
+            the like) has around its pretrained model, unless exclude_modules names it, or target_modules by a name that
+            is its own.
         layers_to_transform: indices of the blocks to adapt; a module's index is the first number in its path.
         rank_pattern, alpha_pattern: r and lora_alpha of single modules, {path ending or regular expression: value}.
         expert_pattern: number of experts of single modules. It divides num_experts: such a layer weighs each of its
@@ -137,17 +132,6 @@ def _regex(name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
-
-
-def with_head(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
-    """With "all-linear" the head of a classifier is trained whole, and so saved, as PEFT does for such tasks: it was
-    made anew when the model was loaded, and the next time it would be another."""
-    if config.target_modules != ALL_LINEAR:
-        return config
-    heads = next((heads for ending, heads in TASK_HEADS.items() if type(model).__name__.endswith(ending)), ())
-    here = [name for name, _ in model.named_children() if name in heads]
-    new = [name for name in here if not named(name, config.modules_to_save) and not named(name, config.exclude_modules)]
-    return replace(config, modules_to_save=(*config.modules_to_save, *new)) if new else config
 
 
 def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:

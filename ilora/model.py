@@ -42,11 +42,23 @@ def inject(
     Raises: ValueError, TypeError naming the module that cannot be adapted, or the name, pattern or block of the config
     that is not in the model, before anything is changed; ValueError for a bare linear layer, which `ILoRALinear` wraps.
     """
-    config = ILoRAConfig() if config is None else config
+    return put(model, ILoRAConfig() if config is None else config, gate, name, share_inputs, heads=True)
+
+
+def put(
+    model: Any,
+    config: ILoRAConfig,
+    gate: nn.Module | None,
+    name: str = "default",
+    share_inputs: bool = False,
+    *,
+    heads: bool = False,
+) -> Any:
+    """`inject`; heads as in `ilora.adapter.build`."""
     _refuse(model)
     packing = keep_unpacked(model)
     try:
-        adapter = build(model, name, config, gate, GateState())
+        adapter = build(model, name, config, gate, GateState(), heads)
     except BaseException:
         let_pack(packing)
         raise

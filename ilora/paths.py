@@ -18,7 +18,8 @@ PATTERNS = ("rank_pattern", "alpha_pattern", "expert_pattern")
 
 
 def ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    """Whether the path ends in the name, or is the name after a ^, all of it."""
+    return path == name.removeprefix("^") or path.endswith("." + name)
 
 
 def named(path: str, names: str | Iterable[str]) -> bool:

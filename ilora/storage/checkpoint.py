@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, adapters, add_adapter, delete_adapter, injected, refresh, set_adapter
+from ..adapter import Adapter, adapters, add, delete_adapter, injected, refresh, set_adapter
 from ..config import ILoRAConfig
 from ..delivery import ILoRAModel
-from ..model import eject, inject
+from ..model import eject, put
 from ..networks import GATE_TYPES
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory
@@ -119,7 +119,7 @@ def load_adapter(
 def _add(model: Any, stored: Stored, name: str, gate: nn.Module | None) -> Any:
     gate = stored.check_new(model, gate)
     before = model.ilora.adapter.name if isinstance(model, ILoRAModel) else None
-    make: Callable[..., Any] = inject if before is None else add_adapter
+    make: Callable[..., Any] = put if before is None else add
     try:
         make(model, config=stored.config, gate=gate, name=name)
     except (TypeError, ValueError) as error:

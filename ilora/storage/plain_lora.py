@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..bases import adapter_like, features_of, is_linear
 from ..checks import MAX_RANK
 from ..config import ILoRAConfig
-from ..model import eject, inject
+from ..model import eject, put
 from .files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
 from .layout import PREFIX, Layout, exactly, fill, most_common, patterns, peft_key, specs_of, tensors_of
 
@@ -137,7 +137,7 @@ def take_over(model: Any, lora: PlainLora, num_experts: int, gate: nn.Module | N
     wanted, planned = {*lora.ranks, *lora.saved}, {*layout.layers, *layout.saved}
     if wanted != planned:
         raise AdapterError(f"{lora.source}: cannot tell {sorted(wanted ^ planned)} from {sorted(wanted)} by name")
-    inject(model, config, gate)
+    put(model, config, gate)
     try:
         fill(tensors_of(model.ilora.adapter), lora.values)
     except BaseException:

@@ -1,0 +1,96 @@
+"""What a transformers task class adds to the pretrained model in it: made anew at every loading, so trained whole."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from .config import ILoRAConfig
+from .paths import ALL_LINEAR, named
+
+# In the names of task classes. Language models are none: their heads are in the checkpoint.
+_TASKS = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|SemanticSegmentation|ObjectDetection|DepthEstimation|CTC"
+    r"|XVector|Regression)"
+)
+_LOADED = "_is_hf_initialized"  # transformers' mark on the parameters that it has read from a file
+
+
+def with_heads(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
+    """The config with a task's head among its modules_to_save, as PEFT does for such tasks. What exclude_modules names
+    is left out, and what target_modules names by itself, which is adapted then."""
+    heads = [path for path in task_heads(model) if not named(path, config.exclude_modules)]
+    if heads:
+        _warn_of_bare_parameters(model)
+    new = [path for path in heads if not named(path, config.modules_to_save) and not _targeted(model, config, path)]
+    others = [path for path, _ in model.named_modules()]
+    pinned = ["^" + path if any(other.endswith("." + path) for other in others) else path for path in new]
+    return replace(config, modules_to_save=(*config.modules_to_save, *pinned)) if new else config
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """The paths of the modules that a task class of transformers has put around a pretrained model, and of those in it
+    that its checkpoint did not have; none of any other class."""
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None or not _TASKS.search(type(model).__name__):
+        return []
+    children = dict(model.named_children())
+    pretrained = [name for name, child in children.items() if name == prefix or _has_pretrained(child)]
+    known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # shared embeddings too
+    around = [name for name in children if name not in pretrained and not _all_in(known, children[name])]
+    return _outermost([*(around if pretrained else ()), *_not_loaded(model)])
+
+
+def _warn_of_bare_parameters(model: nn.Module) -> None:
+    bare = [name for name, p in model.named_parameters(recurse=False) if not getattr(p, _LOADED, False)]
+    if bare:
+        warnings.warn(
+            f"{type(model).__name__}: {', '.join(bare)} stays frozen and is not saved, being in no module that could "
+            "be trained whole; if no checkpoint has it, another loading gives other values",
+            stacklevel=5,
+        )
+
+
+def _has_pretrained(module: nn.Module) -> bool:
+    return any(hasattr(part, "base_model_prefix") for part in module.modules())
+
+
+def _all_in(known: set[int], module: nn.Module) -> bool:
+    return all(id(parameter) in known for parameter in module.parameters())
+
+
+def _not_loaded(model: nn.Module) -> list[str]:
+    """The paths of the modules none of whose parameters came from the checkpoint; none where nothing shows it."""
+    loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, _LOADED, False)}
+    if not loaded:
+        return []
+    paths = []
+    for path, module in model.named_modules():
+        parameters = list(module.parameters())
+        if path and parameters and loaded.isdisjoint(map(id, parameters)):
+            paths.append(path)
+    return paths
+
+
+def _outermost(paths: Iterable[str]) -> list[str]:
+    found = list(dict.fromkeys(paths))
+    return [path for path in found if not any(path.startswith(outer + ".") for outer in found)]
+
+
+def _targeted(model: nn.Module, config: ILoRAConfig, head: str) -> bool:
+    """Whether target_modules means this head by itself, and not by a name that others have too."""
+    targets = config.target_modules
+    if targets == ALL_LINEAR:
+        return False
+    if named(head, targets):
+        return True
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in [targets] if isinstance(targets, str) else [(name,) for name in targets]:
+        meant = [path for path in paths if named(path, name)]
+        if meant and all(path.startswith(head + ".") for path in meant):
+            return True
+    return False
