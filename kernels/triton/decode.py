@@ -84,7 +84,7 @@ def fuses(x: Tensor, weight: Tensor) -> bool:
 def tile_of(device: Device, x: Tensor, d_out: int, A: Tensor, fused: bool) -> tuple[Tile, int]:
     """(the tile of y, columns of x a step): narrow tiles where wide ones would leave multiprocessors idle, and deep
     steps where a program has a multiprocessor to itself and must keep the memory busy alone."""
-    size, small, r = x.element_size(), A.element_size(), pow2(len(A), 16, 256)
+    size, small, r = x.element_size(), A.element_size(), _ranks(A, fused)
     n = 64 if not fused else 16 if d_out <= 16 * device.sms else 32
     deep = fused and ceil_div(d_out, n) <= device.sms and r <= 32 and config.aligned(x) and not device.hip
     k = 128 if size == small == 2 and r <= 64 else 64 if size == 2 and r * small <= 256 else 32
@@ -113,9 +113,15 @@ def plan(
         **_strides("gate", gate), "R": R, "RANK": R // E, "DOT": dots.wide, "NARROW": dots.narrow,
         "BASE_DOT": tl.float32 if device.interpret else config.TYPES[x.dtype], "PIECES": dots.pieces,
         "PRECISION": dots.precision, "BASE_PRECISION": config.dots(device, x.dtype, x.dtype).precision,
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": step, "BLOCK_R": pow2(R, 16, 256),
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": step, "BLOCK_R": _ranks(A, whole and weight is not None),
     }  # fmt: skip
     return Launch(decode, (ceil_div(D_OUT, tile.n), ceil_div(M, tile.m)), args, tile.warps, tile.stages), y, xa, whole
+
+
+def _ranks(A: Tensor, fused: bool) -> int:
+    """The block of ranks: beside x Wᵀ, where both products take x, 16 of them would be a tile that one warp computes,
+    and Triton then has all four warps compute the whole of both."""
+    return pow2(len(A), 32 if fused else 16, 256)
 
 
 def _strides(name: str, t: Tensor | None) -> dict[str, int]:

@@ -1,7 +1,13 @@
-"""Everything of size [M, R]: sums of partials, the gate on the ranks, and the gate's gradient."""
+"""Everything of size [M, R]: sums of partials, the gate on the ranks, and the gate's gradient.
+
+A small launch takes the time of its start and of its loads' way, not of its bytes: so the sum of a weight gradient's
+partials rides along where `more_ptr` is given, in programs of its own behind the first `blocks`.
+"""
 
 import triton
 import triton.language as tl
+
+from .sums import sum_block, sum_in_order
 
 
 @triton.jit
@@ -20,29 +26,20 @@ def _instances(rows, segments_ptr, N, run, steps):
     return found
 
 
-@triton.jit(do_not_specialize=["M", "N", "S", "run", "steps"])
-def gate_ranks(
-    parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
+@triton.jit
+def _gate_block(
+    block, parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
     M, N, S, run, steps, scaling, gate_row, gate_col,
     E: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """t = Σ_s parts[s] in order;  gated = γ ⊙ t;  and, where the pointer is given, raw = t and
-    scores[m, e] = scaling · Σ_{r in e} t[m, r] · xa[m, r].
-
-    Reads parts [S, M, R], gate [N, E] (any strides), segments [N+1] or None, xa [M, R] if scores are wanted.
-    Writes gated and raw [M, R], scores [M, E], all contiguous, each in its own dtype.
-    Work: a program owns BLOCK_M rows and all ranks, as a tile [rows, experts, ranks of one expert].
-    """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     experts = tl.arange(0, BLOCK_E)
     within = tl.arange(0, BLOCK_J)
     valid = (rows < M)[:, None] & (experts < E)[None, :]
     each = valid[:, :, None] & (within < RANK)[None, None, :]
     at = rows.to(tl.int64)[:, None, None] * (E * RANK) + (experts[:, None] * RANK + within[None, :])[None, :, :]
     total = tl.zeros([BLOCK_M, BLOCK_E, BLOCK_J], tl.float32)
-    step = M.to(tl.int64) * (E * RANK)
-    for s in range(S):
-        total += tl.load(parts_ptr + s * step + at, mask=each, other=0.0).to(tl.float32)
+    total = sum_in_order(total, parts_ptr, S, M.to(tl.int64) * (E * RANK), at, each)
 
     instance = _instances(rows, segments_ptr, N, run, steps).to(tl.int64)
     gate_at = instance[:, None] * gate_row + experts[None, :] * gate_col
@@ -56,17 +53,39 @@ def gate_ranks(
         tl.store(scores_ptr + rows.to(tl.int64)[:, None] * E + experts[None, :], scores, mask=valid)
 
 
-@triton.jit(do_not_specialize=["M", "N", "run"])
-def sum_segments(
-    scores_ptr, segments_ptr, dgate_ptr, M, N, run,
-    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+@triton.jit(do_not_specialize=["M", "N", "S", "run", "steps", "G", "blocks"])
+def gate_ranks(
+    parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
+    M, N, S, run, steps, scaling, gate_row, gate_col, more_ptr, sum_ptr, size, G, blocks,
+    E: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dgate[i, e] = Σ_{m in i} scores[m, e], in order of m.
+    """t = Σ_s parts[s] in order;  gated = γ ⊙ t;  and, where the pointer is given, raw = t and
+    scores[m, e] = scaling · Σ_{r in e} t[m, r] · xa[m, r];  and sum = Σ_g more[g] (sums.py).
 
-    Reads scores [M, E] float32 once, segments [N+1] or None (runs of `run` rows). Writes dgate [N, E], contiguous.
-    Work: one program an instance, looping over its rows; an empty segment writes zeros.
+    Reads parts [S, M, R], gate [N, E] (any strides), segments [N+1] or None, xa [M, R] if scores are wanted.
+    Writes gated and raw [M, R], scores [M, E], all contiguous, each in its own dtype.
+    Work: a program owns BLOCK_M rows and all ranks, as a tile [rows, experts, ranks of one expert].
     """
-    i = tl.program_id(0)
+    block = tl.program_id(0)
+    if block < blocks:
+        _gate_block(block, parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
+                    M, N, S, run, steps, scaling, gate_row, gate_col, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)  # fmt: skip
+    elif more_ptr is not None:
+        sum_block(block - blocks, more_ptr, sum_ptr, size, G, BLOCK)
+
+
+@triton.jit
+def _scores(scores_ptr, first, last, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    rows, experts = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    at = rows.to(tl.int64)[:, None] * E + experts[None, :]
+    return tl.load(scores_ptr + at, mask=(rows < last)[:, None] & (experts < E)[None, :], other=0.0)
+
+
+@triton.jit
+def _segment_block(
+    i, scores_ptr, segments_ptr, dgate_ptr, M, run, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):
     if segments_ptr is None:
         first = i * run
         last = tl.minimum(first + run, M)
@@ -75,8 +94,27 @@ def sum_segments(
         last = tl.minimum(tl.load(segments_ptr + i + 1), M)
     experts = tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
-    for m in range(first, last, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        at = rows.to(tl.int64)[:, None] * E + experts[None, :]
-        total += tl.load(scores_ptr + at, mask=(rows < last)[:, None] & (experts < E)[None, :], other=0.0)
+    for m in range(first, last, BLOCK_M * 4):  # four loads on their way at once
+        a = _scores(scores_ptr, m, last, E, BLOCK_M, BLOCK_E)
+        b = _scores(scores_ptr, m + BLOCK_M, last, E, BLOCK_M, BLOCK_E)
+        c = _scores(scores_ptr, m + BLOCK_M * 2, last, E, BLOCK_M, BLOCK_E)
+        d = _scores(scores_ptr, m + BLOCK_M * 3, last, E, BLOCK_M, BLOCK_E)
+        total = total + a + b + c + d
     tl.store(dgate_ptr + i.to(tl.int64) * E + experts, tl.sum(total, axis=0), mask=experts < E)
+
+
+@triton.jit(do_not_specialize=["M", "run", "G", "blocks"])
+def sum_segments(
+    scores_ptr, segments_ptr, dgate_ptr, M, run, more_ptr, sum_ptr, size, G, blocks,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dgate[i, e] = Σ_{m in i} scores[m, e], in order of m; and sum = Σ_g more[g] (sums.py) where more is given.
+
+    Reads scores [M, E] float32 once, segments [N+1] or None (runs of `run` rows). Writes dgate [N, E], contiguous.
+    Work: one program an instance, looping over its rows; an empty segment writes zeros.
+    """
+    block = tl.program_id(0)
+    if block < blocks:
+        _segment_block(block, scores_ptr, segments_ptr, dgate_ptr, M, run, E, BLOCK_M, BLOCK_E)
+    elif more_ptr is not None:
+        sum_block(block - blocks, more_ptr, sum_ptr, size, G, BLOCK)

@@ -50,17 +50,3 @@ def outer(
     outer_block(tl.program_id(0), tl.program_id(1), x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold,
                 x_row, x_col, out_col, out_rank,
                 R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["G"])
-def sum_parts(parts_ptr, out_ptr, size, G, BLOCK: tl.constexpr):
-    """out = Σ_g parts[g], in order.
-
-    Reads parts [G, size] float32 once. Writes out [size] in its own dtype. Work: a program owns BLOCK elements.
-    """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    step = tl.cast(size, tl.int64)
-    for g in range(G):
-        total += tl.load(parts_ptr + g * step + at, mask=at < size, other=0.0)
-    tl.store(out_ptr + at, total, mask=at < size)

@@ -5,6 +5,8 @@ Names as everywhere: M rows, N gate rows, E experts, R ranks, x [M, d_in], A [R,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,12 @@ from .config import ceil_div, pow2
 from .expand import expand
 from .gates import gate_ranks, sum_segments
 from .launch import Device, Launch, device_of
-from .outer import outer, sum_parts
+from .outer import outer
 from .pair import pair_launch
 from .replay import Plan, planned
 from .shrink import shrink
 from .strategy import gemm_launch, gemm_or_beta
+from .sums import sum_parts
 
 
 def forward(
@@ -97,8 +100,8 @@ class Update:
     def backward(
         self, dy: Tensor, xa: Tensor, need_dx: bool, weight: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        dxa, dB, dgate = self.backward_dy(dy, xa)
-        dx, dA = self.backward_x(dxa, need_dx, dy, weight)
+        dxa, dB, dgate, scores = self._backward_dy(dy, xa)
+        dx, dA = self.backward_x(dxa, need_dx, dy, weight, scores, dgate)
         return dx, dA, dB, dgate
 
     def shrink_x(self) -> Tensor:
@@ -115,29 +118,39 @@ class Update:
         return y
 
     def backward_dy(self, dy: Tensor, xa: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dxa, dB, dgate, scores = self._backward_dy(dy, xa)
+        if scores is not None:
+            self._sum_segments(scores, dgate)
+        return dxa, dB, dgate
+
+    def _backward_dy(self, dy: Tensor, xa: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(dxa, dB, dgate, the scores [M, E] that dgate is still to be summed of, or None where it is them)."""
         dB, dgate = self.B.new_empty(self.B.shape), self.gate.new_empty(self.gate.shape)
         h, dxa = self._ranks(), self._ranks()
         if self.M == 0:
-            return dxa, dB.zero_(), dgate.zero_()
+            return dxa, dB.zero_(), dgate.zero_(), None
         one_row_each = self.segments is None and self.N == self.M  # then the scores are the gradient already
         scores = dgate if one_row_each else self._buffer(self.M, self.E)
         self._gate(xa, 1, gated=h)
         launch, dh, parts = pair_launch(self.device, self.dots, dy, h, self.B, dB, (self.R, 1))
         self.launches.append(launch)
-        self._sum(parts, dB)
-        self._gate(dh, len(dh), gated=dxa, xa=xa, scores=scores)
-        if not one_row_each:
-            self._sum_segments(scores, dgate)
-        return dxa, dB, dgate
+        self._gate(dh, len(dh), gated=dxa, xa=xa, scores=scores, more=(parts, dB))
+        return dxa, dB, dgate, None if one_row_each else scores
 
     def backward_x(
-        self, dxa: Tensor, need_dx: bool, dy: Tensor | None = None, weight: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
+        self, dxa: Tensor, need_dx: bool, dy: Tensor | None = None, weight: Tensor | None = None,
+        scores: Tensor | None = None, dgate: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        """scores, dgate: what is to be summed on the way, if anything."""
         dA = torch.empty_like(self.A, memory_format=torch.contiguous_format)
         dx = self.x.new_empty(self.x.shape) if need_dx else None
         if self.M == 0:
             return dx, dA.zero_()
-        self._outer(self.x, dxa, dA, (1, self.A.shape[1]), self.dropout)
+        parts = self._outer(self.x, dxa, dA, (1, self.A.shape[1]), self.dropout)
+        if scores is not None and dgate is not None:
+            self._sum_segments(scores, dgate, more=(parts, dA))
+        else:
+            self._sum(parts, dA)
         if dx is not None:
             strides = self.A.stride()[::-1]
             turned = None if weight is None else weight.t()
@@ -171,8 +184,8 @@ class Update:
         self.launches.append(Launch(shrink, (ceil_div(M, tile.m), S), args, tile.warps, tile.stages))
         return parts, S
 
-    def _outer(self, x: Tensor, h: Tensor, out: Tensor, strides: tuple[int, int], mask: dict) -> None:
-        """out's (column, rank) strides."""
+    def _outer(self, x: Tensor, h: Tensor, out: Tensor, strides: tuple[int, int], mask: dict) -> Tensor:
+        """out's (column, rank) strides. Returns the partial sums [G, …], or out itself."""
         M, D = x.shape
         tile = config.outer_tile(self.device, x, self.R, self.dots)
         C = ceil_div(D, tile.n)
@@ -186,13 +199,14 @@ class Update:
             "PRECISION": self.dots.precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_R": self.block_r,
         }  # fmt: skip
         self.launches.append(Launch(outer, (C, G), args, tile.warps, tile.stages))
-        self._sum(parts, out)
+        return parts
 
     def _sum(self, parts: Tensor, out: Tensor) -> None:
         """out from its partial sums [G, …]; there is nothing to do where out is them."""
-        if parts is not out:
-            args = {"parts_ptr": parts, "out_ptr": out, "size": out.numel(), "G": len(parts), "BLOCK": 256}
-            self.launches.append(Launch(sum_parts, (ceil_div(out.numel(), 256),), args))
+        args, programs = _along((parts, out), 0)
+        if programs:
+            args = {"parts_ptr": args["more_ptr"], **{name: args[name] for name in ("sum_ptr", "size", "G", "BLOCK")}}
+            self.launches.append(Launch(sum_parts, (programs,), args))
 
     def _expand(
         self, y: Tensor, h: Tensor, w: Tensor, strides: tuple[int, int], mask: dict,
@@ -228,30 +242,43 @@ class Update:
 
     def _gate(
         self, parts: Tensor, S: int, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
-        scores: Tensor | None = None,
+        scores: Tensor | None = None, more: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """parts [S, M, R], or [M, R] where S is 1."""
+        """parts [S, M, R], or [M, R] where S is 1. more: partial sums that ride along, and their sum."""
         rank = self.R // self.E
         block_e, block_j = pow2(self.E, 1, 256), pow2(rank, 1, 256)
-        block_m = max(1, 2048 // (block_e * block_j))
+        block_m = max(1, 512 // (block_e * block_j))  # many programs: each waits for its loads more than it computes
+        blocks = ceil_div(self.M, block_m)
+        along, programs = _along(more, blocks)
         args = {
             "parts_ptr": parts, "gate_ptr": self.gate, "segments_ptr": self.segments, "xa_ptr": xa, "raw_ptr": raw,
             "gated_ptr": gated, "scores_ptr": scores, "M": self.M, "N": self.N, "S": S, "run": self._run(),
             "steps": self.N.bit_length(), "scaling": self.scaling,
-            "gate_row": self.gate.stride(0), "gate_col": self.gate.stride(1),
+            "gate_row": self.gate.stride(0), "gate_col": self.gate.stride(1), **along,
             "E": self.E, "RANK": rank, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j,
         }  # fmt: skip
-        self.launches.append(Launch(gate_ranks, (ceil_div(self.M, block_m),), args))
+        self.launches.append(Launch(gate_ranks, (blocks + programs,), args))
 
-    def _sum_segments(self, scores: Tensor, dgate: Tensor) -> None:
+    def _sum_segments(self, scores: Tensor, dgate: Tensor, more: tuple[Tensor, Tensor] | None = None) -> None:
         block_e = pow2(self.E, 1, 256)
         block_m = pow2(ceil_div(self.M, self.N), 8, min(256, 4096 // block_e))  # short chains of additions
+        along, programs = _along(more, self.N)
         args = {
-            "scores_ptr": scores, "segments_ptr": self.segments, "dgate_ptr": dgate, "M": self.M, "N": self.N,
-            "run": self._run(), "E": self.E, "BLOCK_M": block_m, "BLOCK_E": block_e,
+            "scores_ptr": scores, "segments_ptr": self.segments, "dgate_ptr": dgate, "M": self.M, "run": self._run(),
+            **along, "E": self.E, "BLOCK_M": block_m, "BLOCK_E": block_e,
         }  # fmt: skip
-        self.launches.append(Launch(sum_segments, (self.N,), args))
+        self.launches.append(Launch(sum_segments, (self.N + programs,), args))
 
     def _run(self) -> int:
         """Rows an instance has where there are no segments."""
         return max(self.M // self.N, 1)
+
+
+def _along(more: tuple[Tensor, Tensor] | None, blocks: int) -> tuple[dict[str, Any], int]:
+    """The arguments of a sum that rides along behind `blocks` programs, and how many of its own it takes: 0 where
+    there is none, or where the only partial sum is the sum."""
+    if more is None or more[0] is more[1]:
+        return {"more_ptr": None, "sum_ptr": None, "size": 0, "G": 0, "blocks": blocks, "BLOCK": 256}, 0
+    parts, out = more
+    args = {"more_ptr": parts, "sum_ptr": out, "size": out.numel(), "G": len(parts), "blocks": blocks, "BLOCK": 256}
+    return args, ceil_div(out.numel(), 256)
