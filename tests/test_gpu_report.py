@@ -400,6 +400,19 @@ def test_what_a_memory_checker_says_is_kept(tmp_path, monkeypatch, tail, finding
     assert all(row["status"] == 3 and row["findings"] == findings for row in rows)
     assert "--tool memcheck" in rows[0]["last_lines"][0]
     assert rows[0]["last_lines"][0].endswith("-m gpu.correctness")
+    assert [sanitizer.faults(row) for row in rows] == [findings or 1] * 2
+
+
+@pytest.mark.parametrize("findings", [0, 3])
+def test_a_memory_checker_that_saw_everything_counts_by_its_findings(tmp_path, monkeypatch, findings):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f'#!/bin/sh\necho "the small layers ran"\necho "========= RACECHECK SUMMARY: {findings} hazards displayed"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    rows = sanitizer.finish(sanitizer.start(), lambda: 20.0)
+    assert [sanitizer.faults(row) for row in rows] == [findings] * 2
 
 
 def test_a_memory_checker_that_takes_too_long_is_ended(tmp_path, monkeypatch):
@@ -410,7 +423,7 @@ def test_a_memory_checker_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     start = time.monotonic()
     rows = sanitizer.finish(sanitizer.start(), lambda: 0.2)
     assert time.monotonic() - start < 10
-    assert not any(row["finished"] or row["findings"] for row in rows)
+    assert not any(row["finished"] or row["findings"] or sanitizer.faults(row) for row in rows)
 
 
 def test_what_the_checker_watches_runs(compiled):

@@ -132,7 +132,8 @@ def _decoded(case: Any) -> torch.Tensor:
 
 
 def measure(here: Machine, quick: bool, processes: int, left: Callable[[], float]) -> dict[str, Any]:
-    """The part. failed: rows with a problem, and what memcheck found; not_run: checks that there was no time for."""
+    """The part. failed: rows with a problem, and what the sanitizer found or where it broke down; not_run: checks that
+    there was no time for, a sanitizer that did not come to its end among them."""
     watching = sanitizer.start()
     every = checks(here.device, quick, here.dry)
     try:
@@ -140,8 +141,9 @@ def measure(here: Machine, quick: bool, processes: int, left: Callable[[], float
     finally:
         watched = sanitizer.finish(watching, left)
     failed = sum(row["problem"] is not None for row in rows)
-    failed += sum(each["findings"] or 0 for each in watched if each["tool"] == "memcheck")
-    part = {"rows": rows, "failed": failed, "not_run": len(every) - len(rows), "sanitizer": watched}
+    failed += sum(sanitizer.faults(each) for each in watched)
+    not_run = len(every) - len(rows) + sum(not each["finished"] for each in watched)
+    part = {"rows": rows, "failed": failed, "not_run": not_run, "sanitizer": watched}
     return part if watched else part | {"unavailable": {"compute-sanitizer": "it is not on the PATH"}}
 
 

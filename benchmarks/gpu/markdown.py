@@ -91,7 +91,11 @@ def _correctness(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
             about = f"{row['shape']} {row['fields']}, {row['strategy']}, {row['dtype']}, R={row['R']}, p={row['p']}"
             lines.append(f"- **{about}: {row['problem']}**")
     for each in part.get("sanitizer", ()):
-        found = "did not finish" if not each["finished"] else f"exit {each['status']}, findings: {each['findings']}"
+        found = (
+            "did not finish: not done"
+            if not each["finished"]
+            else f"exit {each['status']}, findings: {each['findings']}"
+        )
         lines += ["", f"compute-sanitizer --tool {each['tool']}: {found}", "", "```", *each["last_lines"], "```"]
     return lines
 

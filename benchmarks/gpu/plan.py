@@ -80,7 +80,7 @@ def left_out(planned: Iterable[Planned]) -> list[str]:
 
 def decodings(dry: bool) -> Iterator[tuple[int, int]]:
     """(d_in, d_out) of the decode sweep, in order of importance."""
-    yield from ((16, 24),) if dry else ((4096, 4096), (1024, 1024), (4096, 14336), (2048, 2048))
+    yield from ((16, 24),) if dry else ((4096, 4096), (1024, 1024), (4096, 14336), (14336, 4096), (2048, 2048))
 
 
 def decode_rows(dry: bool, quick: bool) -> tuple[int, ...]:

@@ -69,6 +69,14 @@ def finish(watching: list[Watching], left: Callable[[], float]) -> list[dict[str
     return rows
 
 
+def faults(row: dict[str, Any]) -> int:
+    """What counts against the kernels in a row of `finish`: its findings; 1 where it ended without having watched the
+    small layers to their end, or without a count; 0 where it was not let finish, which proves nothing."""
+    if not row["finished"]:
+        return 0
+    return row["findings"] if row["ran"] and row["findings"] is not None else max(row["findings"] or 0, 1)
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The checker and the program under it: both are in the session that it was started in."""
     with contextlib.suppress(ProcessLookupError):
