@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
 from typing import Any
 
@@ -27,6 +28,8 @@ def check_tensors(
 ) -> None:
     """Kinds, devices and shapes. Reads no values, so it costs no synchronisation and traces under torch.compile."""
     _check_kinds(x, weight, bias, base, A, B, gate, segments)
+    if x.layout is not torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: expected [..., d_in] with d_in >= 1, got {_shape(x)}")
     d_in, M = x.shape[-1], rows(x)
@@ -38,6 +41,8 @@ def check_tensors(
     if B.dim() != 2 or B.shape[1] != R:
         raise ValueError(f"B: expected [d_out, R={R}] to go with A {_shape(A)}, got {_shape(B)}")
     d_out = B.shape[0]
+    if d_out < 1:
+        raise ValueError(f"B: expected [d_out, R={R}] with d_out >= 1, got {_shape(B)}")
     if weight is not None and tuple(weight.shape) != (d_out, d_in):
         raise ValueError(f"weight: expected [d_out={d_out}, d_in={d_in}] from B and x, got {_shape(weight)}")
     if bias is not None and tuple(bias.shape) != (d_out,):
@@ -118,8 +123,9 @@ def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devi
                 f"seed: expected one torch.int64 on {device}, got {seed.dtype} {_shape(seed)} on {seed.device}"
             )
     elif seed is not None:
-        if not isinstance(seed, int):
+        if not hasattr(seed, "__index__"):
             raise TypeError(f"seed: expected an int, a tensor or None, got {type(seed).__name__}")
+        seed = operator.index(seed)  # numpy's integers too
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected 64 bits, got {seed}")
     return as_seed(seed, device) if dropout_p > 0.0 else None

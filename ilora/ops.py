@@ -208,6 +208,7 @@ def _forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, se
 
 @torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
 def _backward(dy, x, xa, weight, A, B, gate, segments, scaling, dropout_p, seed, need_dx, backend):
+    check_segments(segments, rows(x))  # again: they may lie in a buffer that has been used anew
     module = backends.select(backend, x.device.type, x.dtype)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dx, dA, dB, dgate = module.backward(

@@ -38,7 +38,7 @@ def ilora_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     if dropout_p > 0.0:  # inverted dropout: the mask on x, its 1/(1-p) in the scaling, where it costs no rounding
-        rows = rows * keep_mask(as_seed(seed, x.device), len(rows), rows.shape[1], dropout_p)
+        rows = torch.where(keep_mask(as_seed(seed, x.device), len(rows), rows.shape[1], dropout_p), rows, 0)
     gamma = row_gates(gate, len(rows), A.shape[0], scaling / (1.0 - dropout_p), segments)
     wide = torch.promote_types(x.dtype, A.dtype)
     xa = rows.to(wide) @ A.to(wide).T
@@ -219,7 +219,7 @@ def backward_x(
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    return x if seed is None else x * keep_mask(seed, x.shape[0], x.shape[1], dropout_p)
+    return x if seed is None else torch.where(keep_mask(seed, x.shape[0], x.shape[1], dropout_p), x, 0)
 
 
 def _segment_sums(rows: Tensor, N: int, segments: Tensor | None) -> Tensor:

@@ -117,6 +117,7 @@ def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: An
     (x, gate, segments, seed, *flat, xas), (scaling, dropout_p, backend) = saved, settings
     module = backends.select(backend, x.device.type, x.dtype)
     flat_x = x.reshape(-1, x.shape[-1])
+    check_segments(segments, len(flat_x))  # again: they may lie in a buffer that has been used anew
     grads: list[Any] = [None] * len(needs)
     products, dxas = [], []
     for j, dy in dys.items():

@@ -2,11 +2,13 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from cases import BF16, F32, F64, Case
 
 import ilora
+from ilora import backends
 
 SAMPLE = {"M": 24, "N": 3}
 
@@ -178,6 +180,13 @@ BAD = [
     ("A", torch.ones(0, 20), ValueError, r"rank of 1 to 256, got R=0"),
     ("A", torch.ones(257, 20), ValueError, r"rank of 1 to 256, got R=257"),
     ("A", torch.ones(8, 20, dtype=BF16), TypeError, r"B: expected A's dtype torch\.bfloat16, got torch\.float32"),
+    (
+        "x",
+        torch.ones(24, 20).to_sparse(),
+        TypeError,
+        r"x: expected a dense tensor, got one of layout torch\.sparse_coo",
+    ),
+    ("B", torch.ones(0, 8), ValueError, r"B: expected \[d_out, R=8\] with d_out >= 1, got \[0, 8\]"),
     ("B", torch.ones(12, 7), ValueError, r"B: expected \[d_out, R=8\].* got \[12, 7\]"),
     ("gate", torch.ones(4), ValueError, r"gate: expected \[N, E\].* got \[4\]"),
     ("gate", torch.ones(3, 3), ValueError, r"E=3 experts must divide the rank R=8"),
@@ -207,6 +216,44 @@ BAD = [
 def test_bad_arguments_are_named(name, value, error, message):
     with pytest.raises(error, match=message):
         ilora.ilora_linear(**arguments(**{name: value}))
+
+
+def test_a_seed_may_be_numpys():
+    y = [ilora.ilora_linear(**arguments(dropout_p=0.5, seed=seed)) for seed in (3, np.int64(3))]
+    assert torch.equal(*y)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_segments_that_changed_before_the_backward_are_refused(backend):
+    """A loader may use its buffer anew, which torch does not notice; what lies outside x must not be read."""
+    if (reason := backends.why_not(backend, "cpu")) is not None:
+        pytest.skip(reason)
+    buffer = np.array([0, 5, 9, 24], dtype=np.int32)
+    kwargs = arguments(segments=torch.from_numpy(buffer), backend=backend)
+    leaves = leaves_of(kwargs)
+    y = ilora.ilora_linear(**kwargs)
+    buffer[1:3] = 10**9, 15 * 10**8
+    with pytest.raises(ValueError, match="segments: expected offsets rising from 0 to M=24"):
+        torch.autograd.grad(y.sum(), leaves)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_dropped_is_gone_whatever_it_was(backend, value):
+    if (reason := backends.why_not(backend, "cpu")) is not None:
+        pytest.skip(reason)
+    results = {}
+    for name in ("reference", backend):
+        known = arguments()
+        known["x"][3, 4] = known["x"][5, 6] = value
+        leaves = leaves_of(known)
+        low = (known["A"], known["B"], known["gate"], 2.0)
+        y = ilora.ilora_update(known["x"], torch.zeros(24, 12), *low, dropout_p=0.9, seed=1, backend=name)
+        results[name] = [y, *torch.autograd.grad(y[:3].sum() + y[6:].sum(), leaves)]
+    assert results[backend][0].isfinite().sum() > 200
+    for ours, theirs in zip(results[backend], results["reference"], strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
 
 
 def test_a_base_of_the_wrong_shape_is_named():

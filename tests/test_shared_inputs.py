@@ -168,3 +168,20 @@ def test_triton_reads_x_once_each_way(monkeypatch):
     assert read == [x.data_ptr()]
     torch.autograd.grad(ys, list(leaves.values()), dys)
     assert sorted(read[1:]) == sorted([x.data_ptr(), *(dy.data_ptr() for dy in dys)])
+
+
+def test_a_default_device_elsewhere_changes_nothing():
+    leaves, projections, _, dys = problem(Case())
+
+    def results():
+        shared = SharedInput(leaves["x"], projections, leaves["gate"], 2.0)
+        ys = [shared.y(j) for j in range(3)]
+        return [*ys, *torch.autograd.grad(ys, list(leaves.values()), dys)]
+
+    expected = results()
+    torch.set_default_device("meta")
+    try:
+        found = results()
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
