@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # such a Python has no limited API to be named for
 COMMANDS = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}  # those that need the library
 
 
@@ -37,7 +39,7 @@ def native_extension() -> Extension:
         libraries=["torch", "torch_cpu", "c10"],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
-        py_limited_api=True,
+        py_limited_api=not FREE_THREADED,
     )
 
 
@@ -126,14 +128,17 @@ def native_arguments(directory: str) -> dict:
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": PlaceBuilt},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+        "options": {} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
 os.chdir(Path(__file__).resolve().parent)
 with tempfile.TemporaryDirectory() as scratch:
+    arguments = native_arguments(scratch)
+    # a build folder that stays would put modules that are gone since into the next wheel
+    arguments.setdefault("options", {})["build"] = {"build_base": str(Path(scratch) / "build")}
     setup(
         packages=["ilora", "ilora.storage", "ilora.kernels"],
         package_dir={"ilora": "ilora", "ilora.kernels": "kernels/triton"},
-        **native_arguments(scratch),
+        **arguments,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,12 @@ def _load(name: str, wants: str, variable: str) -> str | None:
     """Registers torch.ops.ilora_native; returns the reason when that cannot be done."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
+        checkout = Path(__file__).resolve().parents[1]
+        if (checkout / "setup.py").exists():  # it hides an installed ilora from Python processes that start there
+            return (
+                f"it was not built in {checkout}, which ilora is imported from; "
+                f"to build it there: {variable}=1 pip install --no-build-isolation -e {checkout}"
+            )
         return (
             f"it was not built when ilora was installed, for want of torch or of {wants}; "
             f"to build it, and see what fails: {variable}=1 pip install --no-build-isolation ."
@@ -135,7 +142,7 @@ def backward_dy(
     dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dxa [M, R], dB, dgate): dxa comes out as the dx of an identity, in float32 at least."""
-    dy, eye, stand_in = _unit_columns(dy), torch.eye(xa.shape[1], dtype=B.dtype), xa.to(dy.dtype)
+    dy, eye, stand_in = _unit_columns(dy), torch.eye(xa.shape[1], dtype=B.dtype, device=xa.device), xa.to(dy.dtype)
     arguments = (dy, stand_in, xa, eye, B, _compute_gate(gate, dy), segments, scaling, 0, None, True, True)
     dxa, _, dB, dgate = torch.ops.ilora_native.backward.default(*arguments)
     return dxa, dB, dgate.to(gate.dtype)
@@ -218,7 +225,7 @@ def _compute_gate(gate: Tensor, x: Tensor) -> Tensor:
 def _pieces(ranks: Tensor, dtype: torch.dtype, factor: torch.dtype) -> tuple[Tensor, Tensor]:
     """(t [M, R] in dtype, an identity [R, R] in the factors'): their product is `ranks`. In bfloat16 t [M, 2R] is a sum
     of two terms side by side, which hold 16 bits, and the identity is there twice."""
-    eye, high = torch.eye(ranks.shape[1], dtype=factor), ranks.to(dtype)
+    eye, high = torch.eye(ranks.shape[1], dtype=factor, device=ranks.device), ranks.to(dtype)
     if high.dtype == ranks.dtype:
         return high, eye
     return torch.cat([high, (ranks - high).to(dtype)], 1), torch.cat([eye, eye])

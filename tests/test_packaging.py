@@ -12,6 +12,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# Without the finder of an editable install, which would lend others the checkout's native module.
+ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+
+
 def python(*arguments, cwd=ROOT, **environment):
     env = {**os.environ, **environment}
     done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
@@ -53,12 +57,18 @@ def test_a_wheel_without_the_native_module_says_so_and_holds_the_rest(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"ilora/__init__.py", "ilora/ops.py", "ilora/kernels/__init__.py"} <= names
     assert not [n for n in names if n.endswith(".so") or n.startswith(("tests", "benchmarks", "kernels", "csrc"))]
-    # Without the finder of an editable install, which would lend the wheel the checkout's native module.
-    alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-    reason = alone + "from ilora import native; print(native.__file__, native.unavailable())"
+    reason = ALONE + "from ilora import native; print(native.__file__, native.unavailable())"
     said = python("-c", reason, cwd=tmp_path, PYTHONPATH=str(wheel))
     assert said.startswith(str(wheel))
     assert "not built" in said
+
+
+def test_a_checkout_without_the_native_module_says_where_to_build_it(tmp_path):
+    source = copied(tmp_path)
+    reason = ALONE + "from ilora import native; print(native.unavailable())"
+    said = python("-c", reason, cwd=source, PYTHONPATH=str(source))
+    assert f"it was not built in {source}" in said
+    assert f"-e {source}" in said
 
 
 def copied(tmp_path):
