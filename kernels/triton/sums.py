@@ -14,14 +14,12 @@ def _part(parts_ptr, s, S, step, at, mask):
 def sum_in_order(total, parts_ptr, S, step, at, mask):
     """total + parts[0] + parts[1] + … + parts[S - 1], one after another; part s begins s · step behind the first.
 
-    Eight loads are on their way at once: one by one, each would wait for the sum before it.
+    Four loads are on their way at once: one by one, each would wait for the sum before it.
     """
-    for s in range(0, S, 8):
+    for s in range(0, S, 4):
         a, b = _part(parts_ptr, s, S, step, at, mask), _part(parts_ptr, s + 1, S, step, at, mask)
         c, d = _part(parts_ptr, s + 2, S, step, at, mask), _part(parts_ptr, s + 3, S, step, at, mask)
-        e, f = _part(parts_ptr, s + 4, S, step, at, mask), _part(parts_ptr, s + 5, S, step, at, mask)
-        g, h = _part(parts_ptr, s + 6, S, step, at, mask), _part(parts_ptr, s + 7, S, step, at, mask)
-        total = total + a + b + c + d + e + f + g + h
+        total = total + a + b + c + d
     return total
 
 
