@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import home, offloading_to
+from .bases import home
 from .config import ILoRAConfig, find_targets
 from .gate import GateState
-from .heads import with_heads
+from .heads import modules_to_save, with_heads
 from .layer import ILoRALinear
 from .networks import GateNetwork
-from .paths import block_of, named
+from .paths import block_of
+from .places import beside, dtype_of, hold_statistics, once, refresh, replace
 from .siblings import group
 
 
 @dataclass
 class Adapter:
-    """One set of updates: the layers by path (each with the frozen layer it stands for), the modules trained whole, the
-    gate network, and the blocks that have a gate each, in order. In the model, or kept beside it.
+    """One set of updates: the layers by path (each with the frozen layer it stands for), the modules trained whole by
+    path, the gate network, and the blocks that have a gate each, in order. In the model, or kept beside it.
 
     dtype: the frozen model's when the adapter was taken out of it."""
 
@@ -43,7 +44,7 @@ class Injection:
     modules_to_save took the place of; dtype: the frozen model's at that time. trainable: the parameters that were
     trainable. tied: transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
     weights; unmerged: the weights before. forward: the one on the instance, if somebody had put one there.
-    share_inputs: whether layers share their input.
+    share_inputs: whether layers share their input. norms: those of `frozen_norms` that were in the model's mode.
     packing: the modules that would pack their weights for inference, and may not (bases.keep_unpacked).
     """
 
@@ -59,6 +60,7 @@ class Injection:
     forward: Any = None
     share_inputs: bool = False
     packing: list[nn.Module] = field(default_factory=list)
+    norms: list[nn.Module] = field(default_factory=list)
 
     @property
     def config(self) -> ILoRAConfig:
@@ -68,8 +70,28 @@ class Injection:
 def injected(model: Any) -> Injection:
     """The record of the injection. Raises ValueError where there is none."""
     if not isinstance(vars(model).get("ilora"), Injection):
+        refuse_wrapped(model)
         raise ValueError(f"{type(model).__name__} has no iLoRA in it: ilora.inject(model, config) puts it there")
     return model.ilora
+
+
+def changeable(model: Any, what: str) -> Injection:
+    """The record of the injection, for a call that puts modules in and out. Raises ValueError, saying what is refused,
+    where there is none, a gate is merged, or the adapter is disabled."""
+    injection = injected(model)
+    if injection.merged:
+        raise ValueError(f"{what}: a gate is merged into the weights; ilora.unmerge(model) first")
+    if not injection.state.enabled:
+        raise ValueError(f"{what}: the adapter is disabled; leave the `with disable_adapter(model)` block first")
+    return injection
+
+
+def refuse_wrapped(model: Any) -> None:
+    """Raises ValueError for torch's wrappers of a model (compiled, DDP, FSDP1), naming the model within."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, "_modules", {}).get(name) or vars(model).get(name)
+        if isinstance(inner, nn.Module) and type(model).__module__.startswith("torch."):
+            raise ValueError(f"{type(model).__name__} wraps a {type(inner).__name__}: give that one, model.{name}")
 
 
 def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: nn.Module | None = None) -> Any:
@@ -85,11 +107,9 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
 
 def add(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, heads: bool = False) -> Any:
     """`add_adapter`; heads as in `build`."""
-    injection = injected(model)
+    injection = changeable(model, "add_adapter")
     if name in adapters(model):
         raise ValueError(f"add_adapter: there is an adapter {name!r} already; the model has {adapters(model)}")
-    if injection.merged:
-        raise ValueError("add_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
     before = injection.adapter
     detach(model)
     try:
@@ -111,8 +131,7 @@ def set_adapter(model: Any, name: str) -> Any:
         return model
     if name not in injection.others:
         raise ValueError(f"set_adapter: there is no adapter {name!r}; the model has {adapters(model)}")
-    if injection.merged:
-        raise ValueError("set_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
+    changeable(model, "set_adapter")
     before = injection.adapter
     detach(model)
     injection.others[before.name] = before
@@ -161,9 +180,9 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, st
     config = with_heads(model, config) if heads else config
     paths = find_targets(model, config)
     settings = {path: config.layer_settings(path) for path in paths}
-    saved = modules_to_save(model, config)
+    saved = modules_to_save(model, config, paths)
     blocks = list(dict.fromkeys(block_of(path) or "" for path in paths))
-    _bind(model, config, gate, len(blocks))
+    bind(model, config, gate, len(blocks))
     wrapped: dict[int, ILoRALinear] = {}
     layers = {}
     for path in paths:
@@ -172,8 +191,9 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, st
             wrapped[id(base)] = _wrap(base, path, config, settings[path])
             wrapped[id(base)].gate_state, wrapped[id(base)].gate_index = state, blocks.index(block_of(path) or "")
         layers[path] = wrapped[id(base)]
-    copies = {path: copy.deepcopy(model.get_submodule(path)).requires_grad_(True) for path in saved}
-    return Adapter(name, config, gate, blocks, layers, copies)
+    originals = {path: model.get_submodule(path) for path in saved}
+    copies = {id(module): copy.deepcopy(module).requires_grad_(True) for module in once(originals).values()}
+    return Adapter(name, config, gate, blocks, layers, {path: copies[id(module)] for path, module in originals.items()})
 
 
 def attach(model: Any, adapter: Adapter) -> None:
@@ -186,12 +206,12 @@ def attach(model: Any, adapter: Adapter) -> None:
             parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device, dtype)
         replace(model, path, layer.train(layer.base_layer.training))
     group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
+    injection.originals = {path: model.get_submodule(path) for path in adapter.saved}
     for path, module in adapter.saved.items():
-        injection.originals[path] = model.get_submodule(path)
         replace(model, path, beside(module, injection.originals[path], adapter.dtype, injection.dtype))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for key in list(tied):  # a module that is trained whole has its own weights: transformers must not tie them again
-        if any(end.startswith(path + ".") for path in adapter.saved for end in (key, tied[key])):
+    for key in list(tied):  # what is trained whole has its own weights, and a layer's are in its base: never tied again
+        if any(end.startswith(path + ".") for path in (*adapter.saved, *adapter.layers) for end in (key, tied[key])):
             injection.tied[key] = tied.pop(key)
     if adapter.gate is not None:
         device = home(model)
@@ -199,6 +219,7 @@ def attach(model: Any, adapter: Adapter) -> None:
             adapter.gate.to(device)
         adapter.gate.train(model.training)
     model.ilora_gate = adapter.gate
+    hold_statistics(model)
 
 
 def detach(model: Any) -> None:
@@ -213,11 +234,12 @@ def detach(model: Any) -> None:
     if injection.tied:
         model.all_tied_weights_keys.update(injection.tied)
     injection.originals, injection.tied = {}, {}
-    # Past the model's own, which would forget the network.
-    nn.Module.__setattr__(model, "ilora_gate", None)  # type: ignore[arg-type]
+    model._modules.pop("ilora_gate", None)  # past the model's own __setattr__, which would forget the network
+    vars(model)["ilora_gate"] = None
 
 
-def _bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -> None:
+def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -> None:
+    """Fits a gate network to the model, and brings it there. Raises ValueError where it cannot be."""
     if isinstance(gate, GateNetwork):
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         gate.bind(config.num_experts, blocks, getattr(embeddings, "embedding_dim", None))
@@ -235,47 +257,3 @@ def _wrap(base: nn.Module, path: str, config: ILoRAConfig, own: dict[str, Any]) 
     for parameter, flag in flags:  # frozen with the rest of the model, once nothing can be refused any more
         parameter.requires_grad_(flag)
     return layer
-
-
-def modules_to_save(model: Any, config: ILoRAConfig) -> list[str]:
-    """The paths that the config's modules_to_save means. Raises ValueError for a name that is not there."""
-    paths = [path for path, _ in model.named_modules() if path and named(path, config.modules_to_save)]
-    for wanted in config.modules_to_save:
-        if not any(named(path, (wanted,)) for path in paths):
-            raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {wanted!r}")
-    for path in paths:
-        if any(map(offloading_to, model.get_submodule(path).modules())):
-            raise ValueError(f"modules_to_save: {path} is offloaded by its device map, it cannot be trained whole")
-    return paths
-
-
-def replace(model: Any, path: str, module: nn.Module) -> None:
-    """Puts the module at the path."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
-def refresh(model: Any) -> None:
-    """Takes into the active adapter's record what others have put in the place of a module that is trained whole, as
-    resize_token_embeddings does with a head."""
-    saved, originals = model.ilora.adapter.saved, model.ilora.originals
-    for path in saved:
-        module = model.get_submodule(path)
-        if module is not originals.get(path):  # as inside disable_adapter
-            saved[path] = module
-
-
-def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """The frozen model's, by its first parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), None)
-
-
-def beside(
-    module: nn.Module, other: nn.Module, before: torch.dtype | None = None, now: torch.dtype | None = None
-) -> nn.Module:
-    """The parked module, moved to where the other one is: model.to() does not reach it while it is out of the model. If
-    the model was turned from one dtype to another meanwhile, so is what the module has of it."""
-    for parameter in module.parameters() if before != now else ():
-        if parameter.dtype == before:
-            parameter.data = parameter.data.to(now)
-    return module.to(home(other))

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit: whether it may
 
@@ -63,6 +64,17 @@ def offloading_to(module: nn.Module) -> torch.device | None:
         if getattr(each, "offload", False) and each.execution_device is not None:
             return torch.device(each.execution_device)
     return None
+
+
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """The norms with running statistics and without a parameter that is trained."""
+    return [
+        norm
+        for norm in model.modules()
+        if isinstance(norm, _NormBase)
+        and norm.running_mean is not None
+        and not any(parameter.requires_grad for parameter in norm.parameters())
+    ]
 
 
 def adapted(module: nn.Module) -> bool:

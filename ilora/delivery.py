@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Injection
+from .adapter import Injection, bind
+from .containers import listing_of
 from .frames import frame_of, with_padding_mask
 from .gate import Frame, capture_checkpoints, framed
 from .inputs import Inputs, read_inputs
 from .networks import PromptGate
 from .patched import under_gate
+from .places import hold_statistics
 from .stats import balance_loss
 
 ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask")
@@ -69,9 +71,18 @@ class ILoRAModel:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # TRL's fused head, accelerate's device maps and others put a forward on the instance, which hides the class's.
+        adapter = self.ilora.adapter if name == "ilora_gate" else None
+        if adapter is not None:
+            bind(self, adapter.config, value, len(adapter.blocks))
         super().__setattr__(name, under_gate(self, value) if name == "forward" else value)
-        if name == "ilora_gate":  # another gate network: it is saved and switched with the adapter
-            self.ilora.adapter.gate = value
+        if adapter is not None:  # another gate network: it is saved and switched with the adapter
+            adapter.gate = value
+
+    def train(self, mode: bool = True) -> Any:
+        """torch's, but for frozen norms with running statistics, which stay in eval mode."""
+        super().train(mode)  # type: ignore[misc]
+        hold_statistics(self)
+        return self
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """As `ilora.disable_adapter(model)`."""
@@ -180,6 +191,7 @@ def ilora_class(base: type) -> type:
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if hasattr(base, "tie_weights"):
         members["tie_weights"] = _tie_weights
+    members |= listing_of(base)
     mixin = ILoRAGenerator if hasattr(base, "generate") else ILoRAModel
     return type(base.__name__, (mixin, base), members)
 

@@ -1,4 +1,5 @@
-"""What a transformers task class adds to the pretrained model in it: made anew at every loading, so trained whole."""
+"""Which modules are trained whole: those that a config names, and what a transformers task class adds to the pretrained
+model in it, which is made anew at every loading."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from .bases import offloading_to
 from .config import ILoRAConfig
 from .paths import ALL_LINEAR, named
 
@@ -43,6 +45,32 @@ def task_heads(model: nn.Module) -> list[str]:
     known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # shared embeddings too
     around = [name for name in children if name not in pretrained and not _all_in(known, children[name])]
     return _outermost([*(around if pretrained else ()), *_not_loaded(model)])
+
+
+def modules_to_save(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> list[str]:
+    """The paths of the modules that the config's modules_to_save means, of a shared one all, without those that are
+    inside of others. Raises ValueError for a name that is not there, for what cannot be trained and what is adapted."""
+    modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
+    for wanted in config.modules_to_save:
+        if not any(named(path, (wanted,)) for path, _ in modules):
+            raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {wanted!r}")
+    meant = {id(module) for path, module in modules if named(path, config.modules_to_save)}
+    paths = _outermost(path for path, module in modules if id(module) in meant)
+    for path in paths:
+        module = model.get_submodule(path)
+        if any(map(offloading_to, module.modules())):
+            raise ValueError(f"modules_to_save: {path} is offloaded by its device map, it cannot be trained whole")
+        for name, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"modules_to_save: {path} has a quantised {name} ({parameter.dtype}), which cannot be trained; "
+                    "load the model with this module left as it is (llm_int8_skip_modules of BitsAndBytesConfig), or "
+                    "name it in exclude_modules"
+                )
+        for target in targets:
+            if f"{target}.".startswith(f"{path}.") or f"{path}.".startswith(f"{target}."):
+                raise ValueError(f"modules_to_save: {path} is adapted as well, as {target}; exclude one of them")
+    return paths
 
 
 def _warn_of_bare_parameters(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Injection, ilora_layers, injected
+from .adapter import Injection, changeable, ilora_layers, injected
 from .bases import is_conv1d, offloading_to
 from .layer import ILoRALinear
 
@@ -20,12 +20,10 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
     saves that memory, layer by layer, and makes the merge final (`ilora.eject` then gives a plain model with the merged
     weights, and with the modules that were trained whole). Sums in float32 or wider and rounds once.
     Raises ValueError for a batch of gates, for a quantised base or one whose weight is computed (weight_norm), and
-    where a gate is merged already; nothing is changed then. Out of memory changes nothing either, but for layers
-    merged before it with keep_base=False, whose weights are gone.
+    where a gate is merged already or the adapter disabled; nothing is changed then. Out of memory changes nothing
+    either, but for layers merged before it with keep_base=False, whose weights are gone.
     """
-    injection, layers = injected(model), ilora_layers(model)
-    if injection.merged:
-        raise ValueError("merge: a gate is merged already; ilora.unmerge(model) first")
+    injection, layers = changeable(model, "merge"), ilora_layers(model)
     E, blocks = injection.config.num_experts, len(injection.adapter.blocks)
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         raise TypeError(f"merge: expected one user's gate, a float tensor [{E}], got {type(gate).__name__}")

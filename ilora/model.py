@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Injection, attach, beside, build, detach, dtype_of, injected, replace
-from .bases import keep_unpacked, let_pack
+from .adapter import Injection, attach, build, changeable, detach, injected, refuse_wrapped
+from .bases import frozen_norms, keep_unpacked, let_pack
 from .config import ILoRAConfig
 from .delivery import ILoRAModel, ilora_class
 from .frames import check_kinds, network_gate
 from .gate import GateState, release_checkpoints
 from .inputs import read_inputs
 from .layer import ILoRALinear
+from .places import beside, dtype_of, hold_statistics, keep_saved, refuse_resized, replace
 from .siblings import group
 
 
@@ -63,23 +64,30 @@ def put(
         let_pack(packing)
         raise
     trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+    state = next(iter(adapter.layers.values())).gate_state
+    return enter(model, Injection(state, trainable, adapter, share_inputs=share_inputs, packing=packing))
+
+
+def enter(model: Any, injection: Injection) -> Any:
+    """Puts an injection into a plain model: a new one, or the one that `eject` has taken out of it."""
     model.requires_grad_(False)
+    injection.norms = [norm for norm in frozen_norms(model) if norm.training == model.training]
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
-    model.ilora = Injection(next(iter(adapter.layers.values())).gate_state, trainable, adapter)
-    model.ilora.share_inputs, model.ilora.packing = share_inputs, packing
-    model.ilora.forward = vars(model).get("forward")
-    if model.ilora.forward is not None:
-        model.forward = model.ilora.forward
+    model.ilora = injection
+    injection.forward = vars(model).get("forward")
+    if injection.forward is not None:
+        model.forward = injection.forward
     model._hf_peft_config_loaded = True  # transformers asks this before it trains a quantised or checkpointed model
-    attach(model, adapter)
+    attach(model, injection.adapter)
     return model
 
 
 def eject(model: Any) -> Any:
     """Takes everything that `inject` put in out again, other adapters too: the model, its class and its parameters are
-    what they were. Merged weights stay if they were merged with keep_base=False.
-    Raises ValueError where nothing was injected, and where a merge can still be undone (`ilora.unmerge` first)."""
+    what they were. After a merge with keep_base=False the merged weights stay, and the modules that were trained whole.
+    Raises ValueError where nothing was injected, inside `disable_adapter`, where a merge can still be undone
+    (`ilora.unmerge` first), and where a module that was trained whole has been resized."""
     injection, base = injected(model), type(model).__dict__.get("ilora_base")
     if base is None:
         raise ValueError(f"eject: the model's class was changed after inject, to {type(model).__name__} (fully_shard?)")
@@ -87,6 +95,11 @@ def eject(model: Any) -> Any:
         raise ValueError(
             "eject: a gate is merged into the weights; ilora.unmerge(model), or merge with keep_base=False"
         )
+    if injection.merged:  # for good
+        keep_saved(model)
+    else:
+        changeable(model, "eject")
+        refuse_resized(model)
     detach(model)
     release_checkpoints(model)
     let_pack(injection.packing)
@@ -99,6 +112,8 @@ def eject(model: Any) -> Any:
     for key, parameter in model.named_parameters():
         if key in trainable:
             parameter.requires_grad_(True)
+    for norm in injection.norms:
+        norm.training = model.training
     return model
 
 
@@ -124,16 +139,17 @@ def disable_adapter(model: Any) -> Iterator[Any]:
     injection = injected(model)
     if injection.merged:
         raise ValueError("disable_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
-    before, trained = injection.state.enabled, {}
+    before, trained = injection.state.enabled, dict[str, nn.Module]()
     injection.state.enabled = False
     try:
+        trained = {path: model.get_submodule(path) for path in injection.originals if before}
         for path, original in injection.originals.items() if before else ():
-            trained[path] = model.get_submodule(path)
             replace(model, path, beside(original, trained[path], injection.dtype, dtype_of(model)))
+        hold_statistics(model)
         yield model
     finally:
         for path, module in trained.items():
-            replace(model, path, module)
+            replace(model, path, module.train(injection.originals[path].training))
         injection.state.enabled = before
 
 
@@ -190,8 +206,9 @@ def _refuse(model: Any) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, ILoRAModel):
         raise ValueError(f"the model has the adapter {model.ilora.adapter.name!r} already: ilora.eject, or add_adapter")
-    if type(model).__name__ == "OptimizedModule":
-        raise ValueError("the model is compiled: inject into the plain model, then compile it")
+    refuse_wrapped(model)  # inject into the plain model, then compile it
+    if any(hasattr(model, name) for name in ("ilora", "ilora_gate")):
+        raise ValueError(f"{type(model).__name__} has an attribute ilora or ilora_gate of its own: name it otherwise")
     if hasattr(model, "peft_type") or type(model).__name__.startswith("PeftModel"):
         raise ValueError("the model is a PEFT model: ilora.from_peft(model, num_experts) takes its LoRA over")
     for path, module in model.named_modules():

@@ -176,7 +176,7 @@ def test_trainer_compiles(tmp_path):
 
 
 def test_a_compiled_model_is_not_injected():
-    with pytest.raises(ValueError, match="inject into the plain model, then compile it"):
+    with pytest.raises(ValueError, match=r"OptimizedModule wraps a LlamaForCausalLM: give that one, model\._orig_mod"):
         ilora.inject(torch.compile(worker.tiny_llama()), ilora.ILoRAConfig())
 
 

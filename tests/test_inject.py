@@ -210,8 +210,12 @@ def test_refusals_name_what_is_wrong_and_change_nothing():
     ilora.inject(model)
     with pytest.raises(ValueError, match="has the adapter 'default' already"):
         ilora.inject(model)
-    with pytest.raises(ValueError, match="is compiled"):
-        ilora.inject(torch.compile(llama()))
+    for wrapped in (torch.compile(llama()), torch.compile(model)):
+        for call in (ilora.inject, ilora.eject):
+            with pytest.raises(
+                ValueError, match=r"OptimizedModule wraps a LlamaForCausalLM: give that one, .*_orig_mod"
+            ):
+                call(wrapped)
 
 
 def test_experts_of_a_sparse_mixture():

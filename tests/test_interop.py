@@ -188,6 +188,32 @@ def test_to_peft_refuses(tmp_path):
         ilora.to_peft(model, torch.rand(4))
 
 
+def test_a_model_that_peft_refuses_keeps_its_adapter():
+    class Scaled(nn.Module):
+        in_features, out_features = 8, 8
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return x * self.scale
+
+    model = adapted(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), Scaled()), PromptGate(4, hidden_size=8))
+    ilora.add_adapter(model, "other", ilora.ILoRAConfig(modules_to_save=["1"]))
+    model.train()
+    model[0].base_layer.bias.requires_grad_(True)
+    want = model(torch.ones(2, 8), ilora_gate=uniform())
+    before = bits(model)
+    with pytest.raises(ValueError, match="Scaled.* is not supported"):
+        ilora.to_peft(model, torch.rand(4))
+    assert_untouched(model, before)
+    assert ilora.adapters(model) == ("other", "default")
+    assert "peft_config" not in vars(model)
+    assert torch.equal(model(torch.ones(2, 8), ilora_gate=uniform()), want)
+    assert isinstance(ilora.set_adapter(model, "default").ilora_gate, PromptGate)
+
+
 def test_merging_agrees_with_to_peft():
     gate = torch.rand(4)
     merged, model = (adapted(gpt2(), rank_pattern={"c_fc": 4}) for _ in range(2))

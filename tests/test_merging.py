@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from saved_cases import adapted, assert_untouched, bits
+from saved_cases import adapted, assert_untouched, bits, llama, logits
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -55,6 +55,33 @@ def test_out_of_memory_midway_is_undone(monkeypatch):
     assert_untouched(model, before)
     assert torch.equal(model(x, ilora_gate=GATE[None]), want)
     torch.testing.assert_close(ilora.merge(model, GATE)(x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [("lm_head",), ("norm",)])
+def test_after_a_final_merge_eject_leaves_what_was_trained_whole(tmp_path, keep):
+    model = llama()
+    model.tie_weights()
+    model.lm_head.weight.requires_grad_(False)
+    adapted(model, modules_to_save=keep)
+    want = logits(model, ilora_gate=GATE[None])
+    ilora.eject(ilora.merge(model, GATE, keep_base=False))
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
+    assert [key for key, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_final_merge_of_a_tied_head_stays_untied(tmp_path):
+    config = llama().config
+    config.tie_word_embeddings = True
+    model = adapted(type(llama())(config).eval(), target_modules=("q_proj", "lm_head"))
+    want = logits(model, ilora_gate=GATE[None])
+    model.tie_weights()  # leaves the adapted head alone
+    assert torch.equal(logits(model, ilora_gate=GATE[None]), want)
+    ilora.eject(ilora.merge(model, GATE, keep_base=False))
+    model.tie_weights(recompute_mapping=False)
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_final_merge_replaces_weights_one_after_another(monkeypatch):

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter import Adapter, adapters, add, delete_adapter, injected, refresh, set_adapter
+from ..adapter import Adapter, adapters, add, changeable, delete_adapter, injected, refuse_wrapped, set_adapter
 from ..config import ILoRAConfig
 from ..delivery import ILoRAModel
 from ..model import eject, put
 from ..networks import GATE_TYPES
+from ..places import refresh
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory
 from .files import AdapterError as AdapterError
@@ -108,9 +109,15 @@ def load_adapter(
     Raises: AdapterError (a ValueError) for files that are missing, damaged, or do not fit the model or each other,
     ImportError. Everything is checked first: the model is then what it was before.
     """
-    stored = read_adapter(find_directory(path, revision, token), verify)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    refuse_wrapped(model)
+    if isinstance(model, ILoRAModel):
+        try:
+            changeable(model, "load_adapter")
+        except ValueError as error:
+            raise AdapterError(str(error)) from None
+    stored = read_adapter(find_directory(path, revision, token), verify)
     if isinstance(model, ILoRAModel) and name in adapters(model):
         return _overwrite(model, stored, name, gate)
     return _add(model, stored, name, gate)
@@ -144,8 +151,6 @@ def _overwrite(model: Any, stored: Stored, name: str, gate: nn.Module | None) ->
         raise AdapterError(
             f"gate: the model's adapter {name!r} has its gate network; leave it out, or load as a new name"
         )
-    if model.ilora.merged:
-        raise AdapterError("load_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
     differ = differences(adapter, stored.config, stored.gate)
     if differ:
         raise AdapterError(

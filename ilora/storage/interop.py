@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import adapters, injected, refresh, replace
+from ..adapter import adapters, changeable
 from ..bases import is_linear
 from ..delivery import ILoRAModel
-from ..model import eject
+from ..model import eject, enter
+from ..places import refresh, replace
 from .cards import PLAIN
 from .files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
 from .layout import GATE_PREFIX, Layout, peft_config, peft_key, tensors_of
@@ -53,11 +54,10 @@ def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None
 
     path: write a PEFT adapter there, atomically as `save_adapter`, and return the Path; the model stays as it is. None:
     return a `peft.PeftModel` over the base model, which `ilora.eject` gives back (its other adapters are forgotten).
-    Raises: ValueError for a batch of gates and while a gate is merged, TypeError, OSError, ImportError.
+    Raises: ValueError for a batch of gates, while a gate is merged and inside `disable_adapter`, TypeError, OSError,
+    ImportError, and what PEFT raises for a model that it cannot take. The model is then what it was.
     """
-    injection = injected(model)
-    if injection.merged:
-        raise ValueError("to_peft: a gate is merged into the weights; ilora.unmerge(model) first")
+    injection = changeable(model, "to_peft")
     refresh(model)
     layout, tensors = Layout.of(injection.adapter), _gated(injection.adapter, gate)
     alphas = {name: layer.lora_alpha * layer.num_experts for name, layer in layout.layers.items()}
@@ -68,14 +68,35 @@ def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None
         lora = {peft_key(name): tensor for name, tensor in tensors.items()}
         text = to_json(described)
         return write_directory(path, {PEFT_WEIGHTS: lora, README: PLAIN}, (PEFT_CONFIG, lambda _: text))
-    peft, training = _peft(), {name: module.training for name, module in model.named_modules()}
+    training = {name: module.training for name, module in model.named_modules()}
     with tempfile.TemporaryDirectory() as folder:
-        saved = to_peft(model, gate, Path(folder) / "adapter")
-        base = eject(model)
-        live = peft.PeftModel.from_pretrained(base, str(saved), autocast_adapter_dtype=False)
+        live = _taken_by_peft(model, to_peft(model, gate, Path(folder) / "adapter"))
     for name, module in live.get_base_model().named_modules():
         module.training = training.get(name.split(".lora_")[0], module.training)
     return live
+
+
+def _taken_by_peft(model: Any, saved: Path) -> Any:
+    """The model, ejected, in a PeftModel with a saved adapter. Where PEFT refuses it the model is what it was."""
+    peft, injection = _peft(), model.ilora
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    base = eject(model)
+    before = dict(base.named_modules(remove_duplicate=False)), dict(vars(base))
+    try:
+        return peft.PeftModel.from_pretrained(base, str(saved), autocast_adapter_dtype=False)
+    except BaseException:
+        for path, module in before[0].items():  # parents first: what PEFT has wrapped is whole inside
+            if path and base.get_submodule(path) is not module:
+                replace(base, path, module)
+        for name in set(vars(base)) - set(before[1]):
+            delattr(base, name)
+        enter(base, injection)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+        raise
 
 
 @torch.no_grad()

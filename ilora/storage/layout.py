@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, attach, detach, modules_to_save
+from ..adapter import Adapter, attach, detach
 from ..bases import adapted, features_of, is_conv1d
 from ..config import ILoRAConfig, block_of, find_targets
 from ..delivery import ILoRAModel
+from ..heads import modules_to_save
+from ..places import once
 from .files import AdapterError
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
@@ -48,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """layers: by first path, in the model's order. saved: the modules trained whole. blocks: how many have a gate."""
+    """layers, saved (the modules trained whole): by first path, in the model's order. blocks: how many have a gate."""
 
     config: ILoRAConfig
     layers: dict[str, Shape]
@@ -65,7 +67,7 @@ class Layout:
             for path, layer in layers.items()
         }
         conv1d = any(is_conv1d(layer.base_layer) for layer in layers.values())
-        return cls(adapter.config, shapes, adapter.saved, len(adapter.blocks), conv1d)
+        return cls(adapter.config, shapes, once(adapter.saved), len(adapter.blocks), conv1d)
 
     @classmethod
     def planned(cls, model: Any, config: ILoRAConfig) -> Layout:
@@ -74,7 +76,7 @@ class Layout:
         with _bare(model):
             paths = find_targets(model, config)
             bases = {path: model.get_submodule(path) for path in paths}
-            saved = {path: model.get_submodule(path) for path in modules_to_save(model, config)}
+            saved = once({path: model.get_submodule(path) for path in modules_to_save(model, config, paths)})
         first = {id(base): path for path, base in reversed(bases.items())}
         shapes = {
             path: Shape(
@@ -128,7 +130,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer in adapter.layers.values():
         tensors[f"{layer.name}.lora_A"], tensors[f"{layer.name}.lora_B"] = layer.lora_A, layer.lora_B
-    for path, module in adapter.saved.items():
+    for path, module in once(adapter.saved).items():
         tensors |= {f"{path}.{key}": value for key, value in state_of(module).items()}
     if adapter.gate is not None:
         tensors |= {GATE_PREFIX + key: value for key, value in state_of(adapter.gate).items()}
