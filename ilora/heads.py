@@ -93,15 +93,21 @@ def _all_in(known: set[int], module: nn.Module) -> bool:
 
 def _not_loaded(model: nn.Module) -> list[str]:
     """The paths of the modules none of whose parameters came from the checkpoint; none where nothing shows it."""
-    loaded = {id(parameter) for parameter in model.parameters() if getattr(parameter, _LOADED, False)}
-    if not loaded:
+    if not any(getattr(parameter, _LOADED, False) for parameter in model.parameters()):
         return []
+    loaded = {id(parameter) for parameter in model.parameters() if _was_loaded(parameter)}
     paths = []
     for path, module in model.named_modules():
         parameters = list(module.parameters())
         if path and parameters and loaded.isdisjoint(map(id, parameters)):
             paths.append(path)
     return paths
+
+
+def _was_loaded(parameter: nn.Parameter) -> bool:
+    # What is quantised or offloaded has been loaded too, and may have lost the mark.
+    plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1
+    return getattr(parameter, _LOADED, False) or not plain or parameter.is_meta
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:

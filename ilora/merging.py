@@ -38,6 +38,7 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
         for path, layer in sorted(layers.items(), key=lambda item: -item[1].in_features * item[1].out_features):
             with torch.no_grad():
                 merged = nn.Parameter(_merged_weight(layer, gate), requires_grad=False)
+                vars(merged).update(vars(layer.base_layer.weight))  # marks, such as that it came from a checkpoint
             if keep_base:
                 injection.unmerged[path] = layer.base_layer.weight  # type: ignore[assignment]
             layer.base_layer.weight, layer.merged = merged, True

@@ -160,6 +160,18 @@ def test_what_the_checkpoint_lacked_within_the_model(tmp_path):
     assert missing == saved(model)
 
 
+def test_what_was_merged_or_offloaded_is_not_new(tmp_path):
+    pytest.importorskip("accelerate")
+    model = ilora.inject(loaded("LlamaForSequenceClassification", tmp_path)[0])
+    ilora.eject(ilora.merge(model, torch.rand(4), keep_base=False))
+    assert set(ilora.inject(model).ilora.adapter.saved) == {"score"}
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk"} | {"model.norm": "cpu"}
+    kind = type(loaded("LlamaForSequenceClassification", tmp_path)[0])
+    offload = {"device_map": places | {"score": "cpu"}, "offload_folder": tmp_path / "offload"}
+    model = kind.from_pretrained(tmp_path / "Llama", **offload)
+    assert set(ilora.inject(model).ilora.adapter.saved) == {"score"}
+
+
 def test_a_head_that_is_named_is_as_it_was_asked_for(tmp_path):
     def score(**options):
         model = ilora.inject(loaded("LlamaForSequenceClassification", tmp_path)[0], ILoRAConfig(**options))
