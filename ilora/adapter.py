@@ -15,7 +15,7 @@ from .gate import GateState
 from .heads import modules_to_save, with_heads
 from .layer import ILoRALinear
 from .networks import GateNetwork
-from .paths import block_of
+from .paths import block_of, refuse_unmatched
 from .places import beside, dtype_of, hold_statistics, once, refresh, replace
 from .siblings import group
 
@@ -102,18 +102,18 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
     Raises: ValueError where nothing was injected, the name is taken or empty, or a gate is merged; ValueError,
     TypeError as `inject`. The model is then what it was.
     """
-    return add(model, name, ILoRAConfig() if config is None else config, gate, heads=True)
+    return add(model, name, ILoRAConfig() if config is None else config, gate, fresh=True)
 
 
-def add(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, heads: bool = False) -> Any:
-    """`add_adapter`; heads as in `build`."""
+def add(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, fresh: bool = False) -> Any:
+    """`add_adapter`; fresh as in `build`."""
     injection = changeable(model, "add_adapter")
     if name in adapters(model):
         raise ValueError(f"add_adapter: there is an adapter {name!r} already; the model has {adapters(model)}")
     before = injection.adapter
     detach(model)
     try:
-        adapter = build(model, name, config, gate, injection.state, heads)
+        adapter = build(model, name, config, gate, injection.state, fresh)
     except BaseException:
         attach(model, before)
         raise
@@ -167,18 +167,21 @@ def targets(model: Any) -> tuple[str, ...]:
     return tuple(injected(model).adapter.layers)
 
 
-def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, state: GateState, heads: bool) -> Adapter:
+def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, state: GateState, fresh: bool) -> Adapter:
     """A fresh adapter for the model, which it leaves as it is. Every refusal of a configuration is raised in here.
 
-    heads: what a task class adds is trained whole too; False for a config from a file, which says all."""
+    fresh: what a task class adds is trained whole too, and names that mean nothing here are refused; False for a config
+    from a file, which is taken as it stands."""
     if not isinstance(config, ILoRAConfig):
         raise TypeError(f"config: expected an ILoRAConfig, got {type(config).__name__}")
     if gate is not None and not isinstance(gate, nn.Module):
         raise TypeError(f"gate: expected a gate network (an nn.Module), got {type(gate).__name__}")
     if not isinstance(name, str) or not name:
         raise ValueError(f"name: expected a name for the adapter, got {name!r}")
-    config = with_heads(model, config) if heads else config
+    config = with_heads(model, config) if fresh else config
     paths = find_targets(model, config)
+    if fresh:
+        refuse_unmatched(model, config, paths)
     settings = {path: config.layer_settings(path) for path in paths}
     saved = modules_to_save(model, config, paths)
     blocks = list(dict.fromkeys(block_of(path) or "" for path in paths))

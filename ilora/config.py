@@ -12,7 +12,7 @@ from torch import nn
 from .bases import is_linear
 from .checks import MAX_RANK
 from .layer import ILoRALinear
-from .paths import ALL_LINEAR, PATTERNS, index_of, inside, named, nothing_matched, patterned, refuse_unmatched
+from .paths import ALL_LINEAR, PATTERNS, index_of, inside, named, nothing_matched, patterned
 from .paths import block_of as block_of
 from .settings import check_settings, dtype_name, is_finite, is_number
 
@@ -136,8 +136,8 @@ def _regex(name: str, pattern: str) -> None:
 
 def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
     """The paths of the linear layers to adapt, in the model's order.
-    Raises ValueError where a matched module cannot take an adapter, and for names, patterns and blocks that match
-    nothing. The model itself is never one: there is nowhere to put another module in its place."""
+    Raises ValueError where a matched module cannot take an adapter, and where nothing matches. The model itself is
+    never one: there is nowhere to put another module in its place."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     everything = config.target_modules == ALL_LINEAR
     targets: list[str] = []
@@ -154,7 +154,6 @@ def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
             targets.append(path)
     if not targets:
         raise ValueError(nothing_matched(model, config))
-    refuse_unmatched(model, config, targets)
     return targets
 
 

@@ -43,7 +43,7 @@ def inject(
     Raises: ValueError, TypeError naming the module that cannot be adapted, or the name, pattern or block of the config
     that is not in the model, before anything is changed; ValueError for a bare linear layer, which `ILoRALinear` wraps.
     """
-    return put(model, ILoRAConfig() if config is None else config, gate, name, share_inputs, heads=True)
+    return put(model, ILoRAConfig() if config is None else config, gate, name, share_inputs, fresh=True)
 
 
 def put(
@@ -53,13 +53,13 @@ def put(
     name: str = "default",
     share_inputs: bool = False,
     *,
-    heads: bool = False,
+    fresh: bool = False,
 ) -> Any:
-    """`inject`; heads as in `ilora.adapter.build`."""
+    """`inject`; fresh as in `ilora.adapter.build`."""
     _refuse(model)
     packing = keep_unpacked(model)
     try:
-        adapter = build(model, name, config, gate, GateState(), heads)
+        adapter = build(model, name, config, gate, GateState(), fresh)
     except BaseException:
         let_pack(packing)
         raise

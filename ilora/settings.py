@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -55,4 +55,4 @@ def is_number(value: Any) -> bool:
 
 
 def is_finite(value: float) -> bool:
-    return abs(value) < math.inf  # also of an int that no float holds
+    return abs(value) <= sys.float_info.max  # also of an int that no float holds

@@ -232,6 +232,18 @@ def test_a_model_without_values_is_refused(tmp_path):
     assert type(model) is type(llama(layers=1))
 
 
+def test_names_that_mean_nothing_here_are_read_from_files(tmp_path):
+    settings = {"target_modules": ("q_proj", "c_attn"), "rank_pattern": {"lm_head": 4}, "layers_to_transform": (0, 7)}
+    config = ILoRAConfig(**settings, exclude_modules=("h.0",))
+    with pytest.raises(ValueError, match="no module of LlamaForCausalLM matches 'c_attn'"):
+        ilora.inject(llama(), config)
+    model = randomise(ilora.model.put(llama(), config, None))  # as earlier versions did
+    path = ilora.save_adapter(model, tmp_path / "a")
+    again = ilora.load_adapter(llama(), path)
+    assert again.ilora.config == config
+    assert_same_state(ilora.load_adapter(again, path).state_dict(), model.state_dict())
+
+
 def test_verify_false_skips_checksums_only(tmp_path):
     path = ilora.save_adapter(adapted(llama(layers=1)), tmp_path / "a")
     file = path / "adapter_config.json"

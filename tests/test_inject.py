@@ -243,6 +243,7 @@ def test_experts_of_a_sparse_mixture():
         ({"lora_dropout": 1.0}, ValueError, "lora_dropout: must be 0 <= p < 1"),
         ({"lora_alpha": "32"}, TypeError, "lora_alpha: expected a number"),
         ({"lora_alpha": float("nan")}, ValueError, "lora_alpha: must be finite"),
+        ({"lora_alpha": 10**400}, ValueError, "lora_alpha: must be finite"),
         ({"target_modules": "("}, ValueError, "target_modules: '\\(' is no regular expression"),
         ({"target_modules": 5}, TypeError, "target_modules: expected a name"),
         ({"modules_to_save": "lm_head"}, TypeError, "expected a list of names"),
