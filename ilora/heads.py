@@ -44,7 +44,7 @@ def task_heads(model: nn.Module) -> list[str]:
     pretrained = [name for name, child in children.items() if name == prefix or _has_pretrained(child)]
     known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # shared embeddings too
     around = [name for name in children if name not in pretrained and not _all_in(known, children[name])]
-    return _outermost([*(around if pretrained else ()), *_not_loaded(model)])
+    return outermost([*(around if pretrained else ()), *_not_loaded(model)])
 
 
 def modules_to_save(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> list[str]:
@@ -55,7 +55,7 @@ def modules_to_save(model: nn.Module, config: ILoRAConfig, targets: list[str]) -
         if not any(named(path, (wanted,)) for path, _ in modules):
             raise ValueError(f"modules_to_save: no module of {type(model).__name__} is called {wanted!r}")
     meant = {id(module) for path, module in modules if named(path, config.modules_to_save)}
-    paths = _outermost(path for path, module in modules if id(module) in meant)
+    paths = outermost(path for path, module in modules if id(module) in meant)
     for path in paths:
         module = model.get_submodule(path)
         if any(map(offloading_to, module.modules())):
@@ -110,7 +110,8 @@ def _was_loaded(parameter: nn.Parameter) -> bool:
     return getattr(parameter, _LOADED, False) or not plain or parameter.is_meta
 
 
-def _outermost(paths: Iterable[str]) -> list[str]:
+def outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that are not inside another of them."""
     found = list(dict.fromkeys(paths))
     return [path for path in found if not any(path.startswith(outer + ".") for outer in found)]
 

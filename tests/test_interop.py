@@ -116,12 +116,14 @@ def test_names_that_mean_several_modules(tmp_path):
 
 
 def test_a_list_of_earlier_versions_is_read(tmp_path):
-    model = adapted(Named(), target_modules=r"fc")
+    model = adapted(Named(), target_modules=r"fc", modules_to_save=("blk.fc",))
     path = ilora.save_adapter(model, tmp_path / "a")
     file = path / "adapter_config.json"
     fields = json.loads(file.read_text())
     assert fields["target_modules"] == "fc"
     file.write_text(json.dumps({**fields, "target_modules": ["fc"]}))
+    ilora.load_adapter(Named(), path, verify=False)
+    file.write_text(json.dumps({**fields, "modules_to_save": ["blk.fc", "blk.fc.0"]}))
     ilora.load_adapter(Named(), path, verify=False)
     file.write_text(json.dumps({**fields, "target_modules": ["blk"]}))
     with pytest.raises(AdapterError, match=r"'target_modules': expected \['fc'\]"):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ILoRAConfig
+from ..heads import outermost
 from ..networks import GATE_TYPES, GateNetwork, gate_from_settings
 from .files import (
     CONFIG,
@@ -111,6 +112,8 @@ class Stored:
         file, found = self.directory / PEFT_CONFIG, self.peft
         if isinstance(found.get("target_modules"), list):
             expected["target_modules"] = paths  # as earlier versions wrote it where PEFT needs a regular expression
+        if isinstance(found.get("modules_to_save"), list):  # they listed parts of modules in it as well
+            found = {**found, "modules_to_save": outermost(map(str, found["modules_to_save"]))}
         for key in {*expected, *found}:
             if key not in expected or key not in found:
                 raise AdapterError(f"{file}: field {key!r} is {'unexpected' if key in found else 'missing'}")
