@@ -88,9 +88,12 @@ def changeable(model: Any, what: str) -> Injection:
 
 def refuse_wrapped(model: Any) -> None:
     """Raises ValueError for torch's wrappers of a model (compiled, DDP, FSDP1), naming the model within."""
+    place = type(model).__module__
+    if not place.startswith("torch.") or place.startswith("torch.nn.modules."):  # a container may have such a child
+        return
     for name in ("_orig_mod", "module"):
-        inner = getattr(model, "_modules", {}).get(name) or vars(model).get(name)
-        if isinstance(inner, nn.Module) and type(model).__module__.startswith("torch."):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
             raise ValueError(f"{type(model).__name__} wraps a {type(inner).__name__}: give that one, model.{name}")
 
 

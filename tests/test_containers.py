@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -61,6 +62,13 @@ def test_lists_and_dicts():
         assert len(model) == 1
     assert list(model) == list(model.keys()) == ["a"]
     assert list(model.values()) == [model["a"]]
+
+
+def test_a_child_called_module_makes_no_wrapper():
+    model = nn.Sequential(OrderedDict(module=nn.Linear(8, 8)))
+    assert ilora.targets(ilora.inject(model)) == ("module",)
+    with pytest.raises(ValueError, match=r"DataParallel wraps a Sequential: give that one, model\.module"):
+        ilora.targets(nn.DataParallel(model))
 
 
 def test_names_that_the_model_has_already():
