@@ -165,9 +165,9 @@ template <class T, class P, class S, int C> ILORA_DEVICE void decode_block(const
   if (thread_index() < S::kRankThreads) {
     low_rank<T, P, S, C>(d, at, smem, rows);
   } else {
-    if (C > 1) cluster_arrive();
+    if (C > 1) cluster_join();
     frozen<T, S>(d, smem, rows);
-    if (C > 1) cluster_wait(), cluster_arrive();
+    if (C > 1) cluster_wait(), cluster_join();
   }
   block_sync();
   store<T, S>(d, at, smem, rows);

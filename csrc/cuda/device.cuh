@@ -76,6 +76,8 @@ ILORA_DEVICE int cluster_rank() {
   return int(rank);
 }
 ILORA_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// The same by a warp that has nothing for others to see: without a fence, which would hold up its loads.
+ILORA_DEVICE void cluster_join() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 ILORA_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // What block `rank` of the cluster has at this place of its shared memory.
 ILORA_DEVICE float remote(const float* at, int rank) {
@@ -89,6 +91,7 @@ ILORA_DEVICE float remote(const float* at, int rank) {
 #else
 ILORA_DEVICE int cluster_rank() { return 0; }
 ILORA_DEVICE void cluster_arrive() {}
+ILORA_DEVICE void cluster_join() {}
 ILORA_DEVICE void cluster_wait() {}
 ILORA_DEVICE float remote(const float* at, int) { return *at; }
 #endif

@@ -157,6 +157,7 @@ inline void block_sync() { wait(self->block->all, arrive(self->block->all, threa
 inline void group_sync(int threads) { wait(self->block->group, arrive(self->block->group, threads)); }
 inline int cluster_rank() { return self->block->rank; }
 inline void cluster_arrive() { self->ticket = arrive(self->cluster->barrier, self->cluster->threads); }
+inline void cluster_join() { cluster_arrive(); }
 inline void cluster_wait() { wait(self->cluster->barrier, self->ticket); }
 inline float remote(const float* at, int rank) {
   return self->cluster->blocks[rank]->smem.data()[at - self->block->smem.data()];
