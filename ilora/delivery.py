@@ -78,11 +78,11 @@ class ILoRAModel:
         if adapter is not None:  # another gate network: it is saved and switched with the adapter
             adapter.gate = value
 
-    def train(self, mode: bool = True) -> Any:
-        """torch's, but for frozen norms with running statistics, which stay in eval mode."""
-        super().train(mode)  # type: ignore[misc]
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, but for frozen norms with running statistics, which stay in eval mode."""
+        result = super().train(*args, **kwargs)  # type: ignore[misc]
         hold_statistics(self)
-        return self
+        return result
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """As `ilora.disable_adapter(model)`."""

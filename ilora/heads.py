@@ -12,13 +12,14 @@ from torch import nn
 
 from .bases import offloading_to
 from .config import ILoRAConfig
-from .paths import ALL_LINEAR, named
+from .paths import ALL_LINEAR, index_of, named
 
 # In the names of task classes. Language models are none: their heads are in the checkpoint.
 _TASKS = re.compile(
     r"For\w*(Classification|QuestionAnswering|MultipleChoice|SemanticSegmentation|ObjectDetection|DepthEstimation|CTC"
     r"|XVector|Regression)"
 )
+_HEADS = re.compile(r"(classifier|score|qa_outputs)$")  # which PEFT trains whole, new or not
 _LOADED = "_is_hf_initialized"  # transformers' mark on the parameters that it has read from a file
 
 
@@ -35,8 +36,9 @@ def with_heads(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """The paths of the modules that a task class of transformers has put around a pretrained model, and of those in it
-    that its checkpoint did not have; none of any other class."""
+    """The paths of the modules that a task class of transformers has put around a pretrained model (heavy ones, such as
+    the decoder of a segmentation, only if its checkpoint did not have them), and of those in the model that it did not
+    have; none of any other class."""
     prefix = getattr(model, "base_model_prefix", None)
     if prefix is None or not _TASKS.search(type(model).__name__):
         return []
@@ -44,6 +46,7 @@ def task_heads(model: nn.Module) -> list[str]:
     pretrained = [name for name, child in children.items() if name == prefix or _has_pretrained(child)]
     known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # shared embeddings too
     around = [name for name in children if name not in pretrained and not _all_in(known, children[name])]
+    around = [name for name in around if _HEADS.search(name) or not _marked(children[name])]
     return outermost([*(around if pretrained else ()), *_not_loaded(model)])
 
 
@@ -61,7 +64,7 @@ def modules_to_save(model: nn.Module, config: ILoRAConfig, targets: list[str]) -
         if any(map(offloading_to, module.modules())):
             raise ValueError(f"modules_to_save: {path} is offloaded by its device map, it cannot be trained whole")
         for name, parameter in module.named_parameters():
-            if not parameter.is_floating_point():
+            if not (parameter.is_floating_point() or parameter.is_complex()):
                 raise ValueError(
                     f"modules_to_save: {path} has a quantised {name} ({parameter.dtype}), which cannot be trained; "
                     "load the model with this module left as it is (llm_int8_skip_modules of BitsAndBytesConfig), or "
@@ -91,17 +94,39 @@ def _all_in(known: set[int], module: nn.Module) -> bool:
     return all(id(parameter) in known for parameter in module.parameters())
 
 
+def _marked(module: nn.Module) -> bool:
+    return all(getattr(parameter, _LOADED, False) for parameter in module.parameters())
+
+
 def _not_loaded(model: nn.Module) -> list[str]:
-    """The paths of the modules none of whose parameters came from the checkpoint; none where nothing shows it."""
+    """The paths of the modules none of whose parameters came from the checkpoint; none where nothing shows it.
+
+    A parameter loses the mark when another takes its place (dequantize, a merge by hand, a block that is copied, a
+    vocabulary that is cut), so the numbered blocks and the input embeddings always count as loaded.
+    """
     if not any(getattr(parameter, _LOADED, False) for parameter in model.parameters()):
         return []
     loaded = {id(parameter) for parameter in model.parameters() if _was_loaded(parameter)}
-    paths = []
-    for path, module in model.named_modules():
-        parameters = list(module.parameters())
-        if path and parameters and loaded.isdisjoint(map(id, parameters)):
-            paths.append(path)
-    return paths
+    paths = [path for path, _ in model.named_modules() if path]
+    for path in paths:
+        if index_of(path) is not None:
+            loaded.update(map(id, model.get_submodule(path).parameters()))
+    loaded.update(map(id, _words(model)))
+    found = []
+    for path in paths:
+        parameters = list(model.get_submodule(path).parameters())
+        if parameters and loaded.isdisjoint(map(id, parameters)):
+            found.append(path)
+    return found
+
+
+def _words(model: nn.Module) -> list[nn.Parameter]:
+    """Of the input embeddings, where the model says which they are."""
+    try:
+        module = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return []
+    return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
 def _was_loaded(parameter: nn.Parameter) -> bool:

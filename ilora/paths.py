@@ -73,6 +73,8 @@ def nothing_matched(model: nn.Module, config: ILoRAConfig) -> str:
         f"no module of {kind} matches target_modules={config.target_modules!r} with "
         f"exclude_modules={config.exclude_modules!r}, layers_to_transform={blocks}; {_endings(model)}"
     )
+    if config.modules_to_save:
+        text += f"; trained whole instead: {', '.join(config.modules_to_save)} (exclude_modules leaves them out)"
     if blocks is not None:
         text += f"; {_blocks(model)}"
     if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:

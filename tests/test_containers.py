@@ -64,6 +64,31 @@ def test_lists_and_dicts():
     assert list(model.values()) == [model["a"]]
 
 
+def test_methods_that_a_container_has_of_itself_stay():
+    class Backwards(nn.Sequential):
+        def __iter__(self):
+            return reversed(list(self._modules.values()))
+
+        def __getitem__(self, name):
+            return self._modules[name] if isinstance(name, str) else super().__getitem__(name)
+
+    torch.manual_seed(0)
+    model = Backwards(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    want = model(X)
+    ilora.inject(model, ILoRAConfig())
+    torch.testing.assert_close(model(X, ilora_gate=torch.rand(3, 4)), want)
+    assert model["1"] is model[1]
+
+
+def test_parts_and_places_of_a_sequential():
+    model = ilora.inject(block(), ILoRAConfig(), gate=SequenceGate(6, 4))
+    assert list(model[1:]._modules) == ["1", "2"]
+    model.append(nn.ReLU())
+    model[-1] = nn.Sigmoid()
+    assert isinstance(model.ilora_gate, SequenceGate)
+    assert model(X, ilora_z=Z).min() > 0
+
+
 def test_a_child_called_module_makes_no_wrapper():
     model = nn.Sequential(OrderedDict(module=nn.Linear(8, 8)))
     assert ilora.targets(ilora.inject(model)) == ("module",)

@@ -105,7 +105,7 @@ def test_a_head_that_was_resized_is_not_ejected():
 
 def normed():
     torch.manual_seed(0)
-    head = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    head = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 4))
     return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False), head)
 
 
@@ -119,7 +119,7 @@ def test_running_statistics_of_the_base_are_frozen(tmp_path):
         model.train()(X * 3 + 2, ilora_gate=uniform()).sum().backward()
     for key in ("1.running_mean", "1.num_batches_tracked", "2.running_var"):
         assert torch.equal(model.state_dict()[key], plain[key])
-    assert model[3][0].num_batches_tracked == 3  # trained whole
+    assert model[3][0].num_batches_tracked == model[3][2].num_batches_tracked == 3  # trained whole
     with ilora.disable_adapter(model):
         model(X)
     want = model.eval()(X, ilora_gate=uniform())
@@ -129,6 +129,32 @@ def test_running_statistics_of_the_base_are_frozen(tmp_path):
     assert_same_state(model.state_dict(), plain)
     assert [module.training for module in model] == [True, True, False, True]
     assert model[3][0].training
+
+
+def test_running_statistics_of_a_gate_network_are_its_own():
+    class Normed(ilora.GateNetwork):
+        def __init__(self):
+            super().__init__(4)
+            self.norm = nn.BatchNorm1d(4, affine=False)
+
+        def forward(self, z):
+            return self.norm(z).softmax(-1)
+
+    model = ilora.inject(nn.Sequential(nn.Linear(8, 8)), gate=Normed())
+    model.train()(X, ilora_z=torch.randn(len(X), 4))
+    assert model.ilora_gate.norm.num_batches_tracked == 1
+
+
+def test_a_train_of_ones_own_keeps_its_arguments():
+    class Freezing(nn.Sequential):
+        def train(self, mode=True, freeze=True):
+            self.asked = (mode, freeze)
+            return super().train(mode)
+
+    model = ilora.inject(Freezing(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    assert model.train(True, freeze=False) is model
+    assert model.asked == (True, False)
+    assert [module.training for module in model] == [True, False]
 
 
 def test_what_is_kept_beside_follows_the_mode():

@@ -1,5 +1,6 @@
 """What a task class of transformers adds to a pretrained model is trained whole and saved; what its file had is not."""
 
+import copy
 import warnings
 
 import pytest
@@ -170,6 +171,44 @@ def test_what_was_merged_or_offloaded_is_not_new(tmp_path):
     offload = {"device_map": places | {"score": "cpu"}, "offload_folder": tmp_path / "offload"}
     model = kind.from_pretrained(tmp_path / "Llama", **offload)
     assert set(ilora.inject(model).ilora.adapter.saved) == {"score"}
+
+
+def test_a_parameter_that_took_the_place_of_a_loaded_one_is_not_new(tmp_path):
+    model = loaded("LlamaForSequenceClassification", tmp_path)[0]
+    for module in model.modules():  # as a merge by hand does, and dequantize
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.detach() * 2)
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    model.model.embed_tokens = torch.nn.Embedding.from_pretrained(model.model.embed_tokens.weight[:20], freeze=True)
+    assert set(ilora.inject(model).ilora.adapter.saved) == {"score"}
+    assert len(ilora.targets(model)) == 14
+
+
+def test_heavy_heads_that_the_checkpoint_had_stay_frozen(tmp_path):
+    kind = hf.SegformerForSemanticSegmentation
+    sizes = STAGES | {"decoder_hidden_size": 8}
+    model = kind(hf.SegformerConfig(**sizes))
+    assert set(ilora.inject(model, ILoRAConfig(target_modules=["q_proj"])).ilora.adapter.saved) == {"decode_head"}
+    ilora.eject(model).save_pretrained(tmp_path)
+    model = ilora.inject(kind.from_pretrained(tmp_path), ILoRAConfig(target_modules=["q_proj"]))
+    assert not model.ilora.adapter.saved
+
+    class LlamaForCausalLMAndClassification(hf.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.cls = torch.nn.Linear(8, 2)
+
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=False)).save_pretrained(tmp_path / "lm")
+    model = LlamaForCausalLMAndClassification.from_pretrained(tmp_path / "lm")
+    ilora.inject(model, ILoRAConfig(target_modules=["q_proj"]))
+    assert set(model.ilora.adapter.saved) == {"cls"}
+
+
+def test_a_model_of_a_head_alone_says_what_became_of_it():
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1], "layer_type": "basic"}
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
+    with pytest.raises(ValueError, match=r"trained whole instead: classifier \(exclude_modules leaves them out\)"):
+        ilora.inject(model)
 
 
 def test_a_head_that_is_named_is_as_it_was_asked_for(tmp_path):
