@@ -87,4 +87,11 @@ for strategy in ("beta", "gemm"):
     assert len(replay._KEPT) == kept, "a plan was made twice"
     for one, other in zip(first, again, strict=True):
         assert one == other, f"{one}\n{other}"
+kept = replay._KEPT[next(key for key in replay._KEPT if key[0] == "backward")]
+names = ("dy", "x", "xa", "weight", "A", "B", "gate", None, "seed")
+given = tensors(3)
+NOTED.clear()
+slots = [given[name] if name else None for name in names]
+kept._launch([*slots, *(torch.empty(shape, dtype=dtype) for shape, dtype in kept.buffers)], {"stream": 3})
+assert {entry[3] for entry in NOTED} == {3}, "another stream"
 print("launched alike")

@@ -39,6 +39,7 @@ EDGES = {
     "odd features": Case(M=67, N=1, d_in=131, d_out=97),
     "wide": Case(M=9, d_in=1030, d_out=517),
     "tall": Case(M=1100, N=2, d_in=9, d_out=7),
+    "one long instance": Case(M=1100, N=1, d_in=9, d_out=7),
     "no bias": Case(bias=False),
     "strided": Case(strided=True),
     "dropout": Case(M=66, N=2, d_in=77, dropout_p=0.3),

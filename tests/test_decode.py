@@ -60,6 +60,7 @@ def test_against_the_definition(case, dtypes, planned):
     (launch, _, _, whole), M = planned[0], sum(case.lengths) if case.lengths else case.M
     assert whole == (M <= 16)
     assert len(launch.grid) == 2
+    assert launch.args["BLOCK_R"] >= (32 if whole else 16)
 
 
 @pytest.fixture

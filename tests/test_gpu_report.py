@@ -406,13 +406,26 @@ def test_what_a_memory_checker_says_is_kept(tmp_path, monkeypatch, tail, finding
 @pytest.mark.parametrize("findings", [0, 3])
 def test_a_memory_checker_that_saw_everything_counts_by_its_findings(tmp_path, monkeypatch, findings):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(
-        f'#!/bin/sh\necho "the small layers ran"\necho "========= RACECHECK SUMMARY: {findings} hazards displayed"\n'
-    )
+    said = f"RACECHECK SUMMARY: {findings + 2} hazards displayed ({findings} errors, 2 warnings)"
+    tool.write_text(f'#!/bin/sh\necho "the small layers ran"\necho "========= {said}"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     rows = sanitizer.finish(sanitizer.start(), lambda: 20.0)
     assert [sanitizer.faults(row) for row in rows] == [findings] * 2
+    assert rows[0]["findings"] == findings + 2
+
+
+def test_a_wrong_replay_is_a_finding(monkeypatch):
+    if (reason := backends.why_not("triton", "cpu")) is not None:
+        pytest.skip(reason)
+    from ilora.kernels import replay
+
+    again = replay.Replay.again
+    check = next(check for check in correctness.checks(torch.device("cpu"), True, True) if check.strategy == "beta")
+    assert correctness._update(check) is None
+    monkeypatch.setattr(replay.Replay, "again", lambda *args: tuple(t if t is None else t * 0 for t in again(*args)))
+    replay.forget()
+    assert "two runs differ" in correctness._update(check)
 
 
 def test_a_memory_checker_that_takes_too_long_is_ended(tmp_path, monkeypatch):

@@ -1,9 +1,13 @@
 """Plans launched again: other tensors of the same kind give what a new plan gives, and nothing is planned twice."""
 
+import gc
 import subprocess
 import sys
+import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from cases import F16, F32, OUTPUTS, Case, run
 
 import ilora
 from ilora import backends
+from ilora.shared import Projection, SharedInput
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if reason := backends.why_not("triton", DEVICE):
@@ -94,6 +99,89 @@ def test_what_a_plan_depends_on_makes_a_new_one(change, made):
     assert len(made) == 2
     expected = ilora.ilora_linear(**{**arguments, "backend": "reference"})
     torch.testing.assert_close(y.float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def both_ways(scaling=2.0, dropout_p=0.0, needs_x=True, shared=False):
+    """Outputs and gradients of a layer, or of two that share their input."""
+    t = replace(EVEN, M=80, N=2).tensors()
+    leaves = {name: t[name].requires_grad_(name != "x" or needs_x) for name in ("x", "A", "B", "gate")}
+    low, options = (leaves["A"], leaves["B"]), {"dropout_p": dropout_p, "seed": 1 if dropout_p else None}
+    if shared:
+        projections = [Projection(t["weight"], t["bias"], *low), Projection(t["weight"] * 2, None, *low)]
+        together = SharedInput(leaves["x"], projections, leaves["gate"], scaling, **options, backend="triton")
+        y = together.y(0) + 2 * together.y(1)
+    else:
+        y = ilora.ilora_linear(leaves["x"], t["weight"], t["bias"], *low, leaves["gate"], scaling, **options,
+                               backend="triton")  # fmt: skip
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, t["dy"])]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("change", [{"scaling": 3.0}, {"dropout_p": 0.5}, {"needs_x": False}, {}])
+def test_settings_of_a_forward_and_backward(change, shared, made):
+    both_ways(shared=shared)
+    plans = len(made)
+    found = both_ways(**change, shared=shared)
+    assert (len(made) > plans) == bool(change)
+    replay.forget()
+    expected = both_ways(**change, shared=shared)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_strategies_tables_and_precision_make_new_plans(made, monkeypatch, tmp_path):
+    both_ways()
+    (tmp_path / "table.json").write_text('{"version": 1, "rows": []}')
+    monkeypatch.setenv("ILORA_TABLE", str(tmp_path / "table.json"))
+    both_ways()
+    assert len(made) == 4
+    monkeypatch.setenv("ILORA_STRATEGY", "beta")
+    both_ways()
+    assert len(made) == 6
+    torch.set_float32_matmul_precision("high")
+    try:
+        both_ways()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(made) == 8
+
+
+def test_a_plan_keeps_nobodys_tensors_and_takes_no_view_for_its_own(made):
+    t = replace(EVEN, M=80, N=2).tensors()
+    x, watched = t["x"], weakref.ref(t["x"])
+    ilora.ilora_linear(x, t["weight"], None, t["A"], t["B"], t["gate"], 2.0, backend="triton")
+    del x, t
+    gc.collect()
+    assert watched() is None
+    given = torch.zeros(4, 4)
+    launch = SimpleNamespace(runner=lambda compiled: None, values=lambda: [given[1:]])
+    with pytest.raises(ValueError, match=r"no buffer of a plan's own: \(3, 4\)"):
+        replay.Replay((given,), ([launch], (), False), [None])
+
+
+def test_threads_may_make_plans_at_once(monkeypatch):
+    monkeypatch.setattr(replay, "LIMIT", 2)
+    empty = ([], (), False)
+    monkeypatch.setattr(replay, "run", lambda *args: [])
+    monkeypatch.setattr(replay, "Replay", lambda *args: SimpleNamespace(again=lambda *args: (), fused=False))
+    x, interval, failed = torch.zeros(2), sys.getswitchinterval(), []
+
+    def work(n):
+        try:
+            for k in range(1500):
+                replay.planned("none", (n, k), x, (x,), lambda: ([None], *empty[1:]))
+        except RuntimeError as error:
+            failed.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    finally:
+        sys.setswitchinterval(interval)
+        replay.forget()
+    assert not failed
 
 
 def test_one_tensor_in_two_places_is_planned_anew(made):

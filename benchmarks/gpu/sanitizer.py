@@ -44,7 +44,8 @@ def start() -> list[Watching]:
 
 
 def finish(watching: list[Watching], left: Callable[[], float]) -> list[dict[str, Any]]:
-    """A row a tool: its findings as it counts them (None where it did not come to that), and its last lines."""
+    """A row a tool: its findings as it counts them and the errors among them (None where it did not come to that), and
+    its last lines."""
     rows = []
     for tool, process, output in watching:
         try:
@@ -56,6 +57,7 @@ def finish(watching: list[Watching], left: Callable[[], float]) -> list[dict[str
         text = output.read().decode(errors="replace")
         output.close()
         found = re.search(r"SUMMARY: (\d+) (?:error|hazard)", text)
+        wrong = re.search(r"SUMMARY: \d+ hazards? displayed \((\d+) error", text) or found  # others are warnings
         rows.append(
             {
                 "tool": tool,
@@ -63,6 +65,7 @@ def finish(watching: list[Watching], left: Callable[[], float]) -> list[dict[str
                 "finished": status is not None,
                 "ran": "the small layers ran" in text,
                 "findings": int(found[1]) if found else None,
+                "errors": int(wrong[1]) if wrong else None,
                 "last_lines": text.strip().splitlines()[-LINES:],
             }
         )
@@ -70,11 +73,11 @@ def finish(watching: list[Watching], left: Callable[[], float]) -> list[dict[str
 
 
 def faults(row: dict[str, Any]) -> int:
-    """What counts against the kernels in a row of `finish`: its findings; 1 where it ended without having watched the
+    """What counts against the kernels in a row of `finish`: its errors; 1 where it ended without having watched the
     small layers to their end, or without a count; 0 where it was not let finish, which proves nothing."""
     if not row["finished"]:
         return 0
-    return row["findings"] if row["ran"] and row["findings"] is not None else max(row["findings"] or 0, 1)
+    return row["errors"] if row["ran"] and row["errors"] is not None else max(row["errors"] or 0, 1)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

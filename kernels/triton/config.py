@@ -12,7 +12,8 @@ import triton.language as tl
 
 from .launch import Device
 
-ONE_PROGRAM, TWO_PROGRAMS = 150 * 1024, 96 * 1024  # shared memory for programs alone, or two, on a multiprocessor
+# Shared memory for programs alone, or two, on a multiprocessor; and alone with all stages but one in it, as they are.
+ONE_PROGRAM, TWO_PROGRAMS, DEEP_PROGRAM = 150 * 1024, 96 * 1024, 176 * 1024
 CELL = 16 * 2**20  # bytes that the L2 cache keeps between two readings: an A100 has 40 MB, an H100 50
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 

@@ -90,7 +90,7 @@ def tile_of(device: Device, x: Tensor, d_out: int, A: Tensor, fused: bool) -> tu
     k = 128 if size == small == 2 and r <= 64 else 64 if size == 2 and r * small <= 256 else 32
     k *= 2 if deep else 1
     stage = k * (size * (BLOCK_M + (n if fused else 0)) + small * r)
-    stages = config._stages(device, stage, config.ONE_PROGRAM if deep else config.TWO_PROGRAMS)
+    stages = config._stages(device, stage, config.DEEP_PROGRAM if deep else config.TWO_PROGRAMS)
     return Tile(BLOCK_M, n, 4, stages if deep else min(stages, 3)), k
 
 

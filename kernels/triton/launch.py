@@ -60,18 +60,20 @@ class Launch(NamedTuple):
 
     def __call__(self) -> Any:
         """Launches; returns Triton's compiled kernel, or None in the interpreter."""
-        return self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
+        compiled = self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
+        return compiled.result() if hasattr(type(compiled), "result") else compiled  # under triton.AsyncCompileMode
 
     def values(self) -> list[Any]:
         """The arguments in the order of the kernel's signature."""
         return [self.args[name] for name in self.kernel.arg_names]
 
     def runner(self, compiled: Any) -> Callable[..., Any]:
-        """What launches the compiled kernel on other values like these: on a GPU it takes `stream=` too."""
+        """What launches the compiled kernel on other values like these: runner(*values, stream=None)."""
         if compiled is not None:
             return compiled[(*self.grid, 1, 1)[:3]]
-        names, options = self.kernel.arg_names, {"num_warps": self.warps, "num_stages": self.stages}
-        return lambda *values: self.kernel[self.grid](**dict(zip(names, values, strict=True)), **options)
+        # In the interpreter. Not of self, which holds the tensors.
+        kernel, grid, options = self.kernel, self.grid, {"num_warps": self.warps, "num_stages": self.stages}
+        return lambda *values, stream=None: kernel[grid](**dict(zip(kernel.arg_names, values, strict=True)), **options)
 
 
 def run(launches: list[Launch], device: torch.device) -> list[Any]:

@@ -8,6 +8,7 @@ plan is kept by those, with the place of every pointer in it, and `compiled[grid
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch, run
 
-LIMIT = 4096  # plans kept: a training with rows of every length meets many, and each takes a few kilobytes
+LIMIT = 4096  # plans kept: a training with rows of every length meets many, and each takes some ten kilobytes
 
 Plan = tuple[list[Launch], tuple[Any, ...], bool]  # launches, results, whether the frozen product is in them
 
@@ -42,19 +43,18 @@ class Replay:
     def __init__(self, inputs: Sequence[Tensor | None], plan: Plan, compiled: Sequence[Any]) -> None:
         launches, results, self.fused = plan
         self.buffers: list[tuple[torch.Size, torch.dtype]] = []
-        self._inputs = [tensor for tensor in inputs if tensor is not None]
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor is not None}
         self._slots = {tensor.data_ptr(): slot for slot, tensor in enumerate(inputs) if tensor is not None}
         self._first = len(inputs)
         self.results = [None if tensor is None else self._slot(tensor) for tensor in results]
         self.steps = [self._step(launch, kernel) for launch, kernel in zip(launches, compiled, strict=True)]
-        del self._inputs, self._slots  # of tensors that are let go now
+        del self._given, self._slots  # of tensors that are let go now
 
     def _slot(self, tensor: Tensor) -> int:
         """By its address, which a view that starts where its base does has too."""
         if tensor.data_ptr() not in self._slots:
             memory = tensor.untyped_storage().data_ptr()
-            within = any(memory == given.untyped_storage().data_ptr() for given in self._inputs)
-            if within or not tensor.is_contiguous() or tensor.data_ptr() != memory:
+            if memory in self._given or not tensor.is_contiguous() or tensor.data_ptr() != memory:
                 raise ValueError(f"no buffer of a plan's own: {tuple(tensor.shape)}, strides {tensor.stride()}")
             self._slots[tensor.data_ptr()] = self._first + len(self.buffers)
             self.buffers.append((tensor.shape, tensor.dtype))
@@ -94,6 +94,7 @@ class Replay:
 
 
 _KEPT: dict[tuple[Any, ...], Replay] = {}
+_CHANGING = threading.Lock()  # looking up takes none
 
 
 def _facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
@@ -109,7 +110,8 @@ def planned(
     """(results, whether the frozen product is in them) of the plan `make` would make for these inputs, launched.
 
     A pure function of (name, settings), the inputs' facts and what ILORA_STRATEGY, ILORA_TABLE and torch's float32
-    precision say. inputs: every tensor of the caller's that a launch may point at; x, on whose device it runs, or None.
+    precision say; Triton's own knobs are those of the first call (`forget` when they change). inputs: every tensor of
+    the caller's that a launch may point at, or None; x: on whose device it runs.
     """
     asked = os.environ.get("ILORA_STRATEGY"), os.environ.get("ILORA_TABLE")
     precision = torch.backends.cuda.matmul.fp32_precision
@@ -121,12 +123,15 @@ def planned(
     compiled = run(plan[0], x.device)
     places = [tensor.data_ptr() for tensor in inputs if tensor is not None]
     if plan[0] and len(set(places)) == len(places):  # one address in two places does not tell which is meant
-        while len(_KEPT) >= LIMIT:
-            _KEPT.pop(next(iter(_KEPT)), None)
-        _KEPT[key] = Replay(inputs, plan, compiled)
+        made = Replay(inputs, plan, compiled)
+        with _CHANGING:
+            while len(_KEPT) >= LIMIT:
+                del _KEPT[next(iter(_KEPT))]
+            _KEPT[key] = made
     return plan[1], plan[2]
 
 
 def forget() -> None:
     """Lets go of all kept plans."""
-    _KEPT.clear()
+    with _CHANGING:
+        _KEPT.clear()
