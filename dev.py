@@ -56,13 +56,16 @@ def lint() -> int:
     return max(subprocess.call([sys.executable, "-m", *command], cwd=ROOT) for command in commands)
 
 
+OF_OPTIONS = ("-k", "-m", "-p", "-o", "-n", "-W", "--deselect", "--tb")  # pytest's whose values are no paths from here
+
+
 def seen_from_root(arguments: list[str]) -> list[str]:
     """pytest's arguments: a path (or path::name) into the checkout made absolute, from where the person stands."""
     seen = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         path, colons, name = argument.partition("::")
         file = Path(path).resolve()
-        ours = not path.startswith("-") and before not in ("-k", "-m")  # those take words, which a folder may be named
+        ours = not path.startswith("-") and before not in OF_OPTIONS
         ours = ours and os.path.exists(file) and file.is_relative_to(ROOT)
         seen.append(f"{file}{colons}{name}" if ours else argument)
     return seen

@@ -20,37 +20,46 @@ WORDS = ["Heat", "Toy Story", "The Rock", "Fargo", "Big", "The Thin Red Line", "
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
 LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-MODELS = {  # (class, settings, whether candidates may share a row)
-    "llama": ("Llama", {**COMMON, "num_key_value_heads": 2}, True),
-    "gptneox": ("GPTNeoX", COMMON, True),
-    "mixtral": ("Mixtral", {**COMMON, "num_key_value_heads": 2, "num_local_experts": 4}, True),
-    "gemma3": ("Gemma3", {**COMMON, **HEADS, "sliding_window": 512}, True),
-    "gemma3, a short window": ("Gemma3", {**COMMON, **HEADS, "sliding_window": 16}, False),
-    "gemma3, a window as long as the short row": ("Gemma3", {**COMMON, **HEADS, "sliding_window": 50}, False),
-    "mistral, a short window": ("Mistral", {**COMMON, **HEADS, "sliding_window": 16}, False),
+MODELS = {  # (class, settings, the longest row that candidates may share, by the settings)
+    "llama": ("Llama", {**COMMON, "num_key_value_heads": 2}, sys.maxsize),
+    "gptneox": ("GPTNeoX", COMMON, sys.maxsize),
+    "mixtral": ("Mixtral", {**COMMON, "num_key_value_heads": 2, "num_local_experts": 4}, sys.maxsize),
+    "qwen2-moe, no window": (
+        "Qwen2Moe",
+        {**COMMON, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+         "shared_expert_intermediate_size": 16, "sliding_window": 32, "use_sliding_window": False},
+        sys.maxsize,
+    ),
+    "gemma2, the other window": ("Gemma2", {**COMMON, **HEADS, "sliding_window": 16}, 16),
+    "bert, the head adapted": ("Bert", {**COMMON, "is_decoder": True}, sys.maxsize),
+    "gemma3": ("Gemma3", {**COMMON, **HEADS, "sliding_window": 512}, 512),
+    "gemma3, a short window": ("Gemma3", {**COMMON, **HEADS, "sliding_window": 16}, 16),
+    "gemma3, a window as long as the short row": ("Gemma3", {**COMMON, **HEADS, "sliding_window": 50}, 50),
+    "mistral, a short window": ("Mistral", {**COMMON, **HEADS, "sliding_window": 16}, 16),
     "gptneo": (
         "GPTNeo",
         {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 16, "attention_types": [[["local"], 2]]},
-        False,
+        16,
     ),
-    "lfm2": ("Lfm2", {**COMMON, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, False),
+    "lfm2": ("Lfm2", {**COMMON, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}, 0),
     "mamba2": (
         "Mamba2",
         {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
-        False,
+        0,
     ),
     "qwen3-next": (
         "Qwen3Next",
         {**COMMON, **HEADS, **LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
          "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]},
-        False,
+        0,
     ),
-    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, False),
-    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, False),
-    "falcon": ("Falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}, False),
+    "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4}, 0),
+    "bloom": ("Bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, 0),
+    "falcon": ("Falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}, 0),
 }  # fmt: skip
 
 
+RAISING = {"bert, the head adapted"}  # cuts the row before its head, one of whose layers is adapted
 REFUSING = {"mamba2", "mpt", "bloom", "falcon"}  # no positions, or masks of two dimensions only
 
 
@@ -71,7 +80,7 @@ def recommender(prompts, name, dtype=torch.float32):
     """A recommender on a random model of that family, whose adapters do something."""
     torch.manual_seed(0)
     kind, settings, _ = MODELS[name]
-    lm_class = getattr(T, f"{kind}ForCausalLM")
+    lm_class = getattr(T, f"{kind}LMHeadModel" if kind == "Bert" else f"{kind}ForCausalLM")
     config = lm_class.config_class(
         vocab_size=len(prompts.tokenizer), pad_token_id=0, bos_token_id=2, eos_token_id=2, **settings
     )
@@ -114,11 +123,12 @@ def agrees(model, prompts, examples):
 @pytest.mark.parametrize("name", MODELS)
 def test_candidates_are_as_likely_as_by_themselves(prompts, name):
     model = recommender(prompts, name)
+    assert model.reach == MODELS[name][2]
     agrees(model, prompts, EXAMPLES)
-    assert (model.tried > 0) is MODELS[name][2]
+    assert (model.tried > 0) == (MODELS[name][2] > 100 and name not in RAISING)
 
 
-@pytest.mark.parametrize("name", [name for name, row in MODELS.items() if not row[2] and name not in REFUSING])
+@pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row[2] < 100 and name not in REFUSING])
 def test_what_settings_do_not_tell_shows_at_the_first_row(prompts, name):
     model = recommender(prompts, name)
     model.reach = sys.maxsize
@@ -140,13 +150,29 @@ def test_a_longer_row_is_tried_again(prompts):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
 def test_rounding_in_bfloat16_is_not_taken_for_a_difference(prompts, name):
     model = recommender(prompts, name, torch.bfloat16)
-    candidate_likelihoods(model, prompts, EXAMPLES, Choice(1, False))
+    candidate_likelihoods(model, prompts, EXAMPLES, Choice(1, 0))
     assert model.tried > 0
+
+
+@pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row[2] < 100])
+def test_settings_decide_in_bfloat16_too(prompts, name):
+    model = recommender(prompts, name, torch.bfloat16)
+    candidate_likelihoods(model, prompts, EXAMPLES, Choice(1, False))
+    assert (model.reach, model.tried) == (MODELS[name][2], 0)
+
+
+def test_gates_of_blocks_reach_rows_of_their_own(prompts):
+    model = recommender(prompts, "llama")
+    gate = torch.rand(2, 3, 4).mul(5).softmax(-1)
+    together = candidate_likelihoods(model, prompts, EXAMPLES, STANDARD, gate)
+    assert model.tried > 0
+    model.reach = 0
+    torch.testing.assert_close(candidate_likelihoods(model, prompts, EXAMPLES, STANDARD, gate), together)
 
 
 @pytest.mark.parametrize("name", ["lfm2", "gptneo", "qwen3-next"])
 def test_a_difference_shows_in_bfloat16(prompts, name):
     model = recommender(prompts, name, torch.bfloat16)
     model.reach = sys.maxsize
-    candidate_likelihoods(model, prompts, EXAMPLES, Choice(1, False))
+    candidate_likelihoods(model, prompts, EXAMPLES, Choice(1, 0))
     assert model.reach == 0

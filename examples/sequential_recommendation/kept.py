@@ -74,8 +74,8 @@ class KeptRun:
 
 def read_run(folder: Path) -> KeptRun:
     """What <folder>/run.json says. Raises FileNotFoundError, or ValueError naming the file and what it lacks."""
-    path = folder / "run.json"
-    above = folder.resolve().parents
+    folder = folder.resolve()
+    path, above = folder / "run.json", folder.parents
     if len(above) < 3:
         raise ValueError(f"{folder.resolve()}: expected a run in its place, <comparison>/runs/<arm>/<run>")
     try:

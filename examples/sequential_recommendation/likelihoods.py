@@ -93,21 +93,17 @@ def _packed(
 ) -> Tensor | None:
     """The log-likelihoods [B, C] from one row an example; None if this model cannot be asked so."""
     candidates = Candidates(answers, pad, model.device)
-    mask, (B, Q) = batch["attention_mask"], candidates.tokens.shape
-    L = mask.shape[1] + Q
+    mask = batch["attention_mask"]
+    L = mask.shape[1] + candidates.tokens.shape[1]
     if model.reach < L:
         return None
-    whole = dict(batch, input_ids=torch.cat([batch["input_ids"], candidates.tokens], 1))
-    whole["item_ids"] = torch.cat([batch["item_ids"], torch.full_like(candidates.tokens, NO_ITEM)], 1)
-    positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), mask.sum(1, keepdim=True) + candidates.positions], 1)
-    logits = model.logits(
-        whole,
-        keep=Q + 1,
-        attention_mask=candidates.mask(mask, model.lm.get_input_embeddings().weight.dtype),
-        position_ids=positions,
-        ilora_gate=gate,
-        ilora_segments=torch.arange(0, (B + 1) * L, L, dtype=torch.int32, device=model.device),
-    )
+    try:
+        logits = _side_by_side(model, batch, candidates, gate)
+    except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
+        if model.tried or isinstance(error, torch.OutOfMemoryError):
+            raise
+        model.reach = 0  # some take no such mask, or cut the row before a layer that is adapted; what else is wrong
+        return None  # is so with a row for each too, and raised there
     if model.tried < L:
         longest = int((mask.sum(1) + (candidates.own >= 0).sum(1)).argmax())
         last = answers[longest][-1]
@@ -120,10 +116,27 @@ def _packed(
     return candidates.sums(logits)
 
 
+def _side_by_side(model: Recommender, batch: dict[str, Tensor], candidates: Candidates, gate: Tensor) -> Tensor:
+    """Logits [B, 1+Q, vocabulary] of the rows [prompt, answer, answer, …]."""
+    mask, (B, Q) = batch["attention_mask"], candidates.tokens.shape
+    L = mask.shape[1] + Q
+    whole = dict(batch, input_ids=torch.cat([batch["input_ids"], candidates.tokens], 1))
+    whole["item_ids"] = torch.cat([batch["item_ids"], torch.full_like(candidates.tokens, NO_ITEM)], 1)
+    positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), mask.sum(1, keepdim=True) + candidates.positions], 1)
+    return model.logits(
+        whole,
+        keep=Q + 1,
+        attention_mask=candidates.mask(mask, model.lm.get_input_embeddings().weight.dtype),
+        position_ids=positions,
+        ilora_gate=gate,
+        ilora_segments=torch.arange(0, (B + 1) * L, L, dtype=torch.int32, device=model.device),
+    )
+
+
 def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two logits [T, vocabulary] differ by no more than rounding does, over all of them: by 32 units of their
+    """Whether two logits [T, vocabulary] differ by no more than rounding does, over all of them: by 12 units of their
     dtype's precision, or 1e-3. (SmolLM2 has 2e-6 in float32 and 0.05, 7 units, in bfloat16.)"""
-    found, limit = found.float(), max(32 * torch.finfo(found.dtype).eps, 1e-3)
+    found, limit = found.float(), max(12 * torch.finfo(found.dtype).eps, 1e-3)
     expected = expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
     return bool((found - expected).norm() <= limit * spread)

@@ -211,7 +211,7 @@ def _reach(lm: Any) -> int:
     if getattr(lm, "_is_stateful", False) or getattr(config, "alibi", False) or kinds - _ATTENTION:
         return 0
     windows = [getattr(config, name, None) for name in _WINDOWS]
-    return min([window for window in windows if isinstance(window, int)], default=sys.maxsize)
+    return min([window for window in windows if isinstance(window, int) and window > 0], default=sys.maxsize)
 
 
 def load(path: Path, lm: Any) -> Recommender:
