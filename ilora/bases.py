@@ -18,6 +18,8 @@ def is_conv1d(base: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether ILoRALinear can wrap this module: one product of its input, by what it is or by what it says."""
+    if type(module).__name__.endswith("Router"):
+        return False  # transformers has some that are an nn.Linear and return scores and a choice
     if is_conv1d(module) or isinstance(module, nn.Linear):
         return True
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]

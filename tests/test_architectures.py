@@ -42,6 +42,17 @@ def gpt_oss():
     return hf.GptOssForCausalLM(hf.GptOssConfig(**TOKENS, **SMALL, **sizes)), {"input_ids": IDS}
 
 
+def llama4():  # its routers are linear layers that return two tensors
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    config = hf.Llama4TextConfig(**TOKENS, **SMALL, **sizes, interleave_moe_layer_step=1)
+    return hf.Llama4ForCausalLM(config), {"input_ids": IDS}
+
+
+def phimoe():
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return hf.PhimoeForCausalLM(hf.PhimoeConfig(**TOKENS, **SMALL, **sizes)), {"input_ids": IDS}
+
+
 def vit():
     return hf.ViTForImageClassification(hf.ViTConfig(**VISION)), {"pixel_values": IMAGES}
 
@@ -63,7 +74,7 @@ def llava():
 
 
 @pytest.mark.parametrize(
-    "make", [phi3, bloom, mamba, deepseek_v3, gpt_oss, vit, whisper, llava], ids=lambda f: f.__name__
+    "make", [phi3, bloom, mamba, deepseek_v3, gpt_oss, llama4, phimoe, vit, whisper, llava], ids=lambda f: f.__name__
 )
 def test_each_instance_is_as_if_alone_and_every_layer_learns(make):
     torch.manual_seed(0)
