@@ -123,9 +123,10 @@ def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devi
                 f"seed: expected one torch.int64 on {device}, got {seed.dtype} {_shape(seed)} on {seed.device}"
             )
     elif seed is not None:
-        if not hasattr(seed, "__index__"):
-            raise TypeError(f"seed: expected an int, a tensor or None, got {type(seed).__name__}")
-        seed = operator.index(seed)  # numpy's integers too
+        if not isinstance(seed, int):  # numpy's integers; of torch's symbolic ones an index would be a guard
+            if not hasattr(seed, "__index__"):
+                raise TypeError(f"seed: expected an int, a tensor or None, got {type(seed).__name__}")
+            seed = operator.index(seed)
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected 64 bits, got {seed}")
     return as_seed(seed, device) if dropout_p > 0.0 else None

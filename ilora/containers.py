@@ -47,6 +47,7 @@ def _set_item(container: Any, index: int, module: nn.Module) -> None:
     setattr(container, list(_listed(container))[index], module)
 
 
+_LIST = {"__iter__": _values, "__len__": _length, "__getitem__": _item, "__setitem__": _set_item}
 _LISTING: dict[type, dict[str, Any]] = {
     nn.ModuleDict: {
         "__iter__": _keys,
@@ -55,6 +56,6 @@ _LISTING: dict[type, dict[str, Any]] = {
         "values": lambda self: _listed(self).values(),
         "items": lambda self: _listed(self).items(),
     },
-    nn.Sequential: {"__iter__": _values, "__len__": _length, "__getitem__": _item, "__setitem__": _set_item},
-    nn.ModuleList: {"__iter__": _values, "__len__": _length, "__getitem__": _item, "__setitem__": _set_item},
+    nn.Sequential: _LIST,
+    nn.ModuleList: _LIST,
 }

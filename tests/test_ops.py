@@ -71,6 +71,13 @@ def test_compiled_dropout_draws_anew_each_call():
     assert not torch.equal(f(), f())
 
 
+def test_a_changing_seed_compiles_in_one_graph():
+    kwargs = arguments(dropout_p=0.5, backend="reference")
+    compiled = torch.compile(lambda seed: ilora.ilora_linear(**kwargs, seed=seed), backend="eager", fullgraph=True)
+    for seed in (3, 4, 5, 6):  # from the second on torch takes it for a symbol
+        assert torch.equal(compiled(seed), ilora.ilora_linear(**kwargs, seed=seed))
+
+
 def test_compiles_with_dynamic_shapes_without_recompiling():
     torch._dynamo.reset()
     kwargs = arguments()
