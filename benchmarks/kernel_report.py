@@ -5,7 +5,7 @@
 
 The launches are the backend's own (`Update` in kernels/triton/update.py) on meta tensors, so the report cannot drift
 from what runs. Exit status 1 if any kernel spills registers or needs more shared memory than its target has, or if gemm
-does not load by tensor descriptor and multiply on the tensor cores where the target has both.
+or whole does not load by tensor descriptor and multiply on the tensor cores where the target has both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from launch_bytes import least, moved, size, tensors
 from launch_cases import DTYPES, KIB, TARGETS, Case, cases, launches
 from launch_compile import compile_all, job, title
 
-KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "outer", "pair", "sum_parts", "sum_segments", "gemm", "decode")
+KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "outer", "outers", "pair", "sums", "gemm", "whole", "decode")
 
 
 def bytes_report(case: Case, target: str) -> dict[str, Any]:
@@ -54,7 +54,8 @@ def report(every: list[Case], targets: list[str], names: list[str], processes: i
         print(f"{r['target']:8}{r['kernel']:44}{r['warps']:6}{r['stages']:7}{r['registers']:11}{r['spills']:8}"
               f"{r['shared']:9}{r['limit'] // KIB:8}{'  <-- ' * r['bad']}{', '.join(remarks)}")  # fmt: skip
     traffic = [bytes_report(case, target) for target in targets for case in every]
-    print(f"\nMB moved, the frozen product apart unless gemm is it: {'least':>8}; once per launch (×); asked of L2 (×)")
+    heading = "MB moved, the frozen product apart unless it is in a launch"
+    print(f"\n{heading}: {'least':>8}; once per launch (×); asked of L2 (×)")
     for t in traffic:
         case = " ".join(f"{k}={v}" for k, v in t["case"].items() if v is not False and v != "beta")
         line = f"{t['target']:8}{case:62}"

@@ -29,9 +29,13 @@ def moved(launch: Any) -> int:
     elif name == "expand":
         columns = -(-args["D"] // args["BLOCK_N"])
         times = {"h_ptr": columns, "w_ptr": launch.grid[0] // columns, "bias_ptr": launch.grid[0] // columns}
-    elif name == "gemm":
+    elif name == "outers":
+        times = {"dxa_ptr": -(-args["D_IN"] // args["BLOCK_N"]), "h_ptr": -(-args["D_OUT"] // args["BLOCK_N"])}
+    elif name in ("gemm", "whole"):
         down, across = -(-args["M"] // args["BLOCK_M"]), -(-args["D"] // args["BLOCK_N"])
         times = {"x": across, "w": down, "h_ptr": across, "low_ptr": down, "bias_ptr": down}
+        if name == "whole":  # all of A and a row of the gate for each tile's row; h is written, once
+            times |= {"a": down * across, "gate_ptr": args["M"] * across / args["N"], "h_ptr": 1}
     elif name == "decode":
         across, down = launch.grid
         times = {"x_ptr": across, "a_ptr": across * down, "b_ptr": down, "bias_ptr": down}
@@ -44,7 +48,8 @@ def least(case: Any, x: int, a: int) -> tuple[int, int]:
     """Bytes that must move, forward and backward: x, dy and x again; y and dx once; the small tensors once. x, a: bytes
     of an element of the activations, and of A and B.
 
-    By strategy "gemm" the frozen product is among the launches, and with it the weight and x, or dy, once more.
+    By strategy "gemm" the frozen product is among the launches, and with it the weight and x, or dy, once more; but
+    "whole" without dropout needs x just once in forward.
     """
     gate = (case.M if case.token else 32) * 4 * 4
     factors, ranks = case.R * (case.d_in + case.d_out) * a, case.M * case.R * max(x, a)
@@ -56,4 +61,5 @@ def least(case: Any, x: int, a: int) -> tuple[int, int]:
     if case.strategy == "decode":
         return forward + (case.d_in * case.d_out * x if case.M <= 16 else 0), 0
     weight = case.d_in * case.d_out * x
-    return forward + weight + case.M * case.d_in * x, backward + weight + case.M * case.d_out * x
+    again = 0 if case.strategy == "whole" and not case.p else case.M * case.d_in * x
+    return forward + weight + again, backward + weight + case.M * case.d_out * x

@@ -49,10 +49,14 @@ def cases(ranks: list[int], dtypes: list[str]) -> list[Case]:
 
 
 def gemms(ranks: list[int], first: int) -> list[Case]:
-    """The same layer by one GEMM: every rank with dropout; p = 0, few rows, sizes that no block divides."""
+    """The same layer by one GEMM, of either kind: every rank that it takes; p = 0, few rows, sizes no block divides."""
     every = [Case("bf16", R, 0.1, strategy="gemm") for R in ranks]
     every += [Case("bf16", first, 0.0, d_out=1024, strategy="gemm")]
     every += [Case("bf16", first, 0.1, M=100, d_in=1000, d_out=776, strategy="gemm")]
+    few = [R for R in ranks if R <= 32]
+    every += [Case("bf16", R, p, strategy="whole") for R in few for p in (0.0, 0.1)]
+    every += [Case("bf16", few[-1], p, d_in=1024, d_out=1024, token=True, strategy="whole") for p in (0.0, 0.1) if few]
+    every += [Case("bf16", few[-1], 0.0, M=100, d_in=1000, d_out=776, strategy="whole") for _ in few[:1]]
     return [case for case in every if case.R <= 128]  # above, gemm refuses
 
 
@@ -87,6 +91,8 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     if case.strategy == "decode":  # where it is refused, for reading too much per program, there is nothing to list
         plan = package.decode.plan(device, common[1], weight, empty(case.d_out), None, *common[2:8])
         return [plan[0]] if plan else [], []
+    if case.strategy == "whole" and case.R > 16 and not device.tma:  # refused
+        return [], []
     forward, backward = package.update.Update(*common), package.update.Update(*common)
     _, xa = forward.forward(empty(case.d_out), None, weight)
     backward.backward(empty(case.M, case.d_out), xa, True, weight)

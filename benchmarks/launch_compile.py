@@ -16,8 +16,8 @@ import torch
 from launch_cases import TARGETS, kernels
 from torch import Tensor
 
-INSTRUCTIONS = {  # gemm's in PTX: loads by descriptor, tensor cores, a product still running when the next is issued
-    "sm_90": ("cp.async.bulk.tensor", "wgmma.mma_async", "wgmma.wait_group.sync.aligned 1"),
+INSTRUCTIONS = {  # a GEMM's in PTX: loads by descriptor, tensor cores, a product still running when the next is issued
+    "sm_90": ("cp.async.bulk.tensor", "wgmma.mma_async", r"wgmma\.wait_group\.sync\.aligned [1-9]"),
     "sm_100": ("cp.async.bulk.tensor", "tcgen05.mma"),
 }
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
@@ -80,8 +80,8 @@ def compile_job(job: Job) -> dict[str, Any]:
     options = {"num_warps": job.warps, "num_stages": job.stages}
     compiled = triton.compile(source, target=GPUTarget(*arch), options=options)
     usage = _amd(compiled.asm["amdgcn"]) if arch[0] == "hip" else _nvidia(compiled.asm["cubin"])
-    wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel == "gemm" else ()
-    missing = [name for name in wanted if name not in compiled.asm["ptx"]]
+    wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel in ("gemm", "whole") else ()
+    missing = [name for name in wanted if not re.search(name, compiled.asm["ptx"])]
     return usage | {"shared": compiled.metadata.shared, "missing": missing}
 
 
@@ -112,7 +112,7 @@ def title(job: Job) -> str:
     constants = dict(job.constants)
     kinds = dict(job.signature)
     blocks = "×".join(str(v) for k, v in job.constants if k.startswith(("BLOCK", "ALONG", "DOWN")))
-    dtype = kinds.get("x_ptr", kinds.get("h_ptr", kinds.get("parts_ptr", "")))[1:]
+    dtype = next((kinds[name][1:] for name in ("x_ptr", "low_ptr", "h_ptr", "parts_ptr") if name in kinds), "")
     wide = {"shrink": "w_ptr", "outer": "h_ptr", "pair": "w_ptr"}
     small = kinds[wide[job.kernel]][1:] if job.kernel in wide else ""
     small = kinds.get("a_ptr", f"*{small}")[1:]

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if reason := backends.why_not("triton", DEVICE):
     pytest.skip(reason, allow_module_level=True)
 
-from ilora.kernels import config, launch, strategy, table, update  # noqa: E402
+from ilora.kernels import config, gemm, launch, strategy, table, update  # noqa: E402
 from ilora.kernels.launch import INTERPRETER, Device  # noqa: E402
 
 DTYPES = [F16, BF16] if DEVICE == "cuda" else [F16]  # the interpreter's bfloat16 arithmetic means nothing
@@ -115,13 +115,13 @@ def test_an_opaque_base_and_a_start_off_16_bytes(forced):
     with pytest.raises(ValueError, match="the base layer is opaque"):
         ilora.ilora_update(t["x"], None, t["A"], t["B"], t["gate"], 2.0, backend="triton")
     buffer = torch.zeros(24 * 64 + 1, dtype=F16, device=DEVICE)
-    reason = strategy.why_not(buffer[1:].view(24, 64), t["weight"], 48, t["A"])
+    reason = strategy.why_not(INTERPRETER, buffer[1:].view(24, 64), t["weight"], 48, t["A"])
     assert reason == "the input does not start at a multiple of 16 bytes"
 
 
 def test_an_unknown_strategy_is_refused(monkeypatch):
     monkeypatch.setenv("ILORA_STRATEGY", "fastest")
-    with pytest.raises(ValueError, match="ILORA_STRATEGY='fastest': expected one of beta, gemm, auto"):
+    with pytest.raises(ValueError, match="ILORA_STRATEGY='fastest': expected one of beta, gemm, whole, auto"):
         run(replace(EVEN, dtype=F16, device=DEVICE), "triton")
 
 
@@ -144,13 +144,13 @@ def test_without_measurements_every_device_takes_beta():
 
 def test_the_table_answers_for_the_nearest_shape(tmp_path):
     path = written(tmp_path, tile=[128, 128, 64, 8, 3, 4])
-    assert chosen(path=path) == ("gemm", (128, 128, 64, 8, 3, 4))
+    assert chosen(path=path)[:2] == ("gemm", (128, 128, 64, 8, 3, 4))
     assert chosen(M=10**6, path=path).strategy == "gemm"  # more rows than were measured
     assert chosen(d=6000, R=8, path=path).strategy == "gemm"
     for other in ({"M": 1024}, {"d": 1024}, {"R": 64}, {"direction": "backward"}):
         assert chosen(path=path, **other).strategy == "beta"
     large = written(tmp_path, tile=[256, 256, 128, 8, 4, 8])
-    assert chosen(path=large) == ("gemm", chosen().tile)  # a tile that does not fit is replaced
+    assert chosen(path=large)[:2] == ("gemm", None)  # a tile that does not fit is replaced
 
 
 def test_a_table_reaches_the_kernels(tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_table_reaches_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_TABLE", written(tmp_path, backward, **forward))
     case = replace(EVEN, M=72, dtype=F16, device=DEVICE)
     seen = []
-    monkeypatch.setattr(update, "gemm_launch", lambda *a: seen.append(a[1]) or strategy.gemm_launch(*a))
+    monkeypatch.setattr(update, "gemm_launch", lambda *a: seen.append(a[1]) or gemm.gemm_launch(*a))
     check(case, "triton")
     assert len(seen) == 1
 
@@ -169,10 +169,11 @@ def test_a_table_reaches_the_kernels(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"strategy": "fast"}, "row 0: strategy 'fast' is none of beta, gemm"),
+        ({"strategy": "fast"}, "row 0: strategy 'fast' is none of beta, gemm, whole"),
         ({"direction": "sideways"}, "row 0: direction 'sideways'"),
         ({"dtype": "float64"}, "row 0: dtype 'float64'"),
         ({"R": 0}, "row 0: R 0 is not a positive integer"),
+        ({"strategy": "whole", "otherwise": "whole"}, "row 0: otherwise 'whole' is none of beta, gemm"),
         ({"color": 1}, "row 0: .*unexpected keyword argument 'color'"),
         ({"tile": [128, 256]}, "expected six positive integers"),
         ({"tile": [96, 256, 64, 8, 4, 8]}, "all powers of two"),

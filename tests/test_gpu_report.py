@@ -322,6 +322,19 @@ def test_dropouts_of_one_shape_count_alike_in_the_table():
     assert {row["strategy"] for row in strategies.rows_of(results)} == {"beta"}
 
 
+@pytest.mark.parametrize(
+    ("p", "forward", "backward"),
+    [(0.0, {"strategy": "whole", "otherwise": "gemm"}, {"strategy": "whole", "otherwise": "gemm"}),
+     (0.1, {"strategy": "gemm"}, {"strategy": "whole", "otherwise": "gemm"})],
+)  # fmt: skip
+def test_what_is_to_be_where_whole_cannot_is_in_the_table(p, forward, backward):
+    results = made_up()
+    timed = (("beta", 1.0), ("gemm", 0.95), ("whole", 0.8))
+    results["parts"]["layer"]["rows"] = [layer_row(f"ilora[{name}]", ratio, p=p) for name, ratio in timed]
+    for row, wanted in zip(strategies.rows_of(results), (backward, forward), strict=True):
+        assert {name: row[name] for name in ("strategy", "otherwise") if name in row} == wanted
+
+
 def test_plots_and_rendering_again(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert figures.draw(made_up(), tmp_path) == ["layer.png", "decode.png"]
@@ -348,15 +361,17 @@ class OneSet(machine.Machine):
         return 1
 
 
-def test_both_strategies_are_timed_and_tell_which_won():
+def test_strategies_are_timed_and_tell_which_won():
     pytest.importorskip("triton")
-    settings = peers.Settings(16, 24, 2, 4, 4, 2, 0.1, torch.float16, CPU)
-    arms = [arm for arm in layer.arms_of(settings, False)[0] if arm.name in ("frozen", "ilora[beta]", "ilora[gemm]")]
-    assert [arm.strategy for arm in arms] == [None, "beta", "gemm"]
+    settings = peers.Settings(16, 24, 2, 4, 8, 2, 0.1, torch.float16, CPU)
+    arms = [
+        arm for arm in layer.arms_of(settings, False)[0] if arm.name == "frozen" or arm.strategy not in (None, "auto")
+    ]
+    assert [arm.strategy for arm in arms] == [None, "beta", "gemm", "whole"]
     rows = layer.run_case(OneSet(*HERE), 1, settings, arms)
     assert not any("error" in row or "graph_error" in row for row in rows)
     table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"layer": {"rows": rows}}})
-    assert [(row["direction"], row["M"], row["R"]) for row in table] == [("backward", 8, 4), ("forward", 8, 4)]
+    assert [(row["direction"], row["M"], row["R"]) for row in table] == [("backward", 8, 8), ("forward", 8, 8)]
 
 
 def test_an_arm_that_breaks_is_a_row_and_the_others_go_on(compiled):

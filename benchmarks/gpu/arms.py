@@ -120,8 +120,11 @@ def ours(settings: Settings, every: bool) -> list[tuple[Arm, str | None]]:
     wide = settings.dtype.itemsize == 2
     forced = None if triton else f"strategies are Triton's; this runs on {backend}"
     tensor = forced or (None if wide else f"it computes in float16 and bfloat16, not {settings.dtype}")
+    ranks = settings.rank
+    few = None if ranks <= 32 and ranks % 8 == 0 else f"its ranks are at most 32, rows of B whole 16 bytes: not {ranks}"
     build = _build(backend)
     arms = [(Arm("ilora[beta]", build, "beta"), forced), (Arm("ilora[gemm]", build, "gemm"), tensor)]
+    arms.append((Arm("ilora[whole]", build, "whole"), tensor or few))
     return [(Arm("ilora", build, "auto"), None)] * every + arms
 
 

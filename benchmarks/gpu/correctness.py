@@ -61,13 +61,14 @@ def checks(device: torch.device, quick: bool, dry: bool) -> list[Check]:
         for p, (shape, fields) in itertools.product((0.0, 0.1), shapes.items()):
             add(shape, fields, "beta", rank, p, kind)
             if shape != "odd" and kind in (("bf16", False), ("fp16", False)):
-                add(shape, fields, "gemm", rank, p, kind)
+                for strategy in ("gemm", "whole") if rank <= 32 else ("gemm",):
+                    add(shape, fields, strategy, rank, p, kind)
         for M, (shape, (d_in, d_out)) in itertools.product(
             (16, 64) if quick or dry else (1, 7, 16, 64), few_sizes.items()
         ):
             for strategy in ("auto", "cuda") if library else ("auto",):
                 add(shape, {"M": M, "N": M, "d_in": d_in, "d_out": d_out}, strategy, rank, 0.0, kind)
-    for p, strategy in itertools.product(() if dry else (0.0, 0.1), ("beta", "gemm")):
+    for p, strategy in itertools.product(() if dry else (0.0, 0.1), ("beta", "gemm", "whole")):
         add("large", LARGE, strategy, 16, p, ("bf16", False))
     return every
 
@@ -151,7 +152,7 @@ def measure(here: Machine, quick: bool, processes: int, left: Callable[[], float
 
 def small(device: str) -> None:
     """A small layer by each strategy, for a memory checker to watch."""
-    for strategy, p in (("beta", 0.1), ("gemm", 0.1), ("gemm", 0.0), ("beta", 0.0)):
+    for strategy, p in itertools.product(("beta", "gemm", "whole"), (0.1, 0.0)):
         case = CASES.Case(M=96, N=3, R=16, d_in=136, d_out=200, dtype=CASES.F16, dropout_p=p, device=device)
         backend = backend_of(torch.device(device), case.dtype)
         with using(strategy):

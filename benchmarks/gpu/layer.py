@@ -65,7 +65,7 @@ def warm_jobs(planned: Iterable[Planned]) -> list[Warm]:
     for level, settings in planned:
         if level < WARM_LEVELS:
             names = [arm.name for arm in arms_of(settings, level == 0)[0]]
-            wanted = [name for name in names if name in ("ilora[beta]", "ilora[gemm]", "compile")]
+            wanted = [name for name in names if name in ("ilora[beta]", "ilora[gemm]", "ilora[whole]", "compile")]
             jobs += [Warm(settings, name, level == 0) for name in wanted]
     return sorted(jobs, key=lambda job: job.arm != "compile")
 

@@ -27,6 +27,14 @@ def pow2(n: int, low: int, high: int) -> int:
     return min(max(1 << (n - 1).bit_length(), low), high)
 
 
+def search_width(n: int) -> int:
+    """The power of 16 from which gates.instances starts to look for one of n."""
+    width = 1
+    while width * 16 < n:
+        width *= 16
+    return width
+
+
 class Dots(NamedTuple):
     """How tiles are multiplied: wide tiles in type `wide` against narrow ones in `pieces` of it; narrow against narrow
     (in expand) in type `narrow`; float32 dots with `precision`."""
@@ -157,7 +165,16 @@ def gemm_shared(tile: GemmTile, R: int) -> int:
     return 2 * (tile.stages * tile.k * (tile.m + tile.n) + narrow + tile.m * tile.n // 4) + 1024
 
 
-def gemm_tile(device: Device, M: int, D: int, R: int) -> GemmTile:
+def whole_shared(tile: GemmTile, R: int) -> int:
+    """The same of whole: stages of x, W and A, the low-rank operand, a quarter of y."""
+    r = pow2(R, 16, 32)
+    return 2 * (tile.stages * tile.k * (tile.m + tile.n + r) + r * tile.n + tile.m * tile.n // 4) + 1024
+
+
+SHARED = {"gemm": gemm_shared, "whole": whole_shared}
+
+
+def gemm_tile(device: Device, M: int, D: int, R: int, strategy: str = "gemm") -> GemmTile:
     """The tile whose waves over the multiprocessors cost least, with as many stages (2 to 4) as fit."""
     if not device.tma:  # descriptors become plain loads there, which take registers
         return GemmTile(64, 128, 32, 8, 2)
@@ -167,7 +184,7 @@ def gemm_tile(device: Device, M: int, D: int, R: int) -> GemmTile:
         return waves * tile.m * tile.n / GEMM_TILES[tile[:4]]
 
     tiles = (GemmTile(*shape, stages) for shape in GEMM_TILES for stages in (4, 3, 2))
-    return min((tile for tile in tiles if gemm_shared(tile, R) <= device.smem), key=cost)
+    return min((tile for tile in tiles if SHARED[strategy](tile, R) <= device.smem), key=cost)
 
 
 def per_sm(R: int) -> int:

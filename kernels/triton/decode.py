@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import config
 from .config import Tile, ceil_div, pow2
-from .gates import _instances
+from .gates import instances
 from .launch import Device, Launch
 from .tiles import accumulate
 
@@ -21,10 +21,10 @@ BLOCK_M = 16  # rows that a program takes, and the most that are multiplied by t
 BYTES = 2**20  # of x and A that every program may read: some 10 µs of a multiprocessor, or three launches
 
 
-@triton.jit(do_not_specialize=["M", "N", "run", "steps"])
+@triton.jit(do_not_specialize=["M", "N", "run", "width"])
 def decode(
     x_ptr, weight_ptr, bias_ptr, base_ptr, a_ptr, b_ptr, gate_ptr, segments_ptr, y_ptr, xa_ptr,
-    M, N, D_IN, D_OUT, run, steps, scaling,
+    M, N, D_IN, D_OUT, run, width, scaling,
     x_row, x_col, w_row, w_col, base_row, base_col, a_row, a_col, b_row, b_col, gate_row, gate_col,
     R: tl.constexpr, RANK: tl.constexpr, DOT: tl.constexpr, NARROW: tl.constexpr, BASE_DOT: tl.constexpr,
     PIECES: tl.constexpr, PRECISION: tl.constexpr, BASE_PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def decode(
 
     if tl.program_id(0) == 0:
         tl.store(xa_ptr + at * R + ranks[None, :], xa, mask=row_ok & rank_ok[None, :])
-    instance = _instances(rows, segments_ptr, N, run, steps).to(tl.int64)[:, None]
+    instance = instances(rows, segments_ptr, N, run, width).to(tl.int64)[:, None]
     gate_at = gate_ptr + instance * gate_row + (thin // RANK) * gate_col
     h = xa * (scaling * tl.load(gate_at, mask=row_ok & rank_ok[None, :], other=0.0).to(tl.float32))
     b = tl.load(b_ptr + thin.trans() * b_col + wide * b_row, mask=rank_ok[:, None] & inside, other=0.0)
@@ -108,7 +108,8 @@ def plan(
     args = {
         "x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "base_ptr": base, "a_ptr": A, "b_ptr": B,
         "gate_ptr": gate, "segments_ptr": segments, "y_ptr": y, "xa_ptr": xa,
-        "M": M, "N": N, "D_IN": D, "D_OUT": D_OUT, "run": max(M // N, 1), "steps": N.bit_length(), "scaling": scaling,
+        "M": M, "N": N, "D_IN": D, "D_OUT": D_OUT,
+        "run": max(M // N, 1), "width": config.search_width(N), "scaling": scaling,
         **_strides("x", x), **_strides("w", weight), **_strides("base", base), **_strides("a", A), **_strides("b", B),
         **_strides("gate", gate), "R": R, "RANK": R // E, "DOT": dots.wide, "NARROW": dots.narrow,
         "BASE_DOT": tl.float32 if device.interpret else config.TYPES[x.dtype], "PIECES": dots.pieces,

@@ -1,5 +1,11 @@
 """The dropout mask, recomputed wherever it is needed: a hash of (seed, row, column), never of the tile."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
 
@@ -34,3 +40,19 @@ def keep(k1, k2, columns, threshold):
     v = (v ^ (v >> 16)) * MUL1
     v = ((v ^ (v >> 15)) + k2[:, None]) * MUL2
     return v >= threshold.to(tl.uint32)
+
+
+class Mask(NamedTuple):
+    """seed: the int64 on the device; threshold: round(p · 2**32) in the bits of an int32; on: whether there is one."""
+
+    seed: Tensor | None = None
+    threshold: int = 0
+    on: bool = False
+
+
+PLAIN = Mask()
+
+
+def mask_of(dropout_p: float, seed: Tensor | None) -> Mask:
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    return Mask(seed, (threshold + 2**31) % 2**32 - 2**31, dropout_p > 0.0)

@@ -1,9 +1,16 @@
 """From narrow to wide: y = h Bᵀ + bias or base, and dx = keep ⊙ (dxa A)."""
 
+from __future__ import annotations
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
 
-from .dropout import keep, row_keys
+from . import config
+from .config import Dots, ceil_div
+from .dropout import Mask, keep, row_keys
+from .launch import Launch
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -42,3 +49,20 @@ def expand(
         base = tl.load(base_ptr + at * base_row + wide * base_col, mask=row_ok & inside, other=0.0)
         acc += base.to(tl.float32)
     tl.store(y_ptr + at * D + wide, acc, mask=row_ok & inside)
+
+
+def expand_launch(
+    dot: Dots, y: Tensor, h: Tensor, w: Tensor, mask: Mask, bias: Tensor | None, base: Tensor | None
+) -> Launch:  # fmt: skip
+    """w [D, R]."""
+    (M, D), R = y.shape, h.shape[1]
+    tile = config.expand_tile(M, R, dot)
+    base_strides = (0, 0) if base is None else base.stride()
+    args = {
+        "h_ptr": h, "w_ptr": w, "bias_ptr": bias, "base_ptr": base,
+        "seed_ptr": mask.seed, "y_ptr": y, "M": M, "D": D, "threshold": mask.threshold,
+        "w_col": w.stride(0), "w_rank": w.stride(1), "base_row": base_strides[0], "base_col": base_strides[1],
+        "R": R, "UNIT": config.unit(w.stride(0)), "DROPOUT": mask.on, "DOT": dot.narrow, "PRECISION": dot.precision,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": config.expand_step(R, dot),
+    }  # fmt: skip
+    return Launch(expand, (ceil_div(M, tile.m) * ceil_div(D, tile.n),), args, tile.warps, tile.stages)

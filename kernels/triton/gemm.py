@@ -1,13 +1,20 @@
 """The frozen product with the update inside it: y = x Wᵀ + bias + h Bᵀ, and dx = dy W + keep ⊙ (dxa A)."""
 
+from __future__ import annotations
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .dropout import keep, row_keys
+from .config import Dots, GemmTile, ceil_div, gemm_step, unit
+from .dropout import Mask, keep, row_keys
+from .launch import Device, Launch
 
 
 @triton.jit
-def _corner(tile, M, D, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def corner(tile, M, D, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """First row and column of a tile. GROUP rows of tiles are walked column by column, to meet x and w in L2."""
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(D, BLOCK_N)
     tile = tl.minimum(tile, down * across - 1)
@@ -31,7 +38,7 @@ def _narrow(
 
 
 @triton.jit
-def _halves(acc):
+def halves(acc):
     """The left and the right half of a tile's columns."""
     return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
 
@@ -53,7 +60,7 @@ def gemm(
     before (AHEAD: they arrive meanwhile), or after it.
     """
     step = tl.num_programs(0)
-    row, column = _corner(tl.program_id(0), M, D, GROUP, BLOCK_M, BLOCK_N)
+    row, column = corner(tl.program_id(0), M, D, GROUP, BLOCK_M, BLOCK_N)
     h, low = _narrow(h_ptr, low_ptr, row, column, M, D, low_col, low_rank, 0, R, UNIT, BLOCK_M, BLOCK_N, BLOCK_R)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_N), step):
         acc = tl.dot(h.to(DOT), low.to(DOT))
@@ -67,7 +74,7 @@ def gemm(
             acc = tl.where(keep(k1, k2, columns, threshold), acc, 0.0)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
-        after, beside = _corner(tile + step, M, D, GROUP, BLOCK_M, BLOCK_N)  # the next tile, or the last again
+        after, beside = corner(tile + step, M, D, GROUP, BLOCK_M, BLOCK_N)  # the next tile, or the last again
         if AHEAD:
             h, low = _narrow(h_ptr, low_ptr, after, beside, M, D, low_col, low_rank, 0, R, UNIT,
                              BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
@@ -78,11 +85,46 @@ def gemm(
         if not AHEAD:
             h, low = _narrow(h_ptr, low_ptr, after, beside, M, D, low_col, low_rank, 0, R, UNIT,
                              BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
-        left, right = _halves(acc)  # stored by quarters: a quarter of the shared memory
-        first, second = _halves(left)
-        third, fourth = _halves(right)
+        left, right = halves(acc)  # stored by quarters: a quarter of the shared memory
+        first, second = halves(left)
+        third, fourth = halves(right)
         y.store([row, column], first.to(y.dtype))
         y.store([row, column + BLOCK_N // 4], second.to(y.dtype))
         y.store([row, column + BLOCK_N // 2], third.to(y.dtype))
         y.store([row, column + BLOCK_N // 4 * 3], fourth.to(y.dtype))
         row, column = after, beside
+
+
+def rows_of(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The matrix whose rows are contiguous, matrix or its transpose, and whether it was turned."""
+    return (matrix.t(), True) if matrix.stride(1) != 1 and matrix.stride(0) == 1 else (matrix, False)
+
+
+def described(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """Made here, on the host: passed by value, descriptors need no workspace and stay with a captured graph."""
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], block)
+
+
+def operand(matrix: Tensor, n: int, k: int) -> tuple[TensorDescriptor, bool]:
+    """(the descriptor, whether tiles are [n, k], to be turned) of a matrix [N, K] one of whose strides is 1."""
+    rows, turned = rows_of(matrix)
+    return described(rows, [k, n] if turned else [n, k]), not turned
+
+
+def gemm_launch(
+    device: Device, tile: GemmTile, dot: Dots, x: Tensor, weight: Tensor, y: Tensor, h: Tensor,
+    low: Tensor, mask: Mask, bias: Tensor | None,
+) -> Launch:  # fmt: skip
+    """weight [D, K], low [D, R]."""
+    (M, D), K, R = y.shape, x.shape[1], h.shape[1]
+    w, turned = operand(weight, tile.n, tile.k)
+    args = {
+        "x": described(x, [tile.m, tile.k]), "w": w, "y": described(y, [tile.m, tile.n // 4]),
+        "h_ptr": h, "low_ptr": low, "bias_ptr": bias, "seed_ptr": mask.seed,
+        "M": M, "D": D, "K": K, "threshold": mask.threshold, "low_col": low.stride(0), "low_rank": low.stride(1),
+        "R": R, "UNIT": unit(low.stride(0)), "DROPOUT": mask.on, "TURNED": turned, "DOT": dot.wide,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": gemm_step(R), "GROUP": tile.group,
+        "AHEAD": R > 16 or not mask.on,  # both together spill a few registers under Triton 3.6
+    }  # fmt: skip
+    tiles = ceil_div(M, tile.m) * ceil_div(D, tile.n)
+    return Launch(gemm, (min(device.sms, tiles),), args, tile.warps, tile.stages)

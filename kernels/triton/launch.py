@@ -11,7 +11,7 @@ from torch import Tensor
 
 import triton
 
-from .shrink import shrink
+from .dropout import row_keys
 
 
 class Device(NamedTuple):
@@ -42,7 +42,7 @@ def _gpu(device: torch.device) -> Device:
 
 def device_of(x: Tensor) -> Device:
     """The device x is on; raises where no Triton kernel can run."""
-    if not isinstance(shrink, triton.JITFunction):  # TRITON_INTERPRET was set when the kernels were defined
+    if not isinstance(row_keys, triton.JITFunction):  # TRITON_INTERPRET was set when the kernels were defined
         return INTERPRETER
     if x.device.type != "cuda":
         raise ValueError(f"the triton backend needs a GPU (or TRITON_INTERPRET=1 before import), not {x.device}")

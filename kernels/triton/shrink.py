@@ -1,9 +1,17 @@
 """From wide to narrow: xa = x̃ Aᵀ, and dh = dy B."""
 
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
 import triton
 import triton.language as tl
 
-from .dropout import keep, row_keys
+from . import config
+from .config import Dots, ceil_div, pow2
+from .dropout import Mask, keep, row_keys
+from .launch import Device, Launch
 from .tiles import accumulate
 
 
@@ -52,3 +60,19 @@ def shrink(
     shrink_block(tl.program_id(0), tl.program_id(1), x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold,
                  x_row, x_col, w_rank, w_col,
                  R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R)  # fmt: skip
+
+
+def shrink_launch(device: Device, dot: Dots, x: Tensor, A: Tensor, mask: Mask) -> tuple[Launch, Tensor]:
+    """The launch, and xa's partial sums [S, M, R]."""
+    (M, D), R = x.shape, len(A)
+    tile = config.shrink_tile(device, x, R, dot)
+    S, chunk = config.splits(device, ceil_div(M, tile.m), D, tile.n, config.per_sm(R))
+    parts = x.new_empty(S, M, R, dtype=torch.float32)
+    args = {
+        "x_ptr": x, "w_ptr": A, "seed_ptr": mask.seed, "parts_ptr": parts,
+        "M": M, "D": D, "chunk": chunk, "threshold": mask.threshold,
+        "x_row": x.stride(0), "x_col": x.stride(1), "w_rank": A.stride(0), "w_col": A.stride(1),
+        "R": R, "DROPOUT": mask.on, "DOT": dot.wide, "PIECES": dot.pieces, "PRECISION": dot.precision,
+        "BLOCK_M": tile.m, "BLOCK_K": tile.n, "BLOCK_R": pow2(R, 16, 256),
+    }  # fmt: skip
+    return Launch(shrink, (ceil_div(M, tile.m), S), args, tile.warps, tile.stages), parts

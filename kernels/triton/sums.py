@@ -1,7 +1,18 @@
 """Sums of partial sums, in a fixed order: what a split matrix product leaves to be done."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
 import triton
 import triton.language as tl
+
+from .config import ceil_div, pow2
+from .launch import Launch
+
+BLOCK = 256  # elements of a sum that a program takes
 
 
 @triton.jit
@@ -31,10 +42,90 @@ def sum_block(block, parts_ptr, sum_ptr, size, G, BLOCK: tl.constexpr):
     tl.store(sum_ptr + at, total, mask=at < size)
 
 
-@triton.jit(do_not_specialize=["G"])
-def sum_parts(parts_ptr, sum_ptr, size, G, BLOCK: tl.constexpr):
-    """sum = Σ_g parts[g], in order.
+@triton.jit
+def _scores(scores_ptr, first, last, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    rows, experts = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    at = rows.to(tl.int64)[:, None] * E + experts[None, :]
+    return tl.load(scores_ptr + at, mask=(rows < last)[:, None] & (experts < E)[None, :], other=0.0)
 
-    Reads parts [G, size] float32 once. Writes sum [size] in its own dtype. Work: a program owns BLOCK elements.
+
+@triton.jit
+def _segment_block(
+    i, scores_ptr, segments_ptr, dgate_ptr, M, run, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    if segments_ptr is None:
+        first = i * run
+        last = tl.minimum(first + run, M)
+    else:  # unchecked on a GPU: whatever the values, no row outside [0, M) is touched
+        first = tl.maximum(tl.load(segments_ptr + i), 0)
+        last = tl.minimum(tl.load(segments_ptr + i + 1), M)
+    experts = tl.arange(0, BLOCK_E)
+    total = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    for m in range(first, last, BLOCK_M * 4):  # four loads on their way at once
+        a = _scores(scores_ptr, m, last, E, BLOCK_M, BLOCK_E)
+        b = _scores(scores_ptr, m + BLOCK_M, last, E, BLOCK_M, BLOCK_E)
+        c = _scores(scores_ptr, m + BLOCK_M * 2, last, E, BLOCK_M, BLOCK_E)
+        d = _scores(scores_ptr, m + BLOCK_M * 3, last, E, BLOCK_M, BLOCK_E)
+        total = total + a + b + c + d
+    tl.store(dgate_ptr + i.to(tl.int64) * E + experts, tl.sum(total, axis=0), mask=experts < E)
+
+
+@triton.jit(do_not_specialize=["M", "run", "blocks", "more_parts", "between", "also_parts"])
+def sums(
+    scores_ptr, segments_ptr, dgate_ptr, M, run, blocks,
+    more_ptr, more_sum_ptr, more_size, more_parts, between, also_ptr, also_sum_ptr, also_size, also_parts,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dgate[i, e] = Σ_{m in i} scores[m, e], more_sum = Σ_g more[g] and also_sum = Σ_g also[g], each in order; a
+    pointer that is None leaves its sum out.
+
+    Reads scores [M, E] float32, segments [N+1] or None (runs of `run` rows), more and also [parts, size] float32, each
+    once. Writes dgate [N, E], contiguous, and the sums [size] in their own dtypes.
+    Work: one program an instance, looping over its rows (an empty segment writes zeros), then one each BLOCK elements
+    of a sum: more's until the program `between`.
     """
-    sum_block(tl.program_id(0), parts_ptr, sum_ptr, size, G, BLOCK)
+    block = tl.program_id(0)
+    if block < blocks:
+        if scores_ptr is not None:
+            _segment_block(block, scores_ptr, segments_ptr, dgate_ptr, M, run, E, BLOCK_M, BLOCK_E)
+    elif block < between:
+        if more_ptr is not None:
+            sum_block(block - blocks, more_ptr, more_sum_ptr, more_size, more_parts, BLOCK)
+    elif also_ptr is not None:
+        sum_block(block - between, also_ptr, also_sum_ptr, also_size, also_parts, BLOCK)
+
+
+Partial = tuple[Tensor, Tensor]  # the partial sums [G, …], and the sum that they are to be added into
+
+
+def along(name: str, partial: Partial | None) -> tuple[dict[str, Any], int]:
+    """A kernel's arguments for a sum that rides along, and the programs it takes: 0 where there is none to be done, or
+    where the only partial sum is the sum."""
+    if partial is None or partial[0] is partial[1]:
+        return {f"{name}_ptr": None, f"{name}_sum_ptr": None, f"{name}_size": 0, f"{name}_parts": 0}, 0
+    parts, out = partial
+    args = {f"{name}_ptr": parts, f"{name}_sum_ptr": out, f"{name}_size": out.numel(), f"{name}_parts": len(parts)}
+    return args, ceil_div(out.numel(), BLOCK)
+
+
+def sums_launch(
+    scores: Tensor | None, segments: Tensor | None, dgate: Tensor | None, more: Partial | None = None,
+    also: Partial | None = None,
+) -> list[Launch]:  # fmt: skip
+    """One launch, or none where nothing is to be added up. scores: what dgate is to be summed of, if anything."""
+    if scores is None or dgate is None:
+        scores, segments, dgate, M, blocks, (N, E) = None, None, None, 0, 0, (1, 1)
+    else:
+        M, (N, E) = len(scores), dgate.shape
+        blocks = N
+    (more_args, first), (also_args, second) = along("more", more), along("also", also)
+    if blocks + first + second == 0:
+        return []
+    block_e = pow2(E, 1, 256)
+    args = {
+        "scores_ptr": scores, "segments_ptr": segments, "dgate_ptr": dgate, "M": M, "run": max(M // N, 1),
+        "blocks": blocks, **more_args, "between": blocks + first, **also_args, "E": E,
+        "BLOCK_M": pow2(ceil_div(M, N), 8, min(256, 4096 // block_e)),  # short chains of additions
+        "BLOCK_E": block_e, "BLOCK": BLOCK,
+    }  # fmt: skip
+    return [Launch(sums, (blocks + first + second,), args)]

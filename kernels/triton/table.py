@@ -6,7 +6,7 @@ ILORA_TABLE names a JSON file, written by whoever measures, read once and checke
      "d_in": 4096, "d_out": 4096, "R": 16, "strategy": "gemm", "tile": [128, 256, 64, 8, 4, 8]}]}
 
 "device" is torch's name of it; "direction" is "forward" or "backward" (dx); "tile" (m, n, k, warps, stages, group) may
-be left out.
+be left out, and so may "otherwise": "beta" or "gemm", for where "strategy" is "whole" and that cannot be.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .config import GemmTile
 
-STRATEGIES = ("beta", "gemm")
+STRATEGIES = ("beta", "gemm", "whole")
 DIRECTIONS = ("forward", "backward")
 
 
@@ -34,6 +34,7 @@ class Row(NamedTuple):
     R: int
     strategy: str
     tile: GemmTile | None = None
+    otherwise: str = "beta"
 
 
 MEASURED: tuple[Row, ...] = ()  # none yet: without a table, every device takes "beta"
@@ -57,7 +58,9 @@ def _row(fields: Any) -> Row:
     row = Row(**fields)
     if row.tile is not None:
         row = row._replace(tile=_tile(row.tile))
-    for name, known in (("strategy", STRATEGIES), ("direction", DIRECTIONS), ("dtype", ("float16", "bfloat16"))):
+    choices = {"strategy": STRATEGIES, "direction": DIRECTIONS, "dtype": ("float16", "bfloat16")}
+    choices["otherwise"] = STRATEGIES[:2]
+    for name, known in choices.items():
         if getattr(row, name) not in known:
             raise ValueError(f"{name} {getattr(row, name)!r} is none of {', '.join(known)}")
     for name in ("M", "d_in", "d_out", "R"):

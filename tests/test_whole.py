@@ -1,0 +1,182 @@
+"""Strategy "whole": ranks, gate, update and the frozen product in one kernel; backward in three launches."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import BF16, F16, F32, OUTPUTS, Case, check, run
+
+import ilora
+from ilora import backends
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if reason := backends.why_not("triton", DEVICE):
+    pytest.skip(reason, allow_module_level=True)
+
+from ilora.kernels import config, strategy, update  # noqa: E402
+from ilora.kernels.launch import Device  # noqa: E402
+from ilora.kernels.table import Row  # noqa: E402
+
+DTYPES = [F16, BF16] if DEVICE == "cuda" else [F16]  # the interpreter's bfloat16 arithmetic means nothing
+EVEN = Case(M=24, d_in=64, d_out=48)
+CASES = {
+    "small": EVEN,
+    "one row": replace(EVEN, M=1, N=1),
+    "no rows": replace(EVEN, M=0),
+    "no bias": replace(EVEN, bias=False),
+    "sizes that no block divides": replace(EVEN, M=67, N=1, d_in=136, d_out=200),
+    "several tiles a program": replace(EVEN, M=300, d_in=72, d_out=520),
+    "the largest tile": replace(EVEN, M=500, N=1, d_in=520, d_out=512),
+    "segments, some empty": replace(EVEN, lengths=(0, 5, 0, 0, 70, 0)),
+    "more segments than are looked for at once": replace(EVEN, lengths=(3, 0, 1, 2) * 9),
+    "token gates": replace(EVEN, M=50, N=50),
+    "one expert": replace(EVEN, E=1, R=8),
+    "three experts, rank not a power of two": replace(EVEN, E=3, R=24),
+    "eight experts of one rank": replace(EVEN, E=8, R=8),
+    "rank 32": replace(EVEN, M=200, N=2, R=32),
+    "dropout": replace(EVEN, M=66, N=2, d_in=136, dropout_p=0.3),
+    "dropout, several tiles": replace(EVEN, M=300, d_in=264, dropout_p=0.5),
+    "dropout, rank 32, several tiles": replace(EVEN, M=300, R=32, d_in=264, d_out=136, dropout_p=0.5),
+}
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    monkeypatch.setenv("ILORA_STRATEGY", "whole")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_definition(forced, name, dtype):
+    check(replace(CASES[name], dtype=dtype, device=DEVICE), "triton")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_the_same_bits_every_time(forced, dropout_p):
+    case = Case(M=200, N=2, d_in=136, d_out=264, dtype=F16, dropout_p=dropout_p, device=DEVICE)
+    first, second = run(case, "triton"), run(case, "triton")
+    assert all(torch.equal(first[name], second[name]) for name in OUTPUTS)
+
+
+def planned(dropout_p=0.0, need_dx=True, fields=None):
+    """The names of the kernels of a forward and of a backward."""
+    t = replace(EVEN, M=600, dtype=F16, device=DEVICE, **(fields or {})).tensors()
+    seed = torch.tensor([3], device=DEVICE) if dropout_p else None
+    names = []
+    for direction in ("forward", "backward"):
+        plan = update.Update(
+            update.device_of(t["x"]), t["x"], t["A"], t["B"], t["gate"], t["segments"], 2.0, dropout_p, seed, "whole"
+        )
+        if direction == "forward":
+            _, xa = plan.forward(t["bias"], None, t["weight"])
+        else:
+            plan.backward(t["dy"], xa, need_dx, t["weight"])
+        names.append([each.kernel.fn.__name__ for each in plan.launches])
+    return names
+
+
+def test_one_launch_forward_and_three_backward():
+    assert planned() == [["whole"], ["whole", "outers", "sums"]]
+    assert planned(fields={"N": 600}) == [["whole"], ["whole", "outers", "sums"]]  # token gates: weights' sums alone
+
+
+def test_a_mask_before_A_keeps_the_forward_from_it():
+    assert planned(0.1) == [["shrink", "gate_ranks", "gemm"], ["whole", "outers", "sums"]]
+
+
+def test_without_dx_there_is_no_product_to_be_part_of():
+    assert planned(need_dx=False)[1] == ["gate_ranks", "pair", "gate_ranks", "outer", "sums"]
+
+
+@pytest.mark.parametrize("turned", ["the weight", "A", "B", "A and B"])
+def test_transposed_operands(forced, turned):
+    """A transposed weight is Conv1D's; A and B may be views."""
+    t = replace(EVEN, dtype=F16, device=DEVICE).tensors()
+    for name in {"the weight": ["weight"], "A": ["A"], "B": ["B"], "A and B": ["A", "B"]}[turned]:
+        t[name] = t[name].t().contiguous().t()
+    inputs = [t[name].requires_grad_() for name in ("x", "A", "B", "gate")]
+    results = []
+    for backend in ("triton", "reference"):
+        y = ilora.ilora_linear(
+            inputs[0], t["weight"], t["bias"], *inputs[1:], 2.0, t["segments"], 0.0, None, backend=backend
+        )
+        results.append((y, *torch.autograd.grad(y, inputs, t["dy"])))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+REFUSED = {
+    "float32": ({"dtype": F32}, "float16 and bfloat16, not torch.float32"),
+    "rank above 32": ({"R": 36}, "rank 36 is above 32"),
+    "odd d_in": ({"d_in": 20}, r"the input's strides \(20, 1\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_forced_whole_says_why_it_cannot_run(forced, monkeypatch, name):
+    fields, words = REFUSED[name]
+    case = replace(EVEN, device=DEVICE, **{"dtype": F16, **fields})
+    with pytest.raises(ValueError, match=f"ILORA_STRATEGY='whole' cannot run forward: .*{words}"):
+        run(case, "triton")
+    monkeypatch.setenv("ILORA_STRATEGY", "auto")
+    check(case, "triton")
+
+
+def test_without_descriptors_there_are_registers_for_16_ranks():
+    x, weight, A = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((64, 64), (64, 64), (32, 64)))
+    assert strategy.why_not(Device(108, 163 * 1024), x, weight, 64, A, A) == "rank 32 is above 16"
+    assert strategy.why_not(Device(108, 163 * 1024), x, weight, 64, A[:16], A[:16]) is None
+    assert strategy.why_not(Device(132, 227 * 1024, tma=True), x, weight, 64, A, A) is None
+
+
+def test_ranks_that_rows_of_B_cannot_hold_are_refused_in_backward(forced):
+    """Rows of B have R elements: 12 of them are not a multiple of 16 bytes."""
+    case = replace(EVEN, E=3, R=12, dtype=F16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"cannot run backward: A or B's strides \(12, 1\)"):
+        run(case, "triton")
+
+
+def test_projections_that_share_their_ranks_take_gemm(forced):
+    t = replace(EVEN, M=600, dtype=F16, device=DEVICE).tensors()
+    halves = update.Update(update.device_of(t["x"]), t["x"], t["A"], t["B"], t["gate"], None, 2.0, 0.0, None)
+    halves.expand_xa(halves.shrink_x(), None, t["weight"])
+    assert [each.kernel.fn.__name__ for each in halves.launches][-1] == "gemm"
+
+
+def test_the_table_may_name_it_and_what_is_to_be_where_it_cannot(monkeypatch):
+    device = Device(132, 227 * 1024, tma=True, name="a GPU")
+
+    def measured(**fields):
+        shape = {"M": 4096, "d_in": 1024, "d_out": 1024, "R": 16, "strategy": "whole"} | fields
+        monkeypatch.setattr(strategy, "MEASURED", (Row("a GPU", "forward", "bfloat16", **shape),))
+        strategy.choose.cache_clear()
+
+    monkeypatch.delenv("ILORA_STRATEGY", raising=False)
+    monkeypatch.delenv("ILORA_TABLE", raising=False)
+
+    def way(R, ranks=True):
+        shapes = ((4096, 1024), (1024, 1024), (R, 1024), (1024, R))
+        x, weight, A, B = (torch.empty(shape, dtype=BF16, device="meta") for shape in shapes)
+        return strategy.pick(device, "forward", x, weight, A, B, None, A if ranks else None)
+
+    try:
+        measured()
+        assert way(16)[:2] == ("whole", config.gemm_tile(device, 4096, 1024, 16, "whole"))
+        assert way(24).strategy == "whole"
+        assert way(16, ranks=False).strategy == "beta"
+        measured(otherwise="gemm", tile=config.GemmTile(64, 128, 64, 8, 3))
+        assert way(16).tile == (64, 128, 64, 8, 3, 8)
+        assert way(16, ranks=False)[:2] == ("gemm", config.gemm_tile(device, 4096, 1024, 16))
+        measured(otherwise="gemm", R=32)
+        assert way(64).strategy == "gemm"
+        assert way(65).strategy == "beta"  # no measurement is that near
+    finally:
+        strategy.choose.cache_clear()
+
+
+def test_tiles_fit_the_shared_memory():
+    for smem in (99 * 1024, 163 * 1024, 227 * 1024):
+        for R in (1, 8, 16, 32):
+            tile = config.gemm_tile(Device(132, smem, tma=True), 4096, 4096, R, "whole")
+            assert config.whole_shared(tile, R) <= smem
+    assert config.gemm_tile(Device(132, 227 * 1024, tma=True), 4096, 4096, 16, "whole")[:5] == (128, 256, 64, 8, 4)
