@@ -91,7 +91,7 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     if case.strategy == "decode":  # where it is refused, for reading too much per program, there is nothing to list
         plan = package.decode.plan(device, common[1], weight, empty(case.d_out), None, *common[2:8])
         return [plan[0]] if plan else [], []
-    if case.strategy == "whole" and case.R > 16 and not device.tma:  # refused
+    if case.strategy == "whole" and not device.tma:  # refused
         return [], []
     forward, backward = package.update.Update(*common), package.update.Update(*common)
     _, xa = forward.forward(empty(case.d_out), None, weight)

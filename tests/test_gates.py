@@ -13,7 +13,6 @@ if reason := backends.why_not("triton", DEVICE):
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-
 from ilora.kernels.config import search_width  # noqa: E402
 from ilora.kernels.gates import instances  # noqa: E402
 
@@ -49,7 +48,7 @@ def test_whatever_the_segments_say_the_instance_is_one(segments):
     """They are not checked on a GPU."""
     N = len(segments) - 1
     rows = found(torch.tensor(segments, dtype=torch.int32, device=DEVICE), 40, N)
-    assert 0 <= rows.min()
+    assert rows.min() >= 0
     assert rows.max() < N
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import ilora.native
 
-from .machine import backend_of
+from .machine import backend_of, loads_by_descriptor
 
 
 class Arm(NamedTuple):
@@ -122,6 +122,8 @@ def ours(settings: Settings, every: bool) -> list[tuple[Arm, str | None]]:
     tensor = forced or (None if wide else f"it computes in float16 and bfloat16, not {settings.dtype}")
     ranks = settings.rank
     few = None if ranks <= 32 and ranks % 8 == 0 else f"its ranks are at most 32, rows of B whole 16 bytes: not {ranks}"
+    if not loads_by_descriptor(settings.device):
+        few = "it loads by tensor descriptor, which this device does not"
     build = _build(backend)
     arms = [(Arm("ilora[beta]", build, "beta"), forced), (Arm("ilora[gemm]", build, "gemm"), tensor)]
     arms.append((Arm("ilora[whole]", build, "whole"), tensor or few))

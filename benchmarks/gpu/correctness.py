@@ -14,7 +14,7 @@ import ilora.native
 
 from . import sanitizer, workers
 from .arms import cuda_decode, using
-from .machine import LostDevice, Machine, backend_of, reason_of
+from .machine import LostDevice, Machine, backend_of, loads_by_descriptor, reason_of
 
 CASES: Any = importlib.import_module("cases")  # tests/cases.py: the rule is written there, once
 DTYPES = {"bf16": CASES.BF16, "fp16": CASES.F16, "fp32": CASES.F32}
@@ -56,19 +56,20 @@ def checks(device: torch.device, quick: bool, dry: bool) -> list[Check]:
     real: dict[str, dict[str, Any]] = {"even": EVEN, "empty segments": SEGMENTS, "odd": ODD}
     shapes = {"tiny": TINY} if dry else real
     few_sizes = {"few rows": (24, 16)} if dry else {"few rows": (272, 144), "few odd rows": (131, 97)}
+    gemms = ("gemm", "whole") if loads_by_descriptor(device) else ("gemm",)
     library = device.type == "cuda" and ilora.native.cuda_unavailable() is None
     for rank, kind in itertools.product((16,) if quick or dry else (16, 8, 64), kinds):
         for p, (shape, fields) in itertools.product((0.0, 0.1), shapes.items()):
             add(shape, fields, "beta", rank, p, kind)
             if shape != "odd" and kind in (("bf16", False), ("fp16", False)):
-                for strategy in ("gemm", "whole") if rank <= 32 else ("gemm",):
+                for strategy in gemms if rank <= 32 else gemms[:1]:
                     add(shape, fields, strategy, rank, p, kind)
         for M, (shape, (d_in, d_out)) in itertools.product(
             (16, 64) if quick or dry else (1, 7, 16, 64), few_sizes.items()
         ):
             for strategy in ("auto", "cuda") if library else ("auto",):
                 add(shape, {"M": M, "N": M, "d_in": d_in, "d_out": d_out}, strategy, rank, 0.0, kind)
-    for p, strategy in itertools.product(() if dry else (0.0, 0.1), ("beta", "gemm", "whole")):
+    for p, strategy in itertools.product(() if dry else (0.0, 0.1), ("beta", *gemms)):
         add("large", LARGE, strategy, 16, p, ("bf16", False))
     return every
 
@@ -152,7 +153,8 @@ def measure(here: Machine, quick: bool, processes: int, left: Callable[[], float
 
 def small(device: str) -> None:
     """A small layer by each strategy, for a memory checker to watch."""
-    for strategy, p in itertools.product(("beta", "gemm", "whole"), (0.1, 0.0)):
+    gemms = ("gemm", "whole") if loads_by_descriptor(torch.device(device)) else ("gemm",)
+    for strategy, p in itertools.product(("beta", *gemms), (0.1, 0.0)):
         case = CASES.Case(M=96, N=3, R=16, d_in=136, d_out=200, dtype=CASES.F16, dropout_p=p, device=device)
         backend = backend_of(torch.device(device), case.dtype)
         with using(strategy):

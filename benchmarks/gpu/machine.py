@@ -76,6 +76,13 @@ def machine_of(device: torch.device) -> Machine:
     return Machine(device, torch.cuda.get_device_properties(device).L2_cache_size, dry=False)
 
 
+def loads_by_descriptor(device: torch.device) -> bool:
+    """Whether the strategy "whole" can run: sm_90 and later, and the interpreter."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def backend_of(device: torch.device, dtype: torch.dtype) -> str:
     """Whose kernels the report measures: Triton's; in a dry run the first of those that run here."""
     if device.type == "cuda":

@@ -101,7 +101,9 @@ def why_not(
         return f"it computes in float16 and bfloat16, not {x.dtype}"
     if not x.dtype == weight.dtype == A.dtype:
         return f"the activations are {x.dtype}, the weight {weight.dtype}, A and B {A.dtype}: they must be one dtype"
-    most = 128 if ranks is None else 32 if device.tma else 16  # more are spilled
+    if ranks is not None and not device.tma:
+        return "the device loads no tiles by tensor descriptor, as sm_90 and later do"
+    most = 128 if ranks is None else 32  # more are spilled
     if len(A) > most:
         return f"rank {len(A)} is above {most}"
     if D % 8:
