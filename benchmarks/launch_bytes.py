@@ -35,7 +35,7 @@ def moved(launch: Any) -> int:
         down, across = -(-args["M"] // args["BLOCK_M"]), -(-args["D"] // args["BLOCK_N"])
         times = {"x": across, "w": down, "h_ptr": across, "low_ptr": down, "bias_ptr": down}
         if name == "whole":  # all of A and a row of the gate for each tile's row; h is written, once
-            times |= {"a": down * across, "gate_ptr": args["M"] * across / args["N"], "h_ptr": 1}
+            times |= {"a": down * across, "gate_ptr": args["M"] * across / args["N"], "h_ptr": 1, "parts_ptr": across}
     elif name == "decode":
         across, down = launch.grid
         times = {"x_ptr": across, "a_ptr": across * down, "b_ptr": down, "bias_ptr": down}

@@ -115,7 +115,7 @@ def test_an_opaque_base_and_a_start_off_16_bytes(forced):
     with pytest.raises(ValueError, match="the base layer is opaque"):
         ilora.ilora_update(t["x"], None, t["A"], t["B"], t["gate"], 2.0, backend="triton")
     buffer = torch.zeros(24 * 64 + 1, dtype=F16, device=DEVICE)
-    reason = strategy.why_not(INTERPRETER, buffer[1:].view(24, 64), t["weight"], 48, t["A"])
+    reason = strategy.why_not(buffer[1:].view(24, 64), t["weight"], 48, t["A"])
     assert reason == "the input does not start at a multiple of 16 bytes"
 
 
@@ -125,8 +125,8 @@ def test_an_unknown_strategy_is_refused(monkeypatch):
         run(replace(EVEN, dtype=F16, device=DEVICE), "triton")
 
 
-def chosen(M=4096, d=4096, R=16, direction="forward", path=None, device=INTERPRETER):
-    return strategy.choose(device, direction, M, d, d, R, BF16, path)
+def chosen(M=4096, d=4096, R=16, direction="forward", path=None, device=INTERPRETER, dropout=False):
+    return strategy.choose(device, direction, M, d, d, R, BF16, path, dropout)
 
 
 def written(tmp_path, *rows, **fields):
@@ -149,6 +149,9 @@ def test_the_table_answers_for_the_nearest_shape(tmp_path):
     assert chosen(d=6000, R=8, path=path).strategy == "gemm"
     for other in ({"M": 1024}, {"d": 1024}, {"R": 64}, {"direction": "backward"}):
         assert chosen(path=path, **other).strategy == "beta"
+    with_dropout = written(tmp_path, dropout=True)
+    assert chosen(path=with_dropout).strategy == "beta"
+    assert chosen(path=with_dropout, dropout=True).strategy == chosen(path=path, dropout=True).strategy == "gemm"
     large = written(tmp_path, tile=[256, 256, 128, 8, 4, 8])
     assert chosen(path=large)[:2] == ("gemm", None)  # a tile that does not fit is replaced
 
@@ -174,6 +177,7 @@ def test_a_table_reaches_the_kernels(tmp_path, monkeypatch):
         ({"dtype": "float64"}, "row 0: dtype 'float64'"),
         ({"R": 0}, "row 0: R 0 is not a positive integer"),
         ({"strategy": "whole", "otherwise": "whole"}, "row 0: otherwise 'whole' is none of beta, gemm"),
+        ({"dropout": 0.1}, "row 0: dropout 0.1 is neither true nor false"),
         ({"color": 1}, "row 0: .*unexpected keyword argument 'color'"),
         ({"tile": [128, 256]}, "expected six positive integers"),
         ({"tile": [96, 256, 64, 8, 4, 8]}, "all powers of two"),

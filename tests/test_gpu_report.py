@@ -313,25 +313,31 @@ def test_the_strategy_table_is_read_by_the_kernels(tmp_path):
     assert not (tmp_path / "none.json").exists()
 
 
-def test_dropouts_of_one_shape_count_alike_in_the_table():
+def table_of(rows):
     results = made_up()
-    results["parts"]["layer"]["rows"] = [
-        layer_row(name, ratio, p=p) for p, gemm in ((0.0, 0.9), (0.1, 1.3)) for name, ratio in
-        (("ilora[beta]", 1.0), ("ilora[gemm]", gemm))
+    results["parts"]["layer"]["rows"] = rows
+    return strategies.rows_of(results)
+
+
+def test_with_dropout_another_strategy_may_win_and_experts_count_alike():
+    times = {(0.0, 4): 0.9, (0.1, 4): 1.3, (0.0, 8): 1.05, (0.1, 8): 1.2}
+    rows = [
+        layer_row(name, ratio, p=p) | {"experts": experts} for (p, experts), gemm in times.items()
+        for name, ratio in (("ilora[beta]", 1.0), ("ilora[gemm]", gemm))
     ]  # fmt: skip
-    assert {row["strategy"] for row in strategies.rows_of(results)} == {"beta"}
+    assert {(row["dropout"], row["strategy"]) for row in table_of(rows)} == {(False, "gemm"), (True, "beta")}
 
 
 @pytest.mark.parametrize(
-    ("p", "forward", "backward"),
-    [(0.0, {"strategy": "whole", "otherwise": "gemm"}, {"strategy": "whole", "otherwise": "gemm"}),
-     (0.1, {"strategy": "gemm"}, {"strategy": "whole", "otherwise": "gemm"})],
+    ("times", "wanted"),
+    [({"gemm": 0.95, "whole": 0.8}, {"strategy": "whole", "otherwise": "gemm"}),
+     ({"gemm": 1.05, "whole": 0.8}, {"strategy": "whole", "otherwise": "beta"}),
+     ({"gemm": 0.8, "whole": 0.9}, {"strategy": "gemm"}), ({"gemm": 0.995, "whole": 1.3}, {"strategy": "beta"}),
+     ({"whole": 0.9}, {"strategy": "whole", "otherwise": "beta"})],
 )  # fmt: skip
-def test_what_is_to_be_where_whole_cannot_is_in_the_table(p, forward, backward):
-    results = made_up()
-    timed = (("beta", 1.0), ("gemm", 0.95), ("whole", 0.8))
-    results["parts"]["layer"]["rows"] = [layer_row(f"ilora[{name}]", ratio, p=p) for name, ratio in timed]
-    for row, wanted in zip(strategies.rows_of(results), (backward, forward), strict=True):
+def test_what_is_to_be_where_whole_cannot_is_in_the_table(times, wanted):
+    rows = [layer_row(f"ilora[{name}]", ratio) for name, ratio in ({"beta": 1.0} | times).items()]
+    for row in table_of(rows):
         assert {name: row[name] for name in ("strategy", "otherwise") if name in row} == wanted
 
 

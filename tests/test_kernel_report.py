@@ -34,18 +34,21 @@ def test_kernels_compile_without_spills(tmp_path):
         assert moved["unique"] < 1.2 * moved["least"]
 
 
-def test_the_gemm_is_pipelined_and_reads_its_operands_once(tmp_path):
+def test_the_gemms_are_pipelined_and_read_their_operands_once(tmp_path):
     file = tmp_path / "report.json"
-    done = report("--targets=sm_90", "--ranks=16,64", "--dtypes=bf16", "--kernels=gemm,pair", "--json", file)
+    done = report("--targets=sm_90", "--ranks=16,64", "--dtypes=bf16", "--kernels=gemm,whole,pair", "--json", file)
     assert done.returncode == 0, done.stdout + done.stderr
     kept = json.loads(file.read_text())
-    gemms = [row["constants"] for row in kept["kernels"] if row["kernel"].startswith("gemm")]
-    assert {(row["TURNED"], row["DROPOUT"]) for row in gemms} == {
-        ("True", "False"), ("False", "True"), ("False", "False")
-    }  # fmt: skip
+    for name in ("gemm", "whole"):
+        kinds = [row["constants"] for row in kept["kernels"] if row["kernel"].startswith(name)]
+        assert {(row["TURNED"], row["DROPOUT"]) for row in kinds} == {
+            ("True", "False"), ("False", "True"), ("False", "False")
+        }  # fmt: skip
     assert all(row["missing"] == [] and row["spills"] == 0 for row in kept["kernels"])
-    typical = [row for row in kept["bytes"] if row["case"]["strategy"] == "gemm" and row["case"]["d_out"] == 4096]
-    assert [row["case"]["R"] for row in typical] == [16, 64]
+    square = [row for row in kept["bytes"] if row["case"]["d_out"] == row["case"]["d_in"] == 4096]
+    typical = [row for row in square if row["case"]["strategy"] in ("gemm", "whole")]
+    assert [row["case"]["R"] for row in typical] == [16, 64, 16, 16]
+    assert [row[part]["launches"] for row in typical for part in ("forward", "backward")] == [3, 6, 3, 6, 1, 3, 2, 3]
     for row in typical:
         for part in ("forward", "backward"):
             assert row[part]["least"] <= row[part]["unique"] < 1.1 * row[part]["least"]

@@ -80,8 +80,8 @@ def test_one_launch_forward_and_three_backward():
     assert planned(fields={"N": 600}) == [["whole"], ["whole", "outers", "sums"]]  # token gates: weights' sums alone
 
 
-def test_a_mask_before_A_keeps_the_forward_from_it():
-    assert planned(0.1) == [["shrink", "gate_ranks", "gemm"], ["whole", "outers", "sums"]]
+def test_a_mask_before_A_is_gone_through_before():
+    assert planned(0.1) == [["shrink", "whole"], ["whole", "outers", "sums"]]
 
 
 def test_without_dx_there_is_no_product_to_be_part_of():
@@ -123,10 +123,9 @@ def test_a_forced_whole_says_why_it_cannot_run(forced, monkeypatch, name):
 
 
 def test_it_wants_tensor_descriptors():
-    x, weight, A = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((64, 64), (64, 64), (32, 64)))
-    assert "by tensor descriptor" in strategy.why_not(Device(108, 163 * 1024), x, weight, 64, A, A)
-    assert strategy.why_not(Device(108, 163 * 1024), x, weight, 64, A) is None
-    assert strategy.why_not(Device(132, 227 * 1024, tma=True), x, weight, 64, A, A) is None
+    A = torch.empty(32, 64, dtype=BF16, device="meta")
+    assert "by tensor descriptor" in strategy.why_not_whole(Device(108, 163 * 1024), A, A)
+    assert strategy.why_not_whole(Device(132, 227 * 1024, tma=True), A, A) is None
 
 
 def test_ranks_that_rows_of_B_cannot_hold_are_refused_in_backward(forced):
@@ -136,11 +135,16 @@ def test_ranks_that_rows_of_B_cannot_hold_are_refused_in_backward(forced):
         run(case, "triton")
 
 
-def test_projections_that_share_their_ranks_take_gemm(forced):
+def test_projections_that_share_their_ranks(forced):
     t = replace(EVEN, M=600, dtype=F16, device=DEVICE).tensors()
-    halves = update.Update(update.device_of(t["x"]), t["x"], t["A"], t["B"], t["gate"], None, 2.0, 0.0, None)
-    halves.expand_xa(halves.shrink_x(), None, t["weight"])
-    assert [each.kernel.fn.__name__ for each in halves.launches][-1] == "gemm"
+    half = update.Update(update.device_of(t["x"]), t["x"], t["A"], t["B"], t["gate"], None, 2.0, 0.0, None)
+    xa = half.shrink_x()
+    half.expand_xa(xa, None, t["weight"])
+    dxa, *_ = half.backward_dy(t["dy"], xa)
+    half.backward_x(dxa, True, t["dy"], t["weight"])
+    names = [each.kernel.fn.__name__ for each in half.launches]
+    assert names[2:3] == ["whole"]  # gates them
+    assert names[-1] == "gemm"  # finds them gated
 
 
 def test_the_table_may_name_it_and_what_is_to_be_where_it_cannot(monkeypatch):
@@ -154,19 +158,19 @@ def test_the_table_may_name_it_and_what_is_to_be_where_it_cannot(monkeypatch):
     monkeypatch.delenv("ILORA_STRATEGY", raising=False)
     monkeypatch.delenv("ILORA_TABLE", raising=False)
 
-    def way(R, ranks=True):
+    def way(R, gated=False):
         shapes = ((4096, 1024), (1024, 1024), (R, 1024), (1024, R))
         x, weight, A, B = (torch.empty(shape, dtype=BF16, device="meta") for shape in shapes)
-        return strategy.pick(device, "forward", x, weight, A, B, None, A if ranks else None)
+        return strategy.pick(device, "forward", x, weight, A, B, None, A, gated, False)
 
     try:
         measured()
         assert way(16)[:2] == ("whole", config.gemm_tile(device, 4096, 1024, 16, "whole"))
         assert way(24).strategy == "whole"
-        assert way(16, ranks=False).strategy == "beta"
+        assert way(16, gated=True).strategy == "beta"
         measured(otherwise="gemm", tile=config.GemmTile(64, 128, 64, 8, 3))
         assert way(16).tile == (64, 128, 64, 8, 3, 8)
-        assert way(16, ranks=False)[:2] == ("gemm", config.gemm_tile(device, 4096, 1024, 16))
+        assert way(16, gated=True)[:2] == ("gemm", config.gemm_tile(device, 4096, 1024, 16))
         measured(otherwise="gemm", R=32)
         assert way(64).strategy == "gemm"
         assert way(65).strategy == "beta"  # no measurement is that near

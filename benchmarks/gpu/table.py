@@ -14,24 +14,24 @@ GEMMS = ("gemm", "whole")
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each shape and direction that "beta" and a GEMM of ours were timed in, by the device's time alone.
+    """A row for each shape and direction, with or without dropout, that "beta" and a GEMM of ours were timed in, by the
+    device's time alone.
 
-    Forward and backward were timed whole. Several E and p of one shape count alike; but a forward under dropout says
-    nothing of "whole", which is "gemm" there.
+    Forward and backward were timed whole. Several E of one shape count alike.
     """
     timed: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in results["parts"].get("layer", {}).get("rows", ()):
         if row["peer"].startswith("ilora[") and "graph" in row and row["dtype"] != "float32":
             key = tuple(row[name] for name in ("dtype", "M", "d_in", "d_out", "rank"))
-            timed.setdefault((*key, row["experts"], row["dropout"]), {})[row["peer"][6:-1]] = row["graph"]
+            timed.setdefault((*key, row["dropout"] > 0, row["experts"]), {})[row["peer"][6:-1]] = row["graph"]
     logs: dict[tuple[Any, ...], dict[str, list[float]]] = {}
-    for (*shape, _, dropout), graphs in timed.items():
+    for (*shape, _), graphs in timed.items():
         for direction in ("forward", "backward"):
-            for name in GEMMS if direction == "backward" or not dropout else GEMMS[:1]:
+            for name in GEMMS:
                 if name in graphs and "beta" in graphs:
                     ratio = graphs[name][direction]["ms"] / graphs["beta"][direction]["ms"]
                     logs.setdefault((direction, *shape), {}).setdefault(name, []).append(math.log(ratio))
-    names = ("direction", "dtype", "M", "d_in", "d_out", "R")
+    names = ("direction", "dtype", "M", "d_in", "d_out", "R", "dropout")
     return [
         {"device": results["machine"]["device"], **dict(zip(names, key, strict=True)), **_won(of)}
         for key, of in sorted(logs.items())

@@ -1,8 +1,9 @@
 """Which way the frozen product and the update meet, for a shape on a device.
 
 "beta": the update is written first and the frozen product is added on top (cuBLAS, beta = 1). "gemm": one kernel
-computes both, upon ranks that other kernels have summed (gemm.py). "whole": it sums the ranks too (whole.py), and is
-"gemm" where it cannot: in a forward under dropout, whose mask stands before A, and where projections share their ranks.
+computes both, upon ranks that others have summed and gated (gemm.py). "whole": it gates the ranks and sums them too
+(whole.py), unless a mask stands before A or projections share them; where it finds them gated, for the dx of a shared
+input, it is "gemm".
 A choice is a pure function of shapes and of a table that is read once: nothing is tuned while a graph is captured, and
 results repeat. ILORA_STRATEGY=beta|gemm|whole|auto forces it.
 """
@@ -37,8 +38,9 @@ BETA = Choice("beta")
 
 @lru_cache(maxsize=4096)
 def choose(
-    device: Device, direction: str, M: int, d_in: int, d_out: int, R: int, dtype: torch.dtype, table: str | None = None
-) -> Choice:
+    device: Device, direction: str, M: int, d_in: int, d_out: int, R: int, dtype: torch.dtype,
+    table: str | None = None, dropout: bool = False,
+) -> Choice:  # fmt: skip
     """What was measured for the nearest shape, if M, d_in, d_out and R are all within a factor of 2 of it; else "beta":
     it costs one pass more, whereas a GEMM never timed on a device may cost anything.
 
@@ -48,6 +50,8 @@ def choose(
     best, found = math.inf, BETA
     for row in (load_table(table) if table else ()) + MEASURED:
         if (row.device, row.direction, f"torch.{row.dtype}") != (device.name, direction, str(dtype)):
+            continue
+        if row.dropout not in (None, dropout):
             continue
         ratios = (row.M / min(M, row.M), row.d_in / d_in, row.d_out / d_out, row.R / R)
         distance = max(abs(math.log2(ratio)) for ratio in ratios)
@@ -60,13 +64,13 @@ def choose(
 
 def pick(
     device: Device, direction: str, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, asked: str | None,
-    ranks: Tensor | None,
+    ranks: Tensor | None, gated: bool, dropout: bool,
 ) -> Choice:  # fmt: skip
     """The way for y [M, D] = x · weight + …, with a tile where it is a GEMM.
 
-    ranks: the matrix [R, K] that "whole" would multiply x by too, or None where it may not. asked: one of STRATEGIES or
-    "auto"; None asks ILORA_STRATEGY. Raises ValueError for a name unknown, and for one that cannot run, with the
-    reason: a forced choice never falls back silently.
+    ranks: the matrix [R, K] that "whole" would multiply x by too, None where it finds them summed; gated: it finds them
+    gated; dropout: there is a mask. asked: one of STRATEGIES or "auto"; None asks ILORA_STRATEGY. Raises ValueError for
+    a name unknown, and for one that cannot run, with the reason: a forced choice never falls back silently.
     """
     name = asked or os.environ.get("ILORA_STRATEGY") or "auto"
     source = f"{'strategy' if asked else 'ILORA_STRATEGY'}={name!r}"
@@ -74,14 +78,14 @@ def pick(
         raise ValueError(f"{source}: expected one of {', '.join(STRATEGIES)}, auto")
     M, (R, d_in), d_out = len(x), A.shape, len(B)
     D = d_out if direction == "forward" else d_in
-    choice = choose(device, direction, M, d_in, d_out, R, x.dtype, os.environ.get("ILORA_TABLE"))
+    choice = choose(device, direction, M, d_in, d_out, R, x.dtype, os.environ.get("ILORA_TABLE"), dropout)
     ways = [choice.strategy, choice.otherwise] if name == "auto" else [name, "gemm"] if name == "whole" else [name]
     for way in ways:
         if way == "beta":
             break
-        if way == "whole" and ranks is None:
+        if way == "whole" and gated:
             continue
-        reason = why_not(device, x, weight, D, A, ranks if way == "whole" else None)
+        reason = why_not(x, weight, D, A) or (why_not_whole(device, A, ranks) if way == "whole" else None)
         if reason is None:
             measured = choice.tile if way == choice.strategy else None
             return Choice(way, measured or gemm_tile(device, M, D, R, way))
@@ -90,30 +94,31 @@ def pick(
     return BETA
 
 
-def why_not(
-    device: Device, x: Tensor, weight: Tensor | None, D: int, A: Tensor, ranks: Tensor | None = None
-) -> str | None:
-    """None if y [M, D] = x · weight (either way round) can be one `gemm`, or one `whole` if ranks are given, else the
-    reason."""
+def why_not(x: Tensor, weight: Tensor | None, D: int, A: Tensor) -> str | None:
+    """None if y [M, D] = x · weight (either way round) can be one `gemm`, else the reason."""
     if weight is None:
         return "there is no weight to read: the base layer is opaque"
     if x.dtype.itemsize != 2:
         return f"it computes in float16 and bfloat16, not {x.dtype}"
     if not x.dtype == weight.dtype == A.dtype:
         return f"the activations are {x.dtype}, the weight {weight.dtype}, A and B {A.dtype}: they must be one dtype"
-    if ranks is not None and not device.tma:
-        return "the device loads no tiles by tensor descriptor, as sm_90 and later do"
-    most = 128 if ranks is None else 32  # more are spilled
-    if len(A) > most:
-        return f"rank {len(A)} is above {most}"
+    if len(A) > 128:
+        return f"rank {len(A)} is above 128"
     if D % 8:
         return f"rows of {D} outputs are not a multiple of 16 bytes"
-    read = {"the input": x, "the weight": rows_of(weight)[0]}
-    if ranks is not None:
-        read["A or B"] = rows_of(ranks)[0]
-    for name, matrix in read.items():
-        if matrix.stride(1) != 1 or matrix.stride(0) * 2 % 16 or matrix.stride(0) < matrix.shape[1]:
-            return f"{name}'s strides {tuple(matrix.stride())} are not those of rows a multiple of 16 bytes long"
-        if start(matrix):
-            return f"{name} does not start at a multiple of 16 bytes"
-    return None
+    return _why_not_read("the input", x) or _why_not_read("the weight", rows_of(weight)[0])
+
+
+def why_not_whole(device: Device, A: Tensor, ranks: Tensor | None) -> str | None:
+    """None if that can be one `whole`, else the reason."""
+    if not device.tma:
+        return "the device loads no tiles by tensor descriptor, as sm_90 and later do"
+    if len(A) > 32:  # more are spilled
+        return f"rank {len(A)} is above 32"
+    return None if ranks is None else _why_not_read("A or B", rows_of(ranks)[0])
+
+
+def _why_not_read(name: str, matrix: Tensor) -> str | None:
+    if matrix.stride(1) != 1 or matrix.stride(0) * 2 % 16 or matrix.stride(0) < matrix.shape[1]:
+        return f"{name}'s strides {tuple(matrix.stride())} are not those of rows a multiple of 16 bytes long"
+    return f"{name} does not start at a multiple of 16 bytes" if start(matrix) else None

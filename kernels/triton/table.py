@@ -6,7 +6,8 @@ ILORA_TABLE names a JSON file, written by whoever measures, read once and checke
      "d_in": 4096, "d_out": 4096, "R": 16, "strategy": "gemm", "tile": [128, 256, 64, 8, 4, 8]}]}
 
 "device" is torch's name of it; "direction" is "forward" or "backward" (dx); "tile" (m, n, k, warps, stages, group) may
-be left out, and so may "otherwise": "beta" or "gemm", for where "strategy" is "whole" and that cannot be.
+be left out; so may "dropout", true or false, for a row that holds only with or without it; and "otherwise", "beta" or
+"gemm", for where "strategy" is "whole" and that cannot be.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     strategy: str
     tile: GemmTile | None = None
     otherwise: str = "beta"
+    dropout: bool | None = None
 
 
 MEASURED: tuple[Row, ...] = ()  # none yet: without a table, every device takes "beta"
@@ -63,6 +65,8 @@ def _row(fields: Any) -> Row:
     for name, known in choices.items():
         if getattr(row, name) not in known:
             raise ValueError(f"{name} {getattr(row, name)!r} is none of {', '.join(known)}")
+    if row.dropout not in (None, True, False):
+        raise ValueError(f"dropout {row.dropout!r} is neither true nor false")
     for name in ("M", "d_in", "d_out", "R"):
         if type(getattr(row, name)) is not int or getattr(row, name) < 1:
             raise ValueError(f"{name} {getattr(row, name)!r} is not a positive integer")

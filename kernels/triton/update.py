@@ -92,7 +92,8 @@ class Update:
             return y, xa
         choice = self._pick("forward", self.x, weight, None if self.mask.on else self.A)
         if choice.strategy == "whole":
-            self._whole(choice, self.x, weight, self.A, y, self.B, Ranks(raw=xa), PLAIN, bias)
+            source = self._shrink() if self.mask.on else self.A
+            self._whole(choice, self.x, weight, source, y, self.B, Ranks(raw=xa), PLAIN, bias)
         else:
             h = self._ranks()
             self._gate(self._shrink(), h, raw=xa)
@@ -118,10 +119,16 @@ class Update:
         return xa
 
     def expand_xa(self, xa: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
-        y, h = self.x.new_empty(self.M, self.B.shape[0]), self._ranks()
-        if self.M:
+        y = self.x.new_empty(self.M, self.B.shape[0])
+        if self.M == 0:
+            return y
+        choice = self._pick("forward", self.x, weight)
+        if choice.strategy == "whole":
+            self._whole(choice, self.x, weight, xa[None], y, self.B, Ranks(), PLAIN, bias)
+        else:
+            h = self._ranks()
             self._gate(xa, h)
-            self._onto(self._pick("forward", self.x, weight), y, self.x, weight, h, self.B, PLAIN, bias)
+            self._onto(choice, y, self.x, weight, h, self.B, PLAIN, bias)
         return y
 
     def backward_dy(self, dy: Tensor, xa: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +151,7 @@ class Update:
         self.launches += sums_launch(scores, self.gate.segments, dgate, (parts, dA))
         if dx is not None:
             turned = None if weight is None else weight.t()
-            choice = BETA if dy is None else self._pick("backward", dy, turned)
+            choice = BETA if dy is None else self._pick("backward", dy, turned, gated=True)
             self._onto(choice, dx, dy, turned, dxa, self.A.t(), self.mask)
         return dx, dA
 
@@ -174,8 +181,10 @@ class Update:
         self.launches += sums_launch(left, self.gate.segments, dgate, (parts[0], dA), (parts[1], dB))
         return dx, dA, dB, dgate
 
-    def _pick(self, direction: str, x: Tensor, weight: Tensor | None, ranks: Tensor | None = None) -> Choice:
-        return pick(self.device, direction, x, weight, self.A, self.B, self.strategy, ranks)
+    def _pick(
+        self, direction: str, x: Tensor, weight: Tensor | None, ranks: Tensor | None = None, gated: bool = False
+    ) -> Choice:
+        return pick(self.device, direction, x, weight, self.A, self.B, self.strategy, ranks, gated, self.mask.on)
 
     def _onto(
         self, choice: Choice, y: Tensor, x: Tensor | None, weight: Tensor | None, h: Tensor, low: Tensor, mask: Mask,
@@ -189,13 +198,13 @@ class Update:
             self.fused = True
 
     def _whole(
-        self, choice: Choice, x: Tensor, weight: Tensor | None, a: Tensor, y: Tensor, low: Tensor, ranks: Ranks,
-        mask: Mask, bias: Tensor | None = None,
+        self, choice: Choice, x: Tensor, weight: Tensor | None, source: Tensor, y: Tensor, low: Tensor,
+        ranks: Ranks, mask: Mask, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         assert choice.tile is not None
         assert weight is not None
-        tile, gate = choice.tile, self.gate
-        self.launches.append(whole_launch(self.device, tile, self.dots, x, weight, a, y, low, gate, ranks, mask, bias))
+        what = (x, weight, source, y, low, self.gate, ranks, mask, bias)
+        self.launches.append(whole_launch(self.device, choice.tile, self.dots, *what))
         self.fused = True
 
     def _shrink(self) -> Tensor:

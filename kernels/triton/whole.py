@@ -1,4 +1,5 @@
-"""The whole layer in one GEMM: ranks are summed in the loop of the frozen product, gated, and multiplied onto it."""
+"""The whole layer in one GEMM: ranks are summed in the loop of the frozen product (or were before, where a mask stands
+between x and A), gated, and multiplied onto it."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from .dropout import Mask, keep, row_keys
 from .gates import Gate, instances
 from .gemm import corner, described, halves, operand
 from .launch import Device, Launch
+from .sums import sum_in_order
 
 
 @triton.jit
@@ -49,41 +51,46 @@ def _keep_ranks(
             tl.store(scores_ptr + rows.to(tl.int64) * E + e, scaling * score, mask=rows < M)
 
 
-@triton.jit(do_not_specialize=["M", "N", "run", "width", "threshold"])
+@triton.jit(do_not_specialize=["M", "N", "S", "run", "width", "threshold"])
 def whole(
-    x, w, a, y, low_ptr, bias_ptr, gate_ptr, segments_ptr, seed_ptr, xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr,
-    M, D, K, N, run, width, threshold, scaling, low_col, low_rank, gate_row, gate_col,
+    x, w, a, y, parts_ptr, low_ptr, bias_ptr, gate_ptr, segments_ptr, seed_ptr,
+    xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr,
+    M, D, K, N, S, run, width, threshold, scaling, low_col, low_rank, gate_row, gate_col,
     R: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, TURNED: tl.constexpr,
     ASIDE: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """t[m, r] = Σ_k x[m, k] · a[r, k];
+    """t[m, r] = Σ_k x[m, k] · a[r, k], or Σ_s parts[s, m, r] where parts [S, M, R] are given;
     y[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] + keep[m, n] · Σ_r γ[m, r] · t[m, r] · low[n, r].
 
     x [M, K], w [D, K], a [R, K] (w, a transposed unless TURNED, ASIDE) and y [M, D]: tensor descriptors, of blocks
     [BLOCK_M, BLOCK_K], w's and a's, [BLOCK_M, BLOCK_N / 4]; low [D, R] (any strides); bias [D]; γ as in gates.py.
     Writes y once, and where the pointer is given raw = t, gated = γ ⊙ t, h = γ ⊙ xa, all [M, R] contiguous, and
     scores[m, e] = scaling · Σ_{r in e} t[m, r] · xa[m, r].
-    Work: a program takes every num_programs-th tile of y. Every tile sums t for itself, in one more product on the x
-    that it has anyway; those at the left write what is of size [M, R].
+    Work: a program takes every num_programs-th tile of y. Every tile sums t for itself, by one more product on the x
+    that it has anyway, or in order of s; those at the left write what is of size [M, R].
     """
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_N), tl.num_programs(0)):
         row, column = corner(tile, M, D, GROUP, BLOCK_M, BLOCK_N)
         rows, columns, ranks = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
         instance = instances(rows, segments_ptr, N, run, width).to(tl.int64)
         gate_at = instance[:, None] * gate_row + (ranks // (R // E))[None, :] * gate_col
-        gamma = tl.load(gate_ptr + gate_at, mask=(rows < M)[:, None] & (ranks < R)[None, :], other=0.0)
-        gamma = scaling * gamma.to(tl.float32)
+        inside = (rows < M)[:, None] & (ranks < R)[None, :]
+        gamma = scaling * tl.load(gate_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
         if not DROPOUT:  # arrives meanwhile
             low = _low(low_ptr, column, D, low_col, low_rank, R, UNIT, BLOCK_N, BLOCK_R)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        if parts_ptr is not None:
+            at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+            total = sum_in_order(total, parts_ptr, S, M.to(tl.int64) * R, at, inside)
         for k in range(0, K, BLOCK_K):
             left = x.load([row, k]).to(DOT)
             right = w.load([column, k]).T if TURNED else w.load([k, column])
-            narrow = a.load([0, k]).T if ASIDE else a.load([k, 0])
             acc = tl.dot(left, right.to(DOT), acc)
-            total = tl.dot(left, narrow.to(DOT), total)
+            if parts_ptr is None:
+                narrow = a.load([0, k]).T if ASIDE else a.load([k, 0])
+                total = tl.dot(left, narrow.to(DOT), total)
         if column == 0:
             _keep_ranks(total, gamma, rows, M, scaling, xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr, R, E, BLOCK_R)
         gated = (total * gamma).to(DOT)
@@ -95,17 +102,17 @@ def whole(
         one, two = halves(acc)
         first, second = halves(one)
         third, fourth = halves(two)
-        parts = (first, second, third, fourth)
+        quarters = (first, second, third, fourth)
         if DROPOUT:
             k1, k2 = row_keys(seed_ptr, rows)
         for q in tl.static_range(4):
-            part = parts[q]
-            at = column + q * QUARTER
+            part = quarters[q]
+            start = column + q * QUARTER
             if DROPOUT:
-                few = _low(low_ptr, at, D, low_col, low_rank, R, UNIT, QUARTER, BLOCK_R)
+                few = _low(low_ptr, start, D, low_col, low_rank, R, UNIT, QUARTER, BLOCK_R)
                 update = tl.dot(gated, few.to(DOT))
-                part += tl.where(keep(k1, k2, at + tl.arange(0, QUARTER), threshold), update, 0.0)
-            y.store([row, at], part.to(y.dtype))
+                part += tl.where(keep(k1, k2, start + tl.arange(0, QUARTER), threshold), update, 0.0)
+            y.store([row, start], part.to(y.dtype))
 
 
 class Ranks(NamedTuple):
@@ -119,15 +126,18 @@ class Ranks(NamedTuple):
 
 
 def whole_launch(
-    device: Device, tile: GemmTile, dot: Dots, x: Tensor, weight: Tensor, a: Tensor, y: Tensor, low: Tensor, gate: Gate,
-    ranks: Ranks, mask: Mask, bias: Tensor | None,
+    device: Device, tile: GemmTile, dot: Dots, x: Tensor, weight: Tensor, source: Tensor, y: Tensor, low: Tensor,
+    gate: Gate, ranks: Ranks, mask: Mask, bias: Tensor | None,
 ) -> Launch:  # fmt: skip
-    """weight [D, K], a [R, K], low [D, R]; mask: of the update within y."""
-    (M, D), (R, K), E = y.shape, a.shape, gate.gate.shape[1]
-    r = pow2(R, 16, 32)
-    (w, turned), (narrow, aside) = operand(weight, tile.n, tile.k), operand(a, r, tile.k)
+    """weight [D, K]; source: a [R, K], or parts [S, M, R] or [1, M, R] float32; low [D, R]; mask: of the update within
+    y."""
+    (M, D), (K, R), E = y.shape, (x.shape[1], low.shape[1]), gate.gate.shape[1]
+    r, parts = pow2(R, 16, 32), source if source.dim() == 3 else None
+    w, turned = operand(weight, tile.n, tile.k)
+    narrow, aside = operand(source, r, tile.k) if parts is None else (None, False)
     named: dict[str, Any] = {
         "x": described(x, [tile.m, tile.k]), "w": w, "a": narrow, "y": described(y, [tile.m, tile.n // 4]),
+        "parts_ptr": parts, "S": 0 if parts is None else len(parts),
         "low_ptr": low, "bias_ptr": bias, "seed_ptr": mask.seed, **gate.arguments(),
         **{f"{name}_ptr": tensor for name, tensor in ranks._asdict().items()},
         "D": D, "K": K, "threshold": mask.threshold, "low_col": low.stride(0), "low_rank": low.stride(1),
