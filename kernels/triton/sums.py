@@ -43,16 +43,21 @@ def sum_block(block, parts_ptr, sum_ptr, size, G, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scores(scores_ptr, first, last, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    rows, experts = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
-    at = rows.to(tl.int64)[:, None] * E + experts[None, :]
-    return tl.load(scores_ptr + at, mask=(rows < last)[:, None] & (experts < E)[None, :], other=0.0)
+def _scores(
+    scores_ptr, first, last, E: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    rows, experts, within = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_J)
+    at = rows.to(tl.int64)[:, None, None] * (E * RANK) + (experts[:, None] * RANK + within[None, :])[None, :, :]
+    each = (experts < E)[:, None] & (within < RANK)[None, :]
+    return tl.load(scores_ptr + at, mask=(rows < last)[:, None, None] & each[None, :, :], other=0.0)
 
 
 @triton.jit
 def _segment_block(
-    i, scores_ptr, segments_ptr, dgate_ptr, M, run, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr
-):
+    i, scores_ptr, segments_ptr, dgate_ptr, M, run, E: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
     if segments_ptr is None:
         first = i * run
         last = tl.minimum(first + run, M)
@@ -60,34 +65,35 @@ def _segment_block(
         first = tl.maximum(tl.load(segments_ptr + i), 0)
         last = tl.minimum(tl.load(segments_ptr + i + 1), M)
     experts = tl.arange(0, BLOCK_E)
-    total = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_E, BLOCK_J], tl.float32)
     for m in range(first, last, BLOCK_M * 4):  # four loads on their way at once
-        a = _scores(scores_ptr, m, last, E, BLOCK_M, BLOCK_E)
-        b = _scores(scores_ptr, m + BLOCK_M, last, E, BLOCK_M, BLOCK_E)
-        c = _scores(scores_ptr, m + BLOCK_M * 2, last, E, BLOCK_M, BLOCK_E)
-        d = _scores(scores_ptr, m + BLOCK_M * 3, last, E, BLOCK_M, BLOCK_E)
+        a = _scores(scores_ptr, m, last, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
+        b = _scores(scores_ptr, m + BLOCK_M, last, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
+        c = _scores(scores_ptr, m + BLOCK_M * 2, last, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
+        d = _scores(scores_ptr, m + BLOCK_M * 3, last, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
         total = total + a + b + c + d
-    tl.store(dgate_ptr + i.to(tl.int64) * E + experts, tl.sum(total, axis=0), mask=experts < E)
+    tl.store(dgate_ptr + i.to(tl.int64) * E + experts, tl.sum(tl.sum(total, axis=2), axis=0), mask=experts < E)
 
 
 @triton.jit(do_not_specialize=["M", "run", "blocks", "more_parts", "between", "also_parts"])
 def sums(
     scores_ptr, segments_ptr, dgate_ptr, M, run, blocks,
     more_ptr, more_sum_ptr, more_size, more_parts, between, also_ptr, also_sum_ptr, also_size, also_parts,
-    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dgate[i, e] = Σ_{m in i} scores[m, e], more_sum = Σ_g more[g] and also_sum = Σ_g also[g], each in order; a
+    """dgate[i, e] = Σ_{m in i} Σ_j scores[m, e, j], more_sum = Σ_g more[g] and also_sum = Σ_g also[g], each in order; a
     pointer that is None leaves its sum out.
 
-    Reads scores [M, E] float32, segments [N+1] or None (runs of `run` rows), more and also [parts, size] float32, each
-    once. Writes dgate [N, E], contiguous, and the sums [size] in their own dtypes.
+    Reads scores [M, E, RANK] float32, segments [N+1] or None (runs of `run` rows), more and also [parts, size] float32,
+    each once. Writes dgate [N, E], contiguous, and the sums [size] in their own dtypes.
     Work: one program an instance, looping over its rows (an empty segment writes zeros), then one each BLOCK elements
     of a sum: more's until the program `between`.
     """
     block = tl.program_id(0)
     if block < blocks:
         if scores_ptr is not None:
-            _segment_block(block, scores_ptr, segments_ptr, dgate_ptr, M, run, E, BLOCK_M, BLOCK_E)
+            _segment_block(block, scores_ptr, segments_ptr, dgate_ptr, M, run, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
     elif block < between:
         if more_ptr is not None:
             sum_block(block - blocks, more_ptr, more_sum_ptr, more_size, more_parts, BLOCK)
@@ -112,20 +118,21 @@ def sums_launch(
     scores: Tensor | None, segments: Tensor | None, dgate: Tensor | None, more: Partial | None = None,
     also: Partial | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """One launch, or none where nothing is to be added up. scores: what dgate is to be summed of, if anything."""
+    """One launch, or none where nothing is to be added up. scores: what dgate is to be summed of, if anything: [M, E],
+    or [M, R], a number for each rank."""
     if scores is None or dgate is None:
-        scores, segments, dgate, M, blocks, (N, E) = None, None, None, 0, 0, (1, 1)
+        scores, segments, dgate, M, blocks, (N, E), rank = None, None, None, 0, 0, (1, 1), 1
     else:
-        M, (N, E) = len(scores), dgate.shape
-        blocks = N
+        (M, R), (N, E) = scores.shape, dgate.shape
+        blocks, rank = N, R // E
     (more_args, first), (also_args, second) = along("more", more), along("also", also)
     if blocks + first + second == 0:
         return []
-    block_e = pow2(E, 1, 256)
+    block_e, block_j = pow2(E, 1, 256), pow2(rank, 1, 256)
     args = {
         "scores_ptr": scores, "segments_ptr": segments, "dgate_ptr": dgate, "M": M, "run": max(M // N, 1),
-        "blocks": blocks, **more_args, "between": blocks + first, **also_args, "E": E,
-        "BLOCK_M": pow2(ceil_div(M, N), 8, min(256, 4096 // block_e)),  # short chains of additions
-        "BLOCK_E": block_e, "BLOCK": BLOCK,
+        "blocks": blocks, **more_args, "between": blocks + first, **also_args, "E": E, "RANK": rank,
+        "BLOCK_M": pow2(ceil_div(M, N), 8, min(256, 4096 // (block_e * block_j))),  # short chains of additions
+        "BLOCK_E": block_e, "BLOCK_J": block_j, "BLOCK": BLOCK,
     }  # fmt: skip
     return [Launch(sums, (blocks + first + second,), args)]

@@ -172,13 +172,13 @@ class Update:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dA = torch.empty_like(self.A, memory_format=torch.contiguous_format)
         dx, dB, h, dxa = self.x.new_empty(self.x.shape), self.B.new_empty(self.B.shape), self._ranks(), self._ranks()
-        scores, dgate = self.gate.scores()
+        dgate = self.gate.gate.new_empty(self.gate.gate.shape)
+        scores = self.x.new_empty(self.M, self.R, dtype=torch.float32)
         ranks = Ranks(gated=dxa, xa=xa, h=h, scores=scores)
         self._whole(choice, dy, turned, self.B.t(), dx, self.A.t(), ranks, self.mask)
         launch, *parts = outers_launch(self.device, self.dots, self.x, dxa, dA, self.mask, dy, h, dB)
         self.launches.append(launch)
-        left = None if scores is dgate else scores
-        self.launches += sums_launch(left, self.gate.segments, dgate, (parts[0], dA), (parts[1], dB))
+        self.launches += sums_launch(scores, self.gate.segments, dgate, (parts[0], dA), (parts[1], dB))
         return dx, dA, dB, dgate
 
     def _pick(

@@ -32,7 +32,7 @@ def _low(
 @triton.jit
 def _keep_ranks(
     ranks_of, gamma, rows, M, scaling, xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr,
-    R: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr,
+    R: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Writes what of the ranks is wanted of the tile at the left; see `whole`."""
     ranks = tl.arange(0, BLOCK_R)
@@ -45,10 +45,7 @@ def _keep_ranks(
     if xa_ptr is not None:
         xa = tl.load(xa_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(h_ptr + at, xa * gamma, mask=inside)
-        product = ranks_of * xa
-        for e in tl.static_range(E):
-            score = tl.sum(tl.where((ranks // (R // E) == e)[None, :], product, 0.0), axis=1)
-            tl.store(scores_ptr + rows.to(tl.int64) * E + e, scaling * score, mask=rows < M)
+        tl.store(scores_ptr + at, scaling * ranks_of * xa, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "S", "run", "width", "threshold"])
@@ -56,7 +53,7 @@ def whole(
     x, w, a, y, parts_ptr, low_ptr, bias_ptr, gate_ptr, segments_ptr, seed_ptr,
     xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr,
     M, D, K, N, S, run, width, threshold, scaling, low_col, low_rank, gate_row, gate_col,
-    R: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, TURNED: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, TURNED: tl.constexpr,
     ASIDE: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +62,8 @@ def whole(
 
     x [M, K], w [D, K], a [R, K] (w, a transposed unless TURNED, ASIDE) and y [M, D]: tensor descriptors, of blocks
     [BLOCK_M, BLOCK_K], w's and a's, [BLOCK_M, BLOCK_N / 4]; low [D, R] (any strides); bias [D]; γ as in gates.py.
-    Writes y once, and where the pointer is given raw = t, gated = γ ⊙ t, h = γ ⊙ xa, all [M, R] contiguous, and
-    scores[m, e] = scaling · Σ_{r in e} t[m, r] · xa[m, r].
+    Writes y once, and where the pointer is given raw = t, gated = γ ⊙ t, h = γ ⊙ xa, and scores = scaling · t ⊙ xa, all
+    [M, R] contiguous: sums.py makes dgate of the scores.
     Work: a program takes every num_programs-th tile of y. Every tile sums t for itself, by one more product on the x
     that it has anyway, or in order of s; those at the left write what is of size [M, R].
     """
@@ -74,7 +71,7 @@ def whole(
         row, column = corner(tile, M, D, GROUP, BLOCK_M, BLOCK_N)
         rows, columns, ranks = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
         instance = instances(rows, segments_ptr, N, run, width).to(tl.int64)
-        gate_at = instance[:, None] * gate_row + (ranks // (R // E))[None, :] * gate_col
+        gate_at = instance[:, None] * gate_row + (ranks // RANK)[None, :] * gate_col
         inside = (rows < M)[:, None] & (ranks < R)[None, :]
         gamma = scaling * tl.load(gate_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
         if not DROPOUT:  # arrives meanwhile
@@ -87,12 +84,13 @@ def whole(
         for k in range(0, K, BLOCK_K):
             left = x.load([row, k]).to(DOT)
             right = w.load([column, k]).T if TURNED else w.load([k, column])
+            if parts_ptr is None:  # beside the others, to be waited for together
+                narrow = a.load([0, k]).T if ASIDE else a.load([k, 0])
             acc = tl.dot(left, right.to(DOT), acc)
             if parts_ptr is None:
-                narrow = a.load([0, k]).T if ASIDE else a.load([k, 0])
                 total = tl.dot(left, narrow.to(DOT), total)
         if column == 0:
-            _keep_ranks(total, gamma, rows, M, scaling, xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr, R, E, BLOCK_R)
+            _keep_ranks(total, gamma, rows, M, scaling, xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr, R, BLOCK_R)
         gated = (total * gamma).to(DOT)
         if not DROPOUT:
             acc = tl.dot(gated, low.to(DOT), acc)
@@ -141,7 +139,7 @@ def whole_launch(
         "low_ptr": low, "bias_ptr": bias, "seed_ptr": mask.seed, **gate.arguments(),
         **{f"{name}_ptr": tensor for name, tensor in ranks._asdict().items()},
         "D": D, "K": K, "threshold": mask.threshold, "low_col": low.stride(0), "low_rank": low.stride(1),
-        "R": R, "E": E, "UNIT": unit(low.stride(0)), "DROPOUT": mask.on, "TURNED": turned, "ASIDE": aside,
+        "R": R, "RANK": R // E, "UNIT": unit(low.stride(0)), "DROPOUT": mask.on, "TURNED": turned, "ASIDE": aside,
         "DOT": dot.wide, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": r, "GROUP": tile.group,
     }  # fmt: skip
     tiles = ceil_div(M, tile.m) * ceil_div(D, tile.n)
