@@ -2,12 +2,13 @@
 """Checks and times the GPU kernels, all of them, on the CUDA device that is here: `python benchmarks/gpu_report.py`.
 
 Correctness first; where it fails nothing is timed without --force. Then, on random data that no cache holds, as eager
-calls and as CUDA-graph replays: what the device can do, adapted layers against the frozen layer and every peer,
-decoding, whole training steps, the host's cost of a call. The JSON is whole after every part, so that a run which is
-ended keeps what it has; a run with --only adds its parts to the report that is there. OUT/gpu-DEVICE/ gets report.json,
-report.md, strategy-table.json (for ILORA_TABLE: which strategy won) and plots. --device cpu goes through every part on
-tiny tensors, to try the program itself: its figures mean nothing. Exit status: 0; 1 if something was wrong; 2 without
-a GPU, or for arguments that cannot be.
+calls and as CUDA-graph replays: what the device can do, our GEMMs' tiles (what wins is in force from there on, unless
+ILORA_TABLE names a table), adapted layers against the frozen layer and every peer, decoding, whole training steps, the
+host's cost of a call. The JSON is whole after every part, so that a run which is ended keeps what it has; a run with
+--only adds its parts to the report that is there. OUT/gpu-DEVICE/ gets report.json, report.md, strategy-table.json (for
+ILORA_TABLE: which strategy won) and plots. --device cpu goes through every part on tiny tensors, to try the program
+itself: its figures mean nothing. Exit status: 0; 1 if something was wrong; 2 without a GPU, or for arguments that
+cannot be.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import gpu
 import torch
-from gpu import ceilings, correctness, decode, host, layer, model, plan
+from gpu import ceilings, correctness, decode, host, layer, model, plan, table, tune
 from gpu import results as files
 from gpu.budget import PARTS, Budget
 from gpu.machine import Machine, backend_of, facts, machine_of
@@ -69,6 +70,7 @@ def parts_of(here: Machine, options: argparse.Namespace) -> dict[str, Callable[[
     return {
         "correctness": lambda left, keep: correctness.measure(here, quick, processes, left),
         "ceilings": lambda left, keep: ceilings.measure(here),
+        "tune": lambda left, keep: tune.measure(here, plan.layers(sizes, dtype, here.device), processes, left, keep),
         "layer": lambda left, keep: layer.measure(here, plan.layers(sizes, dtype, here.device), processes, left, keep),
         "decode": lambda left, keep: decode.measure(here, dtype, quick, left, keep),
         "model": lambda left, keep: model.measure(here, quick, left, keep),
@@ -79,8 +81,10 @@ def parts_of(here: Machine, options: argparse.Namespace) -> dict[str, Callable[[
 def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], folder: Path) -> bool:
     """Fills results["parts"], saved after each; whether all went well."""
     budget, functions = Budget(60.0 * options.minutes, options.only), parts_of(here, options)
-    well = True
+    well, own_table = True, "ILORA_TABLE" in os.environ
     for name in options.only:
+        if not own_table:
+            put_in_force(results, folder)
         start = budget.spent()
 
         def keep(part: dict[str, Any], name: str = name, start: float = start) -> None:
@@ -107,6 +111,13 @@ def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], fol
         rendered = _rendered(results, folder, plots=False)
         well = well and rendered is not None and _well(name, results["parts"][name])
     return well
+
+
+def put_in_force(results: dict[str, Any], folder: Path) -> None:
+    """The table of the tiles that won, once they were tried."""
+    file = folder / "strategy-table.json"
+    if "tune" in results["parts"] and not results["dry_run"] and table.write(results, file):
+        os.environ["ILORA_TABLE"] = str(file.resolve())
 
 
 def _rendered(results: dict[str, Any], folder: Path, plots: bool) -> list[str] | None:

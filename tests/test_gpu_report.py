@@ -12,7 +12,7 @@ import peers
 import pytest
 import report
 import torch
-from gpu import correctness, decode, figures, layer, machine, model, plan, sanitizer, workers
+from gpu import correctness, decode, figures, layer, machine, model, plan, sanitizer, tune, workers
 from gpu import markdown as shown
 from gpu import results as files
 from gpu import table as strategies
@@ -88,10 +88,10 @@ def test_what_one_part_leaves_over_is_the_nexts():
     now = [100.0]
     budget = Budget(100.0, PARTS, lambda: now[0])
     assert sum(SHARES.values()) == pytest.approx(1.0)
-    assert budget.left("correctness") == pytest.approx(26.0)
+    assert budget.left("correctness") == pytest.approx(22.0)
     assert budget.left("host") == pytest.approx(100.0)
     now[0] += 10.0
-    assert budget.left("ceilings") == pytest.approx(18.0)
+    assert budget.left("ceilings") == pytest.approx(14.0)
     alone = Budget(60.0, ["model"], lambda: now[0])
     assert alone.left("model") == pytest.approx(60.0)
     now[0] += 61.0
@@ -378,6 +378,82 @@ def test_strategies_are_timed_and_tell_which_won():
     assert not any("error" in row or "graph_error" in row for row in rows)
     table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"layer": {"rows": rows}}})
     assert [(row["direction"], row["M"], row["R"]) for row in table] == [("backward", 8, 8), ("forward", 8, 8)]
+
+
+def test_tiles_are_tried_for_the_main_layers_and_ranks_far_from_theirs():
+    planned = tune.wanted(plan.layers(plan.FULL, torch.bfloat16, torch.device("cuda")))
+    assert len(planned) == 7 * 2 * 2
+    assert [each.level for each in planned] == sorted(each.level for each in planned)
+    assert {(s.batch * s.length, s.rank, s.experts) for _, s in planned} == {(4096, 16, 4), (4096, 64, 4)}
+
+
+def test_every_tile_is_tried_by_a_table_of_its_own(monkeypatch):
+    pytest.importorskip("triton")
+    from ilora.kernels import gemm, update, whole
+
+    seen = set()
+    for name, module in (("gemm_launch", gemm), ("whole_launch", whole)):
+        launch = getattr(module, name)
+        monkeypatch.setattr(update, name, lambda *a, n=name, f=launch: seen.add((n, tuple(a[1]))) or f(*a))
+    monkeypatch.setattr(tune, "DRY_TILES", ((64, 128, 64, 8, 3, 8), (64, 64, 32, 4, 2, 4)))
+    settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.1, torch.float16, CPU)
+    kept = []
+    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], 0, lambda: 60.0, kept.append)
+    rows = {row["peer"]: row for row in part["rows"]}
+    assert not any("error" in row or "graph_error" in row for row in rows.values())
+    assert list(rows) == [
+        "frozen", "beta",
+        "gemm 64×128×64, 8 warps, 3 stages", "gemm 64×64×32, 4 warps, 2 stages",
+        "whole 64×128×64, 8 warps, 3 stages", "whole 64×64×32, 4 warps, 2 stages",
+    ]  # fmt: skip
+    assert seen == {(f"{name}_launch", tile) for name in ("gemm", "whole") for tile in tune.DRY_TILES}
+    assert len(kept) == 1
+    table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"tune": part}})
+    assert [(row["direction"], row["dropout"]) for row in table] == [("backward", True), ("forward", True)]
+
+
+def tuned_row(strategy, tile, forward, backward):
+    row = layer_row(strategy, forward, backward)
+    return row | {"peer": f"{strategy} {tile}", "strategy": strategy, "tile": tile}
+
+
+def tuned():
+    """A report whose layers say gemm in forward and whose tiles say something else."""
+    small, large = [64, 128, 64, 4, 4, 8], [128, 256, 64, 8, 4, 8]
+    rows = [tuned_row("beta", None, 1.0, 1.0), tuned_row("gemm", large, 0.9, 1.1), tuned_row("gemm", small, 0.95, 0.97)]
+    rows += [tuned_row("whole", small, 0.85, 1.2), layer_row("frozen", 0.7)]
+    rows.append({"peer": "whole broken", "error": "RuntimeError: no", "dtype": "bfloat16"})
+    results = made_up()
+    results["parts"]["tune"] = {"rows": rows, "seconds": 1.0}
+    return results, small
+
+
+def test_tiles_that_won_go_ahead_of_the_sweep_and_are_put_in_force(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from ilora.kernels import strategy
+    from ilora.kernels.launch import Device
+
+    results, small = tuned()
+    monkeypatch.setenv("ILORA_TABLE", "")
+    monkeypatch.delenv("ILORA_TABLE")
+    gpu_report.put_in_force(made_up(), tmp_path)
+    assert "ILORA_TABLE" not in os.environ  # nothing was tried
+    gpu_report.put_in_force(results, tmp_path)
+    device, shape = Device(132, 227 * 1024, tma=True, name="NVIDIA TEST"), (4096, 4096, 4096, 16, torch.bfloat16)
+    file = os.environ["ILORA_TABLE"]
+    assert file == str(tmp_path / "strategy-table.json")
+    assert strategy.choose(device, "forward", *shape, file) == ("whole", tuple(small), "gemm")
+    assert strategy.choose(device, "backward", *shape, file)[:2] == ("gemm", tuple(small))
+    text = shown.markdown(results)
+    assert "| forward, M=4096, R=16 | whole 64×128×64/4/4 |" in text
+    assert "| gemm [128, 256, 64, 8, 4, 8] | 0.900 ; 1.100 |" in text
+
+
+def test_a_table_that_is_named_already_stays_in_force(tmp_path, monkeypatch, compiled):
+    monkeypatch.setenv("ILORA_TABLE", "mine.json")
+    monkeypatch.setattr(gpu_report, "put_in_force", lambda *_: pytest.fail("it was replaced"))
+    monkeypatch.setattr(gpu_report, "parts_of", lambda *_: {"host": lambda left, keep: {"rows": []}})
+    assert gpu_report.main(["--device=cpu", f"--out={tmp_path}", "--only", "host"]) == 0
 
 
 def test_an_arm_that_breaks_is_a_row_and_the_others_go_on(compiled):

@@ -24,43 +24,44 @@ from .machine import backend_of, loads_by_descriptor
 
 
 class Arm(NamedTuple):
-    """strategy: what ILORA_STRATEGY says while it runs, None for a peer; bias: whether it has the frozen layer's."""
+    """strategy, table: what ILORA_STRATEGY and ILORA_TABLE say while it runs, None leaves them alone (a peer); bias:
+    whether it has the frozen layer's."""
 
     name: str
     build: Callable[[Case], Peer]
     strategy: str | None = None
     bias: bool = True
+    table: str | None = None
 
 
 @contextmanager
-def using(strategy: str | None) -> Iterator[None]:
-    """ILORA_STRATEGY for a while; None leaves it alone."""
-    before = os.environ.get("ILORA_STRATEGY")
-    if strategy is not None:
-        os.environ["ILORA_STRATEGY"] = strategy
+def using(strategy: str | None, table: str | None = None) -> Iterator[None]:
+    """ILORA_STRATEGY and ILORA_TABLE for a while; None leaves one alone."""
+    wanted = {"ILORA_STRATEGY": strategy, "ILORA_TABLE": table}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update({name: value for name, value in wanted.items() if value is not None})
     try:
         yield
     finally:
-        if strategy is not None:
-            del os.environ["ILORA_STRATEGY"]
-            if before is not None:
-                os.environ["ILORA_STRATEGY"] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 class Under:
-    """A program whose parts run under a strategy."""
+    """A program whose parts run under a strategy and a table, see `using`."""
 
-    def __init__(self, program: Program, strategy: str | None) -> None:
-        self.program, self.sets, self.queued = program, program.sets, program.queued
-        self.parts: Sequence[Callable[[], object]] = [partial(self._part, strategy, part) for part in program.parts]
+    def __init__(self, program: Program, strategy: str | None, table: str | None = None) -> None:
+        self.program, self.sets, self.queued, self.under = program, program.sets, program.queued, (strategy, table)
+        self.parts: Sequence[Callable[[], object]] = [partial(self._part, part) for part in program.parts]
 
     @property
     def outputs(self) -> list[Tensor]:
         return self.program.outputs
 
-    @staticmethod
-    def _part(strategy: str | None, part: Callable[[], object]) -> None:
-        with using(strategy):
+    def _part(self, part: Callable[[], object]) -> None:
+        with using(*self.under):
             part()
 
 
@@ -113,7 +114,7 @@ def _libraries(p: float) -> list[tuple[Arm, str | None]]:
     ]
 
 
-def ours(settings: Settings, every: bool) -> list[tuple[Arm, str | None]]:
+def ours(settings: Settings) -> list[tuple[Arm, str | None]]:
     """Our arms, each with the reason why it cannot run, or None."""
     backend = backend_of(settings.device, settings.dtype)
     triton = backend == "triton"
@@ -124,14 +125,14 @@ def ours(settings: Settings, every: bool) -> list[tuple[Arm, str | None]]:
     few = None if ranks <= 32 and ranks % 8 == 0 else f"its ranks are at most 32, rows of B whole 16 bytes: not {ranks}"
     if not loads_by_descriptor(settings.device):
         few = "it loads by tensor descriptor, which this device does not"
-    build = _build(backend)
+    build = built_by(backend)
     arms = [(Arm("ilora[beta]", build, "beta"), forced), (Arm("ilora[gemm]", build, "gemm"), tensor)]
     arms.append((Arm("ilora[whole]", build, "whole"), tensor or few))
-    return [(Arm("ilora", build, "auto"), None)] * every + arms
+    return [(Arm("ilora", build, "auto"), None), *arms]
 
 
 @cache
-def _build(backend: str) -> Callable[[Case], Peer]:
+def built_by(backend: str) -> Callable[[Case], Peer]:
     return partial(peers.ours, backend=backend)  # one object: checking.check remembers what has passed
 
 
@@ -140,9 +141,7 @@ def arms_of(settings: Settings, every: bool) -> tuple[list[Arm], dict[str, str]]
     device, dtype, p = settings.device, settings.dtype, settings.dropout
     names = ["frozen", "peft"] + ["published", "loop", "eager", "compile"] * every
     known = [(Arm(name, peers.PEERS[name]), peers.unavailable(name, device, dtype)) for name in names]
-    candidates = known[:1] + ours(settings, every) + known[1:] + (_libraries(p) if every else [])
-    if all(reason for arm, reason in candidates if arm.name.startswith("ilora")):  # some other backend's dry run
-        candidates.insert(1, (Arm("ilora", _build(backend_of(device, dtype)), "auto"), None))
+    candidates = known[:1] + ours(settings) + known[1:] + (_libraries(p) if every else [])
     return (
         [arm for arm, reason in candidates if reason is None],
         {arm.name: reason for arm, reason in candidates if reason is not None},

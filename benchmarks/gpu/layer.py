@@ -22,6 +22,7 @@ from .plan import LEVELS, Planned, left_out
 
 SECONDS = (0.12, 0.06)  # of rounds for each arm: with all peers, with few
 ROUNDS = 200
+STRATEGIES = ("beta", "gemm", "whole")
 WARM_LEVELS = 4  # further levels are compiled when they are come to
 
 
@@ -29,17 +30,16 @@ class Warm(NamedTuple):
     """An arm to run once in a process of its own: what it compiles is in the caches of this process then."""
 
     settings: Settings
-    arm: str
-    every: bool
+    arm: Arm
 
 
 def warm(job: Warm) -> str | None:
     """None, or why the arm cannot run: it is not timed then, lest it take this process's device with it."""
     try:
         torch.compiler.reset()  # its limit of graphs is a process's
-        (arm,) = (arm for arm in arms_of(job.settings, job.every)[0] if arm.name == job.arm)
+        arm = job.arm
         case = case_for(arm, make_case(job.settings))
-        with using(arm.strategy):
+        with using(arm.strategy, arm.table):
             program = Eager([arm.build(case)], [case])
             for _ in range(2):
                 program.both()
@@ -64,10 +64,9 @@ def warm_jobs(planned: Iterable[Planned]) -> list[Warm]:
     jobs = []
     for level, settings in planned:
         if level < WARM_LEVELS:
-            names = [arm.name for arm in arms_of(settings, level == 0)[0]]
-            wanted = [name for name in names if name in ("ilora[beta]", "ilora[gemm]", "ilora[whole]", "compile")]
-            jobs += [Warm(settings, name, level == 0) for name in wanted]
-    return sorted(jobs, key=lambda job: job.arm != "compile")
+            arms = arms_of(settings, level == 0)[0]
+            jobs += [Warm(settings, arm) for arm in arms if arm.strategy in STRATEGIES or arm.name == "compile"]
+    return sorted(jobs, key=lambda job: job.arm.name != "compile")
 
 
 @contextmanager
@@ -123,7 +122,7 @@ def _warm_up(
 
     came = dict(workers.done(warm, jobs, processes, remaining, lambda job: workers.DIED))
     part["warm_up"] = {"jobs": len(jobs), "run": len(came), "seconds": time.monotonic() - start}
-    return {(jobs[i].settings, jobs[i].arm): reason for i, reason in came.items() if reason is not None}
+    return {(jobs[i].settings, jobs[i].arm.name): reason for i, reason in came.items() if reason is not None}
 
 
 def _line(rows: list[dict[str, Any]]) -> str:
@@ -138,8 +137,13 @@ def _row(level: int, settings: Settings, arm: Arm) -> dict[str, Any]:
     return {"level": level, "M": M, **settings.as_json(), "peer": arm.name}
 
 
-def run_case(here: Machine, level: int, settings: Settings, arms: list[Arm]) -> list[dict[str, Any]]:
-    """One row for each arm; the one that is wrong or does not run has an `error`, and no times beyond it."""
+def run_case(
+    here: Machine, level: int, settings: Settings, arms: list[Arm], eager: bool = True
+) -> list[dict[str, Any]]:
+    """One row for each arm; the one that is wrong or does not run has an `error`, and no times beyond it.
+
+    eager: whether calls are timed too, beside graphs.
+    """
     if any(arm.name == "compile" for arm in arms):
         torch.compiler.reset()  # each case is a graph of its own; dynamo keeps only a few
     here.tidy()
@@ -152,10 +156,10 @@ def run_case(here: Machine, level: int, settings: Settings, arms: list[Arm]) -> 
         rows[arm.name] = row = _row(level, settings, arm)
         program = attempt(row, "error", partial(_prepared, here, arm, [case_for(arm, each) for each in inputs], row))
         if program is not None:
-            programs[arm.name] = Under(program, arm.strategy)
+            programs[arm.name] = Under(program, arm.strategy, arm.table)
     if "frozen" not in programs:
         raise WrongPeer(f"{settings}: the frozen layer itself failed: {rows['frozen']['error']}")
-    time_both(here, rows, programs, SECONDS[level > 0])
+    time_both(here, rows, programs, SECONDS[level > 0], eager)
     return list(rows.values())
 
 
@@ -173,7 +177,7 @@ def attempt(row: dict[str, Any], key: str, function: Callable[[], Any]) -> Any:
 def _prepared(here: Machine, arm: Arm, inputs: list[Any], row: dict[str, Any]) -> Eager:
     """The arm's program over all inputs, checked, with its memory in the row."""
     first = inputs[0]
-    with using(arm.strategy):
+    with using(arm.strategy, arm.table):
         peers = [arm.build(case) for case in inputs]
         row["error_of_check"] = check(peers[0], arm.build, first)
         row["saved_bytes"] = saved_bytes(partial(peers[0].call, first.x), [*first.constants, *peers[0].parameters])
@@ -181,9 +185,12 @@ def _prepared(here: Machine, arm: Arm, inputs: list[Any], row: dict[str, Any]) -
     return Eager(peers, inputs)
 
 
-def time_both(here: Machine, rows: dict[str, dict[str, Any]], programs: dict[str, Program], seconds: float) -> None:
+def time_both(
+    here: Machine, rows: dict[str, dict[str, Any]], programs: dict[str, Program], seconds: float, eager: bool = True
+) -> None:
     """As calls, and as graphs where they can be captured; whatever fails there leaves the calls' times."""
-    time_all(here, rows, "eager", programs, seconds)
+    if eager:
+        time_all(here, rows, "eager", programs, seconds)
     graphs: dict[str, Program] = {}
     for name, program in programs.items():
         if (graph := attempt(rows[name], "graph_error", partial(here.graphed, program))) is not None:

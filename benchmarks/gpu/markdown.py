@@ -170,9 +170,33 @@ def _strategies(results: dict[str, Any]) -> list[str]:
     rows = rows_of(results)
     if not rows:
         return []
-    lines = ["", "Which strategy won (strategy-table.json)", ""]
-    label = lambda row: f"{row['direction']}, M={row['M']}, R={row['R']}"  # noqa: E731
-    return lines + grid(rows, label, shape_of, lambda each: each[0]["strategy"])
+    lines = ["", "Which strategy won, and with which tile where several were tried (strategy-table.json)", ""]
+
+    def label(row: dict[str, Any]) -> str:
+        return f"{row['direction']}, M={row['M']}, R={row['R']}{', dropout' if row['dropout'] else ''}"
+
+    def cell(each: Rows) -> str:
+        tile = each[0].get("tile")
+        return each[0]["strategy"] + (f" {'×'.join(map(str, tile[:3]))}/{tile[3]}/{tile[4]}" if tile else "")
+
+    return lines + grid(rows, label, shape_of, cell)
+
+
+def _tune(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
+    """Forward and backward of every option over the frozen layer's."""
+    lines: list[str] = []
+    timed = [row for row in part["rows"] if "graph" in row]
+    for key in dict.fromkeys((row["rank"], row["dropout"]) for row in timed):
+        own = [row for row in timed if (row["rank"], row["dropout"]) == key]
+
+        def cell(each: Rows) -> str:
+            ways = (each[0]["graph"][direction] for direction in ("forward", "backward"))
+            frozen = each[0]["peer"] == "frozen"
+            return " ; ".join(f"{way['ms']:.3f} ms" if frozen else f"{way['ratio']:.3f}" for way in ways)
+
+        lines += ["", f"R={key[0]}, dropout {key[1]:g}: forward ; backward, graph", ""]
+        lines += grid(own, _peer, lambda row: f"{shape_of(row)}, M={row['M']}", cell)
+    return lines
 
 
 def _decode(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
@@ -227,6 +251,7 @@ def _host(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
 SECTIONS: dict[str, Callable[[dict[str, Any], dict[str, Any]], list[str]]] = {
     "correctness": _correctness,
     "ceilings": _ceilings,
+    "tune": _tune,
     "layer": _layer,
     "decode": _decode,
     "model": _model,

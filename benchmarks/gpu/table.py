@@ -4,48 +4,67 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from report import write_json
 
 WORTH = 0.99  # a GEMM of ours must take less than this of beta's time: what is within noise stays as it is
-GEMMS = ("gemm", "whole")
+
+Way = tuple[str, tuple[int, ...] | None]  # a strategy, and its tile where that was chosen
+NAMES = ("direction", "dtype", "M", "d_in", "d_out", "R", "dropout")
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each shape and direction, with or without dropout, that "beta" and a GEMM of ours were timed in, by the
     device's time alone.
 
-    Forward and backward were timed whole. Several E of one shape count alike.
+    Forward and backward were timed whole. Several E of one shape count alike. Where tiles were tried their part
+    decides, and the sweep over layers elsewhere.
     """
-    timed: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in results["parts"].get("layer", {}).get("rows", ()):
-        if row["peer"].startswith("ilora[") and "graph" in row and row["dtype"] != "float32":
-            key = tuple(row[name] for name in ("dtype", "M", "d_in", "d_out", "rank"))
-            timed.setdefault((*key, row["dropout"] > 0, row["experts"]), {})[row["peer"][6:-1]] = row["graph"]
-    logs: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in ("layer", "tune"):
+        found |= _won_in(results["parts"].get(part, {}).get("rows", ()))
+    about = {"device": results["machine"]["device"]}
+    return [about | dict(zip(NAMES, key, strict=True)) | found[key] for key in sorted(found)]
+
+
+def _won_in(rows: Any) -> dict[tuple[Any, ...], dict[str, Any]]:
+    timed: dict[tuple[Any, ...], dict[Way, Any]] = {}
+    for row, way in _ways(rows):
+        key = tuple(row[name] for name in ("dtype", "M", "d_in", "d_out", "rank"))
+        timed.setdefault((*key, row["dropout"] > 0, row["experts"]), {})[way] = row["graph"]
+    logs: dict[tuple[Any, ...], dict[Way, list[float]]] = {}
     for (*shape, _), graphs in timed.items():
-        for direction in ("forward", "backward"):
-            for name in GEMMS:
-                if name in graphs and "beta" in graphs:
-                    ratio = graphs[name][direction]["ms"] / graphs["beta"][direction]["ms"]
-                    logs.setdefault((direction, *shape), {}).setdefault(name, []).append(math.log(ratio))
-    names = ("direction", "dtype", "M", "d_in", "d_out", "R", "dropout")
-    return [
-        {"device": results["machine"]["device"], **dict(zip(names, key, strict=True)), **_won(of)}
-        for key, of in sorted(logs.items())
-    ]
+        beta = graphs.pop(("beta", None), None)
+        for way, graph in graphs.items() if beta else ():
+            for direction in ("forward", "backward"):
+                log = math.log(graph[direction]["ms"] / beta[direction]["ms"])
+                logs.setdefault((direction, *shape), {}).setdefault(way, []).append(log)
+    return {key: _best({way: statistics.fmean(values) for way, values in of.items()}) for key, of in logs.items()}
 
 
-def _won(logs: dict[str, list[float]]) -> dict[str, str]:
+def _ways(rows: Any) -> Iterator[tuple[dict[str, Any], Way]]:
+    """Rows of ours with a graph's time, and what they are the time of."""
+    for row in rows:
+        if "graph" in row and row["dtype"] != "float32":
+            if row["peer"].startswith("ilora["):
+                yield row, (row["peer"][6:-1], None)
+            elif "strategy" in row:
+                yield row, (row["strategy"], row["tile"] and tuple(row["tile"]))
+
+
+def _best(logs: dict[Way, float]) -> dict[str, Any]:
     """logs: of the times over beta's. What takes least, and, should that be "whole", what does without it."""
-    means = {"beta": math.log(WORTH)} | {name: statistics.fmean(values) for name, values in logs.items()}
-    best = min(means, key=lambda name: means[name])
-    if best != "whole":
-        return {"strategy": best}
-    del means["whole"]
-    return {"strategy": best, "otherwise": min(means, key=lambda name: means[name])}
+    beta: Way = ("beta", None)
+    logs = {beta: math.log(WORTH), **logs}
+    strategy, tile = min(logs, key=logs.__getitem__)
+    won: dict[str, Any] = {"strategy": strategy} | ({"tile": list(tile)} if tile else {})
+    if strategy == "whole":
+        without = {way: log for way, log in logs.items() if way[0] != "whole"}
+        won["otherwise"] = min(without, key=without.__getitem__)[0]
+    return won
 
 
 def write(results: dict[str, Any], file: Path) -> bool:

@@ -174,6 +174,12 @@ def whole_shared(tile: GemmTile, R: int) -> int:
 SHARED = {"gemm": gemm_shared, "whole": whole_shared}
 
 
+def gemm_programs(device: Device, tile: GemmTile, R: int, strategy: str, tiles: int) -> int:
+    """Programs for so many tiles: as many as there are multiprocessors, or twice that where two fit on one."""
+    each = 2 if 2 * SHARED[strategy](tile, R) <= device.smem else 1
+    return min(each * device.sms, tiles)
+
+
 def gemm_tile(device: Device, M: int, D: int, R: int, strategy: str = "gemm") -> GemmTile:
     """The tile whose waves over the multiprocessors cost least, with as many stages (2 to 4) as fit."""
     if not device.tma:  # descriptors become plain loads there, which take registers

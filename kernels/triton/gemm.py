@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Dots, GemmTile, ceil_div, gemm_step, unit
+from .config import Dots, GemmTile, ceil_div, gemm_programs, gemm_step, unit
 from .dropout import Mask, keep, row_keys
 from .launch import Device, Launch
 
@@ -126,5 +126,5 @@ def gemm_launch(
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": gemm_step(R), "GROUP": tile.group,
         "AHEAD": R > 16 or not mask.on,  # both together spill a few registers under Triton 3.6
     }  # fmt: skip
-    tiles = ceil_div(M, tile.m) * ceil_div(D, tile.n)
-    return Launch(gemm, (min(device.sms, tiles),), args, tile.warps, tile.stages)
+    programs = gemm_programs(device, tile, R, "gemm", ceil_div(M, tile.m) * ceil_div(D, tile.n))
+    return Launch(gemm, (programs,), args, tile.warps, tile.stages)

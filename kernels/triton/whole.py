@@ -10,7 +10,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .config import Dots, GemmTile, ceil_div, pow2, unit
+from .config import Dots, GemmTile, ceil_div, gemm_programs, pow2, unit
 from .dropout import Mask, keep, row_keys
 from .gates import Gate, instances
 from .gemm import corner, described, halves, operand
@@ -142,6 +142,6 @@ def whole_launch(
         "R": R, "RANK": R // E, "UNIT": unit(low.stride(0)), "DROPOUT": mask.on, "TURNED": turned, "ASIDE": aside,
         "DOT": dot.wide, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": r, "GROUP": tile.group,
     }  # fmt: skip
-    tiles = ceil_div(M, tile.m) * ceil_div(D, tile.n)
+    programs = gemm_programs(device, tile, R, "whole", ceil_div(M, tile.m) * ceil_div(D, tile.n))
     args = {name: named[name] for name in whole.arg_names}
-    return Launch(whole, (min(device.sms, tiles),), args, tile.warps, tile.stages)
+    return Launch(whole, (programs,), args, tile.warps, tile.stages)
