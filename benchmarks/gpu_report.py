@@ -70,7 +70,9 @@ def parts_of(here: Machine, options: argparse.Namespace) -> dict[str, Callable[[
     return {
         "correctness": lambda left, keep: correctness.measure(here, quick, processes, left),
         "ceilings": lambda left, keep: ceilings.measure(here),
-        "tune": lambda left, keep: tune.measure(here, plan.layers(sizes, dtype, here.device), processes, left, keep),
+        "tune": lambda left, keep: tune.measure(
+            here, plan.layers(sizes, dtype, here.device), quick, processes, left, keep
+        ),
         "layer": lambda left, keep: layer.measure(here, plan.layers(sizes, dtype, here.device), processes, left, keep),
         "decode": lambda left, keep: decode.measure(here, dtype, quick, left, keep),
         "model": lambda left, keep: model.measure(here, quick, left, keep),
@@ -114,10 +116,13 @@ def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], fol
 
 
 def put_in_force(results: dict[str, Any], folder: Path) -> None:
-    """The table of the tiles that won, once they were tried."""
+    """The table of the tiles that won, once they were tried; without it the report goes on all the same."""
     file = folder / "strategy-table.json"
-    if "tune" in results["parts"] and not results["dry_run"] and table.write(results, file):
-        os.environ["ILORA_TABLE"] = str(file.resolve())
+    try:
+        if "tune" in results["parts"] and not results["dry_run"] and table.write(results, file):
+            os.environ["ILORA_TABLE"] = str(file.resolve())
+    except Exception:
+        traceback.print_exc()
 
 
 def _rendered(results: dict[str, Any], folder: Path, plots: bool) -> list[str] | None:

@@ -176,7 +176,6 @@ def test_a_table_reaches_the_kernels(tmp_path, monkeypatch):
         ({"direction": "sideways"}, "row 0: direction 'sideways'"),
         ({"dtype": "float64"}, "row 0: dtype 'float64'"),
         ({"R": 0}, "row 0: R 0 is not a positive integer"),
-        ({"strategy": "whole", "otherwise": "whole"}, "row 0: otherwise 'whole' is none of beta, gemm"),
         ({"dropout": 0.1}, "row 0: dropout 0.1 is neither true nor false"),
         ({"color": 1}, "row 0: .*unexpected keyword argument 'color'"),
         ({"tile": [128, 256]}, "expected six positive integers"),

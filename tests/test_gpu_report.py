@@ -330,15 +330,20 @@ def test_with_dropout_another_strategy_may_win_and_experts_count_alike():
 
 @pytest.mark.parametrize(
     ("times", "wanted"),
-    [({"gemm": 0.95, "whole": 0.8}, {"strategy": "whole", "otherwise": "gemm"}),
-     ({"gemm": 1.05, "whole": 0.8}, {"strategy": "whole", "otherwise": "beta"}),
-     ({"gemm": 0.8, "whole": 0.9}, {"strategy": "gemm"}), ({"gemm": 0.995, "whole": 1.3}, {"strategy": "beta"}),
-     ({"whole": 0.9}, {"strategy": "whole", "otherwise": "beta"})],
+    [({"gemm": 0.95, "whole": 0.8}, ["whole", "gemm"]), ({"gemm": 1.05, "whole": 0.8}, ["whole", "beta"]),
+     ({"gemm": 0.8, "whole": 0.9}, ["gemm"]), ({"gemm": 0.995, "whole": 1.3}, ["beta"]),
+     ({"whole": 0.9}, ["whole", "beta"])],
 )  # fmt: skip
 def test_what_is_to_be_where_whole_cannot_is_in_the_table(times, wanted):
     rows = [layer_row(f"ilora[{name}]", ratio) for name, ratio in ({"beta": 1.0} | times).items()]
-    for row in table_of(rows):
-        assert {name: row[name] for name in ("strategy", "otherwise") if name in row} == wanted
+    for direction in ("forward", "backward"):
+        assert [row["strategy"] for row in table_of(rows) if row["direction"] == direction] == wanted
+
+
+def test_experts_that_one_strategy_failed_with_decide_nothing():
+    times = {("beta", 4): 1.0, ("gemm", 4): 0.95, ("whole", 4): 0.97, ("beta", 8): 1.0, ("gemm", 8): 1.2}
+    rows = [layer_row(f"ilora[{name}]", ratio) | {"experts": E} for (name, E), ratio in times.items()]
+    assert {row["strategy"] for row in table_of(rows)} == {"beta"}  # gemm's mean; whole has none
 
 
 def test_plots_and_rendering_again(tmp_path, capsys):
@@ -377,7 +382,7 @@ def test_strategies_are_timed_and_tell_which_won():
     rows = layer.run_case(OneSet(*HERE), 1, settings, arms)
     assert not any("error" in row or "graph_error" in row for row in rows)
     table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"layer": {"rows": rows}}})
-    assert [(row["direction"], row["M"], row["R"]) for row in table] == [("backward", 8, 8), ("forward", 8, 8)]
+    assert {(row["direction"], row["M"], row["R"]) for row in table} == {("backward", 8, 8), ("forward", 8, 8)}
 
 
 def test_tiles_are_tried_for_the_main_layers_and_ranks_far_from_theirs():
@@ -395,21 +400,36 @@ def test_every_tile_is_tried_by_a_table_of_its_own(monkeypatch):
     for name, module in (("gemm_launch", gemm), ("whole_launch", whole)):
         launch = getattr(module, name)
         monkeypatch.setattr(update, name, lambda *a, n=name, f=launch: seen.add((n, tuple(a[1]))) or f(*a))
-    monkeypatch.setattr(tune, "DRY_TILES", ((64, 128, 64, 8, 3, 8), (64, 64, 32, 4, 2, 4)))
+    monkeypatch.setattr(tune, "DRY_TILES", ((64, 128, 64, 8, (4, 3)), (64, 64, 32, 4, (40, 2))))
     settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.1, torch.float16, CPU)
     kept = []
-    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], 0, lambda: 60.0, kept.append)
+    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 60.0, kept.append)
     rows = {row["peer"]: row for row in part["rows"]}
     assert not any("error" in row or "graph_error" in row for row in rows.values())
     assert list(rows) == [
         "frozen", "beta",
-        "gemm 64×128×64, 8 warps, 3 stages", "gemm 64×64×32, 4 warps, 2 stages",
-        "whole 64×128×64, 8 warps, 3 stages", "whole 64×64×32, 4 warps, 2 stages",
+        "gemm 64×128×64, 8 warps, 4 stages", "gemm 64×64×32, 4 warps, 2 stages",
+        "whole 64×128×64, 8 warps, 4 stages", "whole 64×64×32, 4 warps, 2 stages",
     ]  # fmt: skip
-    assert seen == {(f"{name}_launch", tile) for name in ("gemm", "whole") for tile in tune.DRY_TILES}
+    tiles = ((64, 128, 64, 8, 4, tune.GROUP), (64, 64, 32, 4, 2, tune.GROUP))  # as many stages as fit
+    assert seen == {(f"{name}_launch", tile) for name in ("gemm", "whole") for tile in tiles}
+    assert part["warm_up"]["run"] == part["warm_up"]["jobs"] == 5  # each was checked
     assert len(kept) == 1
     table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"tune": part}})
-    assert [(row["direction"], row["dropout"]) for row in table] == [("backward", True), ("forward", True)]
+    assert {(row["direction"], row["dropout"]) for row in table} == {("backward", True), ("forward", True)}
+
+
+def test_an_option_that_is_wrong_at_a_small_size_is_not_timed(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "work", lambda check: {"problem": "y is off" if check.table else None})
+    settings = peers.Settings(16, 24, 2, 40, 64, 2, 0.0, torch.float16, CPU)  # 64 ranks: no "whole"
+    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 60.0, lambda part: None)
+    rows = {row["peer"]: row for row in part["rows"]}
+    name = "gemm 64×128×64, 8 warps, 3 stages"
+    assert list(rows) == ["frozen", "beta", name]
+    assert "graph" in rows["beta"]
+    assert rows[name]["error"] == "y is off"
+    assert strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"tune": part}}) == []
 
 
 def tuned_row(strategy, tile, forward, backward):
@@ -425,7 +445,7 @@ def tuned():
     rows.append({"peer": "whole broken", "error": "RuntimeError: no", "dtype": "bfloat16"})
     results = made_up()
     results["parts"]["tune"] = {"rows": rows, "seconds": 1.0}
-    return results, small
+    return results, small, large
 
 
 def test_tiles_that_won_go_ahead_of_the_sweep_and_are_put_in_force(tmp_path, monkeypatch):
@@ -433,7 +453,7 @@ def test_tiles_that_won_go_ahead_of_the_sweep_and_are_put_in_force(tmp_path, mon
     from ilora.kernels import strategy
     from ilora.kernels.launch import Device
 
-    results, small = tuned()
+    results, small, large = tuned()
     monkeypatch.setenv("ILORA_TABLE", "")
     monkeypatch.delenv("ILORA_TABLE")
     gpu_report.put_in_force(made_up(), tmp_path)
@@ -442,10 +462,12 @@ def test_tiles_that_won_go_ahead_of_the_sweep_and_are_put_in_force(tmp_path, mon
     device, shape = Device(132, 227 * 1024, tma=True, name="NVIDIA TEST"), (4096, 4096, 4096, 16, torch.bfloat16)
     file = os.environ["ILORA_TABLE"]
     assert file == str(tmp_path / "strategy-table.json")
-    assert strategy.choose(device, "forward", *shape, file) == ("whole", tuple(small), "gemm")
-    assert strategy.choose(device, "backward", *shape, file)[:2] == ("gemm", tuple(small))
+    assert strategy.choose(device, "forward", *shape, file) == ("whole", tuple(small))
+    assert strategy.choose(device, "forward", *shape, file, whole=False) == ("gemm", tuple(large))
+    assert strategy.choose(device, "backward", *shape, file) == ("gemm", tuple(small))
     text = shown.markdown(results)
-    assert "| forward, M=4096, R=16 | whole 64×128×64/4/4 |" in text
+    assert "| forward, M=4096, R=16 | whole 64×128×64/4/4, else gemm 128×256×64/8/4 |" in text
+    assert text.count("Which strategy won") == 1
     assert "| gemm [128, 256, 64, 8, 4, 8] | 0.900 ; 1.100 |" in text
 
 

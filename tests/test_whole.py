@@ -150,9 +150,10 @@ def test_projections_that_share_their_ranks(forced):
 def test_the_table_may_name_it_and_what_is_to_be_where_it_cannot(monkeypatch):
     device = Device(132, 227 * 1024, tma=True, name="a GPU")
 
-    def measured(**fields):
-        shape = {"M": 4096, "d_in": 1024, "d_out": 1024, "R": 16, "strategy": "whole"} | fields
-        monkeypatch.setattr(strategy, "MEASURED", (Row("a GPU", "forward", "bfloat16", **shape),))
+    def measured(*rows):
+        shape = {"M": 4096, "d_in": 1024, "d_out": 1024, "R": 16}
+        rows = tuple(Row("a GPU", "forward", "bfloat16", **shape | fields) for fields in rows)
+        monkeypatch.setattr(strategy, "MEASURED", rows)
         strategy.choose.cache_clear()
 
     monkeypatch.delenv("ILORA_STRATEGY", raising=False)
@@ -163,15 +164,16 @@ def test_the_table_may_name_it_and_what_is_to_be_where_it_cannot(monkeypatch):
         x, weight, A, B = (torch.empty(shape, dtype=BF16, device="meta") for shape in shapes)
         return strategy.pick(device, "forward", x, weight, A, B, None, A, gated, False)
 
+    small, large = config.GemmTile(64, 128, 64, 8, 3), config.GemmTile(128, 256, 64, 8, 3)
     try:
-        measured()
-        assert way(16)[:2] == ("whole", config.gemm_tile(device, 4096, 1024, 16, "whole"))
+        measured({"strategy": "whole"})
+        assert way(16) == ("whole", config.gemm_tile(device, 4096, 1024, 16, "whole"))
         assert way(24).strategy == "whole"
         assert way(16, gated=True).strategy == "beta"
-        measured(otherwise="gemm", tile=config.GemmTile(64, 128, 64, 8, 3))
-        assert way(16).tile == (64, 128, 64, 8, 3, 8)
-        assert way(16, gated=True)[:2] == ("gemm", config.gemm_tile(device, 4096, 1024, 16))
-        measured(otherwise="gemm", R=32)
+        measured({"strategy": "whole", "tile": small}, {"strategy": "gemm", "tile": large})
+        assert way(16) == ("whole", small)
+        assert way(16, gated=True) == ("gemm", large)
+        measured({"strategy": "whole", "R": 32}, {"strategy": "gemm", "R": 32})
         assert way(64).strategy == "gemm"
         assert way(65).strategy == "beta"  # no measurement is that near
     finally:

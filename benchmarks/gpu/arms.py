@@ -126,9 +126,9 @@ def ours(settings: Settings) -> list[tuple[Arm, str | None]]:
     if not loads_by_descriptor(settings.device):
         few = "it loads by tensor descriptor, which this device does not"
     build = built_by(backend)
-    arms = [(Arm("ilora[beta]", build, "beta"), forced), (Arm("ilora[gemm]", build, "gemm"), tensor)]
-    arms.append((Arm("ilora[whole]", build, "whole"), tensor or few))
-    return [(Arm("ilora", build, "auto"), None), *arms]
+    reasons = {"beta": forced, "gemm": tensor, "whole": tensor or few}
+    arms = [(Arm(f"ilora[{name}]", build, name, table=""), reason) for name, reason in reasons.items()]
+    return [(Arm("ilora", build, "auto"), None), *arms]  # it alone goes by a table that is in force, tiles and all
 
 
 @cache

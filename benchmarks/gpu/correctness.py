@@ -27,7 +27,7 @@ TINY = {"M": 72, "N": 3, "d_in": 16, "d_out": 8}
 
 class Check(NamedTuple):
     """What a process computes by itself. strategy "cuda": the CUDA library's decode instead of a strategy of Triton's;
-    mixed: A and B in float32."""
+    mixed: A and B in float32; table: what ILORA_TABLE names while it runs."""
 
     shape: str
     strategy: str
@@ -37,6 +37,7 @@ class Check(NamedTuple):
     fields: tuple[tuple[str, Any], ...]
     device: str
     mixed: bool = False
+    table: str | None = None
 
     def case(self) -> Any:
         adapter = CASES.F32 if self.mixed else None
@@ -99,7 +100,7 @@ def _update(check: Check) -> str | None:
     case = check.case()
     backend = backend_of(torch.device(check.device), torch.float32 if check.mixed else case.dtype)
     try:
-        with using(check.strategy):
+        with using(check.strategy, check.table):
             first = CASES.run(case, backend)
             want = CASES.run(case, None, wide=True), CASES.run(case, None, wide=True, squared=True)
             CASES.within(case, first, CASES.run(case, None), *want)

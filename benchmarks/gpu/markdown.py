@@ -41,6 +41,7 @@ def summary(results: dict[str, Any]) -> str:
         lines.append("correctness: NOT CHECKED in this report")
     if "rows" in parts.get("layer", {}):
         lines += _layer(parts["layer"], results, main=True)
+    lines += _strategies(results)
     for name, part in parts.items():
         remarks = ([f"the part failed: {part['error']}"] if "error" in part else []) + _remarks(part)
         lines += [f"{name}: {each}" for each in remarks if each]
@@ -127,7 +128,7 @@ def _layer(part: dict[str, Any], results: dict[str, Any], main: bool = False) ->
             lines += ["", f"M={key[0]}, R={key[1]}: peak / saved memory, MB", ""]
             lines += grid(own, _peer, shape_of, lambda each: " ; ".join(map(_memory, each)))
             lines += _achieved(own, results)
-    return lines + _strategies(results)
+    return lines + ([] if main or "tune" in results["parts"] else _strategies(results))
 
 
 def _named(direction: str) -> str:
@@ -176,8 +177,9 @@ def _strategies(results: dict[str, Any]) -> list[str]:
         return f"{row['direction']}, M={row['M']}, R={row['R']}{', dropout' if row['dropout'] else ''}"
 
     def cell(each: Rows) -> str:
-        tile = each[0].get("tile")
-        return each[0]["strategy"] + (f" {'×'.join(map(str, tile[:3]))}/{tile[3]}/{tile[4]}" if tile else "")
+        tiles = [row.get("tile") for row in each]  # the second's is for where "whole" cannot be
+        shown = [f" {'×'.join(map(str, tile[:3]))}/{tile[3]}/{tile[4]}" if tile else "" for tile in tiles]
+        return ", else ".join(row["strategy"] + tile for row, tile in zip(each, shown, strict=True))
 
     return lines + grid(rows, label, shape_of, cell)
 
@@ -196,7 +198,7 @@ def _tune(part: dict[str, Any], results: dict[str, Any]) -> list[str]:
 
         lines += ["", f"R={key[0]}, dropout {key[1]:g}: forward ; backward, graph", ""]
         lines += grid(own, _peer, lambda row: f"{shape_of(row)}, M={row['M']}", cell)
-    return lines
+    return lines + _strategies(results)
 
 
 def _decode(part: dict[str, Any], results: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,36 +12,40 @@ from report import write_json
 WORTH = 0.99  # a GEMM of ours must take less than this of beta's time: what is within noise stays as it is
 
 Way = tuple[str, tuple[int, ...] | None]  # a strategy, and its tile where that was chosen
+BETA: Way = ("beta", None)
 NAMES = ("direction", "dtype", "M", "d_in", "d_out", "R", "dropout")
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each shape and direction, with or without dropout, that "beta" and a GEMM of ours were timed in, by the
-    device's time alone.
+    """What won, for each shape and direction, with or without dropout, that "beta" and a GEMM of ours were timed in, by
+    the device's time alone; and behind "whole" what won without it, for where that cannot be.
 
     Forward and backward were timed whole. Several E of one shape count alike. Where tiles were tried their part
     decides, and the sweep over layers elsewhere.
     """
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for part in ("layer", "tune"):
         found |= _won_in(results["parts"].get(part, {}).get("rows", ()))
     about = {"device": results["machine"]["device"]}
-    return [about | dict(zip(NAMES, key, strict=True)) | found[key] for key in sorted(found)]
+    return [about | dict(zip(NAMES, key, strict=True)) | won for key in sorted(found) for won in found[key]]
 
 
-def _won_in(rows: Any) -> dict[tuple[Any, ...], dict[str, Any]]:
-    timed: dict[tuple[Any, ...], dict[Way, Any]] = {}
+def _won_in(rows: Any) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    timed: dict[tuple[Any, ...], list[dict[Way, Any]]] = {}
+    groups: dict[tuple[Any, ...], dict[Way, Any]] = {}
     for row, way in _ways(rows):
-        key = tuple(row[name] for name in ("dtype", "M", "d_in", "d_out", "rank"))
-        timed.setdefault((*key, row["dropout"] > 0, row["experts"]), {})[way] = row["graph"]
-    logs: dict[tuple[Any, ...], dict[Way, list[float]]] = {}
-    for (*shape, _), graphs in timed.items():
-        beta = graphs.pop(("beta", None), None)
-        for way, graph in graphs.items() if beta else ():
+        key = (*(row[name] for name in ("dtype", "M", "d_in", "d_out", "rank")), row["dropout"] > 0)
+        if (key, row["experts"]) not in groups:
+            timed.setdefault(key, []).append(groups.setdefault((key, row["experts"]), {}))
+        groups[key, row["experts"]][way] = row["graph"]
+    found = {}
+    for shape, each in timed.items():
+        common = set.intersection(*(set(graphs) for graphs in each))  # a way that failed with some E is none
+        if len(common) > 1 and BETA in common:
             for direction in ("forward", "backward"):
-                log = math.log(graph[direction]["ms"] / beta[direction]["ms"])
-                logs.setdefault((direction, *shape), {}).setdefault(way, []).append(log)
-    return {key: _best({way: statistics.fmean(values) for way, values in of.items()}) for key, of in logs.items()}
+                times = {way: [graphs[way][direction]["ms"] for graphs in each] for way in common}
+                found[(direction, *shape)] = _best({way: statistics.geometric_mean(ms) for way, ms in times.items()})
+    return found
 
 
 def _ways(rows: Any) -> Iterator[tuple[dict[str, Any], Way]]:
@@ -55,16 +58,16 @@ def _ways(rows: Any) -> Iterator[tuple[dict[str, Any], Way]]:
                 yield row, (row["strategy"], row["tile"] and tuple(row["tile"]))
 
 
-def _best(logs: dict[Way, float]) -> dict[str, Any]:
-    """logs: of the times over beta's. What takes least, and, should that be "whole", what does without it."""
-    beta: Way = ("beta", None)
-    logs = {beta: math.log(WORTH), **logs}
-    strategy, tile = min(logs, key=logs.__getitem__)
-    won: dict[str, Any] = {"strategy": strategy} | ({"tile": list(tile)} if tile else {})
-    if strategy == "whole":
-        without = {way: log for way, log in logs.items() if way[0] != "whole"}
-        won["otherwise"] = min(without, key=without.__getitem__)[0]
-    return won
+def _best(times: dict[Way, float]) -> list[dict[str, Any]]:
+    """What takes least, "beta" unless it is worth another; and, should that be "whole", what does of the others."""
+    times = times | {BETA: WORTH * times[BETA]}
+    rows = []
+    for ways in (times, {way: ms for way, ms in times.items() if way[0] != "whole"}):
+        strategy, tile = min(ways, key=ways.__getitem__)
+        rows.append({"strategy": strategy} | ({"tile": list(tile)} if tile else {}))
+        if strategy != "whole":
+            break
+    return rows
 
 
 def write(results: dict[str, Any], file: Path) -> bool:

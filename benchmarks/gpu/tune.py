@@ -1,15 +1,14 @@
-"""Which tile each GEMM of ours is best with: every one worth a try, beside "beta", timed at the main layers.
-
-What wins is a row of the strategy table (table.py), which is in force for the parts that follow.
+"""Which tile each GEMM of ours is best with: every one worth a try, beside "beta", checked, then timed at the main
+layers. What wins is in the strategy table (table.py), which is in force for the parts that follow.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import peers
 import torch
@@ -17,15 +16,36 @@ from report import write_json
 
 from . import workers
 from .arms import Arm, built_by, ours
+from .correctness import DTYPES, EVEN, Check, work
 from .layer import Warm, run_case, uncollected, warm
 from .machine import Machine, backend_of
 from .plan import Planned, left_out
 
-# m, n, k, warps, stages, group. The last three leave room for two programs on a multiprocessor.
-TILES = ((128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 8), (256, 128, 64, 8, 4, 8), (256, 128, 64, 8, 3, 8),
-         (128, 128, 64, 8, 4, 8), (64, 256, 64, 4, 4, 8),
-         (128, 128, 64, 8, 3, 8), (128, 128, 64, 4, 3, 8), (64, 128, 64, 4, 4, 8))  # fmt: skip
-DRY_TILES = ((64, 128, 64, 8, 3, 8),)
+GROUP = 8
+# m, n, k, warps, and stages: as many as fit. The last two leave room for two programs on a multiprocessor, mostly.
+TILES = ((128, 256, 64, 8, (4, 3)), (256, 128, 64, 8, (4, 3)), (128, 128, 64, 8, (4, 3)), (64, 256, 64, 4, (4, 3)),
+         (128, 128, 64, 4, (3,)), (64, 128, 64, 4, (4, 3)))  # fmt: skip
+DRY_TILES = ((64, 128, 64, 8, (3,)),)
+
+
+class Option(NamedTuple):
+    """A way to compute a layer; the arm goes by a table that says so."""
+
+    arm: Arm
+    strategy: str
+    tile: list[int] | None
+
+
+class Job(NamedTuple):
+    """An option checked at a small size, then run once at a planned one, in a process of its own."""
+
+    check: Check
+    warm: Warm
+
+
+def tried(job: Job) -> str | None:
+    """None, or why the option is not to be timed."""
+    return work(job.check)["problem"] or warm(job.warm)
 
 
 def wanted(planned: list[Planned]) -> list[Planned]:
@@ -42,48 +62,55 @@ def wanted(planned: list[Planned]) -> list[Planned]:
     ]
 
 
-def tables(here: Machine, planned: list[Planned], folder: Path) -> dict[tuple[str, tuple[int, ...]], str]:
-    """A file for each (strategy, tile), which says so for all planned layers in both directions."""
-    from ilora.kernels.launch import device_of
-
-    files: dict[tuple[str, tuple[int, ...]], str] = {}
-    name = device_of(torch.empty(1, device=here.device)).name
-    for strategy in ("gemm", "whole"):
-        for tile in DRY_TILES if here.dry else TILES:
-            rows = [
-                {
-                    "device": name, "direction": direction, "dtype": s.as_json()["dtype"], "M": s.batch * s.length,
-                    "d_in": s.d_in, "d_out": s.d_out, "R": s.rank, "strategy": strategy, "tile": list(tile),
-                }
-                for _, s in planned for direction in ("forward", "backward")
-            ]  # fmt: skip
-            file = folder / f"{strategy}-{'-'.join(map(str, tile))}.json"
-            write_json({"version": 1, "rows": rows}, file)
-            files[strategy, tile] = str(file)
-    return files
-
-
-def options(here: Machine, each: Planned, files: dict[tuple[str, tuple[int, ...]], str]) -> dict[str, dict[str, Any]]:
-    """By name: {"arm", "strategy", "tile"} of "beta" and of every GEMM with a tile that fits this layer."""
+def options(here: Machine, each: Planned, quick: bool, folder: Path) -> Iterator[Option]:
+    """ "beta" and every GEMM that takes this layer, with every tile; a table for each is written into the folder."""
     from ilora.kernels.config import SHARED, GemmTile
     from ilora.kernels.launch import device_of
 
     settings, build = each.settings, built_by(backend_of(here.device, each.settings.dtype))
-    smem = device_of(torch.empty(1, device=here.device)).smem
+    device = device_of(torch.empty(1, device=here.device))
     able = {arm.strategy for arm, reason in ours(settings) if reason is None}
-    found: dict[str, dict[str, Any]] = {"beta": {"arm": Arm("beta", build, "beta"), "strategy": "beta", "tile": None}}
-    for (strategy, tile), file in files.items():
-        if strategy in able and SHARED[strategy](GemmTile(*tile), settings.rank) <= smem:
-            name = f"{strategy} {'×'.join(map(str, tile[:3]))}, {tile[3]} warps, {tile[4]} stages"
-            arm = Arm(name, build, "auto", table=file)
-            found[name] = {"arm": arm, "strategy": strategy, "tile": list(tile)}
-    return found
+    yield Option(Arm("beta", build, "beta"), "beta", None)
+    for strategy in ("gemm", "whole"):
+        for *sizes, stages in DRY_TILES if here.dry else TILES[::2] if quick else TILES:
+            tiles = ([*sizes, count, GROUP] for count in stages)
+            tile = next((t for t in tiles if SHARED[strategy](GemmTile(*t), settings.rank) <= device.smem), None)
+            if strategy in able and tile is not None:
+                name = f"{strategy} {'×'.join(map(str, tile[:3]))}, {tile[3]} warps, {tile[4]} stages"
+                file = (
+                    folder
+                    / f"{'-'.join(map(str, (strategy, *tile, settings.rank, settings.d_in, settings.d_out)))}.json"
+                )
+                say_so(device.name, settings, {"strategy": strategy, "tile": tile}, file)
+                yield Option(Arm(name, build, "auto", table=str(file)), strategy, tile)
+
+
+def say_so(device: str, settings: peers.Settings, choice: dict[str, Any], file: Path) -> None:
+    """A table with this choice for the layer, and for the size that is checked."""
+    layer = {"M": settings.batch * settings.length, "d_in": settings.d_in, "d_out": settings.d_out}
+    about = {"device": device, "dtype": settings.as_json()["dtype"], "R": settings.rank}
+    rows = [
+        about | shape | choice | {"direction": direction}
+        for shape in (layer, {name: EVEN[name] for name in layer})
+        for direction in ("forward", "backward")
+    ]
+    write_json({"version": 1, "rows": rows}, file)
+
+
+def job(each: Planned, option: Option) -> Job:
+    settings, arm = each.settings, option.arm
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == settings.dtype)
+    fields, device = tuple(EVEN.items()), str(settings.device)
+    strategy = arm.strategy or "auto"
+    check = Check("even", strategy, dtype, settings.rank, settings.dropout, fields, device, table=arm.table)
+    return Job(check, Warm(settings, arm))
 
 
 @uncollected()
 def measure(
     here: Machine,
     planned: list[Planned],
+    quick: bool,
     processes: int,
     left: Callable[[], float],
     keep: Callable[[dict[str, Any]], None],
@@ -94,52 +121,46 @@ def measure(
     if backend_of(here.device, planned[0].settings.dtype) != "triton":
         return part | {"unavailable": {"tiles": "they are Triton's, which does not run here"}}
     with tempfile.TemporaryDirectory() as folder:
-        files = tables(here, planned, Path(folder))
-        broken = _warm_up(here, planned, files, processes, left, part)
+        known = {each: list(options(here, each, quick, Path(folder))) for each in planned}
+        broken = _try(known, processes, left, part)
         longest = 0.0
         for index, each in enumerate(planned):
             if left() < longest:
                 part["left_out"] = left_out(planned[index:])
                 break
             start = time.monotonic()
-            part["rows"] += _case(here, each, options(here, each, files), broken)
+            part["rows"] += _case(here, each, known[each], broken)
             longest = max(longest * 0.8, time.monotonic() - start)
             keep(part)
     return part
 
 
-def _warm_up(
-    here: Machine, planned: list[Planned], files: dict[tuple[str, tuple[int, ...]], str], processes: int,
-    left: Callable[[], float], part: dict[str, Any],
-) -> dict[tuple[int, float, str], str]:  # fmt: skip
-    """Compiles side by side for at most a third of the time: shapes of one rank share kernels, with and without
-    dropout. What could not run, by (rank, dropout, name), and why."""
-    first = {(each.settings.rank, each.settings.dropout): each for each in reversed(planned)}
-    named = [
-        (key, name, Warm(each.settings, option["arm"]))
-        for key, each in first.items()
-        for name, option in options(here, each, files).items()
-    ]
-    jobs, start, until = [job for *_, job in named] if processes else [], time.monotonic(), left() / 3
+def _try(
+    known: dict[Planned, list[Option]], processes: int, left: Callable[[], float], part: dict[str, Any]
+) -> dict[tuple[int, float, str], str]:
+    """Tries options side by side, for at most a third of the time; layers of one rank share kernels, with and without
+    dropout. What is not to be timed, by (rank, dropout, name), and why."""
+    first = {(each.settings.rank, each.settings.dropout): each for each in reversed(known)}
+    named = [(key, option, job(each, option)) for key, each in first.items() for option in known[each]]
+    jobs, start, until = [each for *_, each in named], time.monotonic(), left() / 3
 
     def remaining() -> float:
         return until - (time.monotonic() - start)
 
-    came = dict(workers.done(warm, jobs, processes, remaining, lambda job: workers.DIED))
+    came = dict(workers.done(tried, jobs, processes, remaining, lambda job: workers.DIED))
     part["warm_up"] = {"jobs": len(jobs), "run": len(came), "seconds": time.monotonic() - start}
-    return {(*named[i][0], named[i][1]): reason for i, reason in came.items() if reason is not None}
+    return {(*named[i][0], named[i][1].arm.name): reason for i, reason in came.items() if reason is not None}
 
 
 def _case(
-    here: Machine, each: Planned, known: dict[str, dict[str, Any]], broken: dict[tuple[int, float, str], str]
+    here: Machine, each: Planned, known: list[Option], broken: dict[tuple[int, float, str], str]
 ) -> list[dict[str, Any]]:
-    """A row for each option; the broken ones have their reason."""
-    level, settings = each
-    reasons = {name: broken.get((settings.rank, settings.dropout, name)) for name in known}
-    arms = [Arm("frozen", peers.PEERS["frozen"]), *(known[name]["arm"] for name in known if reasons[name] is None)]
-    rows = run_case(here, level, settings, arms, eager=False)
-    about = {"level": level, "M": settings.batch * settings.length, **settings.as_json()}
+    """A row for the frozen layer and for each option; the broken ones have their reason."""
+    settings = each.settings
+    reasons = {option.arm.name: broken.get((settings.rank, settings.dropout, option.arm.name)) for option in known}
+    arms = [option.arm for option in known if reasons[option.arm.name] is None]
+    rows = run_case(here, max(each.level, 1), settings, [Arm("frozen", peers.PEERS["frozen"]), *arms], eager=False)
+    about = {"M": settings.batch * settings.length, **settings.as_json()}
     rows += [about | {"peer": name, "error": reason} for name, reason in reasons.items() if reason is not None]
-    for row in rows:
-        row |= {key: known[row["peer"]][key] for key in ("strategy", "tile")} if row["peer"] in known else {}
-    return rows
+    ways = {option.arm.name: {"strategy": option.strategy, "tile": option.tile} for option in known}
+    return [row | ways.get(row["peer"], {}) | {"level": each.level} for row in rows]

@@ -25,12 +25,10 @@ from .table import MEASURED, STRATEGIES, load_table
 
 
 class Choice(NamedTuple):
-    """strategy: one of STRATEGIES; tile: the one that its GEMM takes, None for "beta"; otherwise: the strategy where
-    "whole" cannot be."""
+    """strategy: one of STRATEGIES; tile: the one that its GEMM takes, None for "beta"."""
 
     strategy: str
     tile: GemmTile | None = None
-    otherwise: str = "beta"
 
 
 BETA = Choice("beta")
@@ -39,26 +37,26 @@ BETA = Choice("beta")
 @lru_cache(maxsize=4096)
 def choose(
     device: Device, direction: str, M: int, d_in: int, d_out: int, R: int, dtype: torch.dtype,
-    table: str | None = None, dropout: bool = False,
+    table: str | None = None, dropout: bool = False, whole: bool = True,
 ) -> Choice:  # fmt: skip
     """What was measured for the nearest shape, if M, d_in, d_out and R are all within a factor of 2 of it; else "beta":
     it costs one pass more, whereas a GEMM never timed on a device may cost anything.
 
-    Rows beyond the most that were measured count as those. table: a file whose rows go ahead of MEASURED. tile: the
-    table's, or None where that does not fit or there is none.
+    Rows beyond the most that were measured count as those. table: a file whose rows go ahead of MEASURED. whole:
+    whether rows of "whole" count. The tile is the table's, or None where that does not fit or there is none.
     """
     best, found = math.inf, BETA
     for row in (load_table(table) if table else ()) + MEASURED:
         if (row.device, row.direction, f"torch.{row.dtype}") != (device.name, direction, str(dtype)):
             continue
-        if row.dropout not in (None, dropout):
+        if row.dropout not in (None, dropout) or (row.strategy == "whole" and not whole):
             continue
         ratios = (row.M / min(M, row.M), row.d_in / d_in, row.d_out / d_out, row.R / R)
         distance = max(abs(math.log2(ratio)) for ratio in ratios)
         if distance <= 1.0 and distance < best:
             shared = SHARED.get(row.strategy)
             fits = row.tile is not None and shared is not None and shared(row.tile, R) <= device.smem
-            best, found = distance, Choice(row.strategy, row.tile if fits else None, row.otherwise)
+            best, found = distance, Choice(row.strategy, row.tile if fits else None)
     return found
 
 
@@ -78,20 +76,19 @@ def pick(
         raise ValueError(f"{source}: expected one of {', '.join(STRATEGIES)}, auto")
     M, (R, d_in), d_out = len(x), A.shape, len(B)
     D = d_out if direction == "forward" else d_in
-    choice = choose(device, direction, M, d_in, d_out, R, x.dtype, os.environ.get("ILORA_TABLE"), dropout)
-    ways = [choice.strategy, choice.otherwise] if name == "auto" else [name, "gemm"] if name == "whole" else [name]
-    for way in ways:
-        if way == "beta":
-            break
-        if way == "whole" and gated:
-            continue
-        reason = why_not(x, weight, D, A) or (why_not_whole(device, A, ranks) if way == "whole" else None)
-        if reason is None:
-            measured = choice.tile if way == choice.strategy else None
-            return Choice(way, measured or gemm_tile(device, M, D, R, way))
-        if name != "auto":
-            raise ValueError(f"{source} cannot run {direction}: {reason}")
-    return BETA
+    if name == "whole" and gated:
+        name = "gemm"
+    reason, refused = why_not(x, weight, D, A), "the ranks are gated" if gated else why_not_whole(device, A, ranks)
+    shape, table = (M, d_in, d_out, R, x.dtype), os.environ.get("ILORA_TABLE")
+    choice = choose(device, direction, *shape, table, dropout, whole=refused is None)
+    if name == "auto":
+        name = "beta" if reason else choice.strategy
+    elif name != "beta" and (reason := reason or (refused if name == "whole" else None)):
+        raise ValueError(f"{source} cannot run {direction}: {reason}")
+    if name == "beta":
+        return BETA
+    measured = choice.tile if name == choice.strategy else None
+    return Choice(name, measured or gemm_tile(device, M, D, R, name))
 
 
 def why_not(x: Tensor, weight: Tensor | None, D: int, A: Tensor) -> str | None:

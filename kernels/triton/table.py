@@ -6,8 +6,8 @@ ILORA_TABLE names a JSON file, written by whoever measures, read once and checke
      "d_in": 4096, "d_out": 4096, "R": 16, "strategy": "gemm", "tile": [128, 256, 64, 8, 4, 8]}]}
 
 "device" is torch's name of it; "direction" is "forward" or "backward" (dx); "tile" (m, n, k, warps, stages, group) may
-be left out; so may "dropout", true or false, for a row that holds only with or without it; and "otherwise", "beta" or
-"gemm", for where "strategy" is "whole" and that cannot be.
+be left out, and so may "dropout", true or false, for a row that holds only with or without it. Of rows equally near
+the first counts; one of "whole" is passed over where that cannot be, so another may follow for the same shape.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class Row(NamedTuple):
     R: int
     strategy: str
     tile: GemmTile | None = None
-    otherwise: str = "beta"
     dropout: bool | None = None
 
 
@@ -61,7 +60,6 @@ def _row(fields: Any) -> Row:
     if row.tile is not None:
         row = row._replace(tile=_tile(row.tile))
     choices = {"strategy": STRATEGIES, "direction": DIRECTIONS, "dtype": ("float16", "bfloat16")}
-    choices["otherwise"] = STRATEGIES[:2]
     for name, known in choices.items():
         if getattr(row, name) not in known:
             raise ValueError(f"{name} {getattr(row, name)!r} is none of {', '.join(known)}")
