@@ -69,21 +69,21 @@ def tensors(seed: int) -> dict[str, Any]:
     return made
 
 
-def launches(seed: int, strategy: str) -> list[tuple[Any, ...]]:
+def launches(seed: int, strategy: str, dropout_p: float = 0.1) -> list[tuple[Any, ...]]:
     os.environ["ILORA_STRATEGY"] = strategy
     t = tensors(seed)
     NOTED.clear()
-    low = (t["A"], t["B"], t["gate"], None, 2.0, 0.1, t["seed"])
+    low = (t["A"], t["B"], t["gate"], None, 2.0, dropout_p, t["seed"] if dropout_p else None)
     update.forward(t["x"], t["weight"], None, None, *low)
     update.backward(t["dy"], t["x"], t["xa"], t["weight"], *low, True)
     return [(*entry[:3], *entry[4:]) for entry in NOTED]
 
 
-for strategy in ("beta", "gemm"):
-    first = launches(1, strategy)
+for strategy, dropout_p, count in (("whole", 0.0, 4), ("whole", 0.1, 5), ("beta", 0.1, 9), ("gemm", 0.1, 9)):
+    first = launches(1, strategy, dropout_p)
     kept = len(replay._KEPT)
-    again = launches(2, strategy)
-    assert len(first) > 6, first
+    again = launches(2, strategy, dropout_p)
+    assert len(first) == count, first
     assert len(replay._KEPT) == kept, "a plan was made twice"
     for one, other in zip(first, again, strict=True):
         assert one == other, f"{one}\n{other}"

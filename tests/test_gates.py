@@ -17,7 +17,7 @@ from ilora.kernels.config import search_width  # noqa: E402
 from ilora.kernels.gates import instances  # noqa: E402
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "run", "width"])  # as every kernel has it
 def looked_up(segments_ptr, found_ptr, N, run, width, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(found_ptr + rows, instances(rows, segments_ptr, N, run, width))

@@ -119,6 +119,12 @@ def test_an_opaque_base_and_a_start_off_16_bytes(forced):
     assert reason == "the input does not start at a multiple of 16 bytes"
 
 
+def test_beta_asks_no_table(monkeypatch):
+    monkeypatch.setenv("ILORA_STRATEGY", "beta")
+    monkeypatch.setenv("ILORA_TABLE", "/no/such/table.json")
+    check(replace(EVEN, dtype=F16, device=DEVICE), "triton")
+
+
 def test_an_unknown_strategy_is_refused(monkeypatch):
     monkeypatch.setenv("ILORA_STRATEGY", "fastest")
     with pytest.raises(ValueError, match="ILORA_STRATEGY='fastest': expected one of beta, gemm, whole, auto"):
@@ -152,7 +158,7 @@ def test_the_table_answers_for_the_nearest_shape(tmp_path):
     with_dropout = written(tmp_path, dropout=True)
     assert chosen(path=with_dropout).strategy == "beta"
     assert chosen(path=with_dropout, dropout=True).strategy == chosen(path=path, dropout=True).strategy == "gemm"
-    large = written(tmp_path, tile=[256, 256, 128, 8, 4, 8])
+    large = written(tmp_path, tile=[128, 256, 128, 8, 4, 8])
     assert chosen(path=large)[:2] == ("gemm", None)  # a tile that does not fit is replaced
 
 
@@ -180,6 +186,7 @@ def test_a_table_reaches_the_kernels(tmp_path, monkeypatch):
         ({"color": 1}, "row 0: .*unexpected keyword argument 'color'"),
         ({"tile": [128, 256]}, "expected six positive integers"),
         ({"tile": [96, 256, 64, 8, 4, 8]}, "all powers of two"),
+        ({"tile": [256, 256, 32, 16, 2, 8]}, "more than 128 × 256 elements"),
         ({"tile": [128, 256, 64, 5, 4, 8]}, "warps are 4, 8 or 16"),
     ],
 )

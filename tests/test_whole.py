@@ -14,8 +14,11 @@ if reason := backends.why_not("triton", DEVICE):
     pytest.skip(reason, allow_module_level=True)
 
 from ilora.kernels import config, strategy, update  # noqa: E402
-from ilora.kernels.launch import Device  # noqa: E402
+from ilora.kernels.launch import Device, device_of  # noqa: E402
 from ilora.kernels.table import Row  # noqa: E402
+
+if not device_of(torch.empty(1, device=DEVICE)).tma:
+    pytest.skip("the device loads no tiles by tensor descriptor", allow_module_level=True)
 
 DTYPES = [F16, BF16] if DEVICE == "cuda" else [F16]  # the interpreter's bfloat16 arithmetic means nothing
 EVEN = Case(M=24, d_in=64, d_out=48)
@@ -173,11 +176,21 @@ def test_the_table_may_name_it_and_what_is_to_be_where_it_cannot(monkeypatch):
         measured({"strategy": "whole", "tile": small}, {"strategy": "gemm", "tile": large})
         assert way(16) == ("whole", small)
         assert way(16, gated=True) == ("gemm", large)
+        measured({"strategy": "whole", "tile": small})
+        assert way(24) == ("whole", config.gemm_tile(device, 4096, 1024, 24, "whole"))  # other blocks of ranks
         measured({"strategy": "whole", "R": 32}, {"strategy": "gemm", "R": 32})
         assert way(64).strategy == "gemm"
         assert way(65).strategy == "beta"  # no measurement is that near
     finally:
         strategy.choose.cache_clear()
+
+
+def test_tiles_fit_the_tensor_memory():
+    """Where there is one, it has room for the ranks beside two accumulators of 128 columns, not of 256."""
+    device = Device(148, 227 * 1024, tma=True, tmem=512)
+    assert config.gemm_tile(device, 4096, 4096, 16, "whole")[:2] == (128, 128)
+    assert config.gemm_tile(device, 4096, 4096, 16)[:2] == (128, 256)
+    assert not config.gemm_fits(device, config.GemmTile(64, 256, 64, 8, 2), 16, "whole")
 
 
 def test_tiles_fit_the_shared_memory():

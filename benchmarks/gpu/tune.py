@@ -64,7 +64,7 @@ def wanted(planned: list[Planned]) -> list[Planned]:
 
 def options(here: Machine, each: Planned, quick: bool, folder: Path) -> Iterator[Option]:
     """ "beta" and every GEMM that takes this layer, with every tile; a table for each is written into the folder."""
-    from ilora.kernels.config import SHARED, GemmTile
+    from ilora.kernels.config import GemmTile, gemm_fits
     from ilora.kernels.launch import device_of
 
     settings, build = each.settings, built_by(backend_of(here.device, each.settings.dtype))
@@ -74,7 +74,7 @@ def options(here: Machine, each: Planned, quick: bool, folder: Path) -> Iterator
     for strategy in ("gemm", "whole"):
         for *sizes, stages in DRY_TILES if here.dry else TILES[::2] if quick else TILES:
             tiles = ([*sizes, count, GROUP] for count in stages)
-            tile = next((t for t in tiles if SHARED[strategy](GemmTile(*t), settings.rank) <= device.smem), None)
+            tile = next((t for t in tiles if gemm_fits(device, GemmTile(*t), settings.rank, strategy)), None)
             if strategy in able and tile is not None:
                 name = f"{strategy} {'×'.join(map(str, tile[:3]))}, {tile[3]} warps, {tile[4]} stages"
                 file = (

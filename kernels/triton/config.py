@@ -174,6 +174,13 @@ def whole_shared(tile: GemmTile, R: int) -> int:
 SHARED = {"gemm": gemm_shared, "whole": whole_shared}
 
 
+def gemm_fits(device: Device, tile: GemmTile, R: int, strategy: str) -> bool:
+    """Whether a program has the memory for it. Tensor memory is counted in columns: Triton 3.6 and 3.7 keep the
+    accumulator there twice, and whole's ranks beside it."""
+    columns = 2 * tile.n + pow2(R, 16, 32) if strategy == "whole" else 0
+    return SHARED.get(strategy, gemm_shared)(tile, R) <= device.smem and columns <= (device.tmem or columns)
+
+
 def gemm_programs(device: Device, tile: GemmTile, R: int, strategy: str, tiles: int) -> int:
     """Programs for so many tiles: as many as there are multiprocessors, or twice that where two fit on one."""
     each = 2 if 2 * SHARED[strategy](tile, R) <= device.smem else 1
@@ -190,7 +197,9 @@ def gemm_tile(device: Device, M: int, D: int, R: int, strategy: str = "gemm") ->
         return waves * tile.m * tile.n / GEMM_TILES[tile[:4]]
 
     tiles = (GemmTile(*shape, stages) for shape in GEMM_TILES for stages in (4, 3, 2))
-    return min((tile for tile in tiles if SHARED[strategy](tile, R) <= device.smem), key=cost)
+    best = min((tile for tile in tiles if gemm_fits(device, tile, R, strategy)), key=cost)
+    # With tensor memory ptxas cuts 8 warps to 128 registers and spills 2 to 4 words of what is left.
+    return best._replace(warps=4) if device.tmem and strategy == "whole" else best
 
 
 def per_sm(R: int) -> int:

@@ -17,7 +17,8 @@ from .dropout import row_keys
 class Device(NamedTuple):
     """sms: multiprocessors to fill; smem: bytes of shared memory a program may use; hip: an AMD GPU;
     interpret: the kernels run on the CPU, where bfloat16 arithmetic is meaningless and float32 takes its place;
-    tma: the GPU copies tiles by tensor descriptor itself (sm_90 and later); name: what a table of measurements knows
+    tma: the GPU copies tiles by tensor descriptor itself (sm_90 and later); tmem: columns of its tensor memory, 0 where
+    it has none; name: what a table of measurements knows
     it by."""
 
     sms: int
@@ -26,6 +27,7 @@ class Device(NamedTuple):
     interpret: bool = False
     tma: bool = False
     name: str = ""
+    tmem: int = 0
 
 
 # few multiprocessors: small tests split too
@@ -37,7 +39,14 @@ def _gpu(device: torch.device) -> Device:
     facts = torch.cuda.get_device_properties(device)
     hip = torch.version.hip is not None
     smem = 64 * 1024 if hip else facts.shared_memory_per_block_optin
-    return Device(facts.multi_processor_count, smem, hip, tma=not hip and facts.major >= 9, name=facts.name)
+    return Device(
+        facts.multi_processor_count,
+        smem,
+        hip,
+        tma=not hip and facts.major >= 9,
+        name=facts.name,
+        tmem=512 * (not hip and facts.major == 10),
+    )
 
 
 def device_of(x: Tensor) -> Device:

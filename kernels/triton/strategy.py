@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import SHARED, GemmTile, gemm_tile, start
+from .config import GemmTile, gemm_fits, gemm_tile, pow2, start
 from .gemm import rows_of
 from .launch import Device
 from .table import MEASURED, STRATEGIES, load_table
@@ -54,9 +54,9 @@ def choose(
         ratios = (row.M / min(M, row.M), row.d_in / d_in, row.d_out / d_out, row.R / R)
         distance = max(abs(math.log2(ratio)) for ratio in ratios)
         if distance <= 1.0 and distance < best:
-            shared = SHARED.get(row.strategy)
-            fits = row.tile is not None and shared is not None and shared(row.tile, R) <= device.smem
-            best, found = distance, Choice(row.strategy, row.tile if fits else None)
+            like = row.tile is not None and pow2(row.R, 16, 128) == pow2(R, 16, 128)  # else it has other registers
+            tile = row.tile if like and row.tile and gemm_fits(device, row.tile, R, row.strategy) else None
+            best, found = distance, Choice(row.strategy, tile)
     return found
 
 
@@ -76,6 +76,8 @@ def pick(
         raise ValueError(f"{source}: expected one of {', '.join(STRATEGIES)}, auto")
     M, (R, d_in), d_out = len(x), A.shape, len(B)
     D = d_out if direction == "forward" else d_in
+    if name == "beta":
+        return BETA
     if name == "whole" and gated:
         name = "gemm"
     reason, refused = why_not(x, weight, D, A), "the ranks are gated" if gated else why_not_whole(device, A, ranks)
@@ -83,7 +85,7 @@ def pick(
     choice = choose(device, direction, *shape, table, dropout, whole=refused is None)
     if name == "auto":
         name = "beta" if reason else choice.strategy
-    elif name != "beta" and (reason := reason or (refused if name == "whole" else None)):
+    elif reason := reason or (refused if name == "whole" else None):
         raise ValueError(f"{source} cannot run {direction}: {reason}")
     if name == "beta":
         return BETA

@@ -47,6 +47,8 @@ def _tile(numbers: Any) -> GemmTile:
     tile = GemmTile(*numbers)
     if not (tile.m in (64, 128, 256) and tile.n in (64, 128, 256) and tile.k in (16, 32, 64, 128)):
         raise ValueError(f"tile {numbers}: m and n are 64, 128 or 256, k 16 to 128, all powers of two")
+    if tile.m * tile.n > 128 * 256:
+        raise ValueError(f"tile {numbers}: more than 128 × 256 elements do not fit the registers")
     if tile.warps not in (4, 8, 16) or tile.stages > 8:
         raise ValueError(f"tile {numbers}: warps are 4, 8 or 16, stages at most 8")
     return tile
