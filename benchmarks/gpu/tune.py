@@ -23,8 +23,8 @@ from .plan import Planned, left_out
 
 GROUP = 8
 # m, n, k, warps, and stages: as many as fit. The last two leave room for two programs on a multiprocessor, mostly.
-TILES = ((128, 256, 64, 8, (4, 3)), (256, 128, 64, 8, (4, 3)), (128, 128, 64, 8, (4, 3)), (64, 256, 64, 4, (4, 3)),
-         (128, 128, 64, 4, (3,)), (64, 128, 64, 4, (4, 3)))  # fmt: skip
+TILES = ((128, 256, 64, 8, (4, 3)), (128, 256, 128, 8, (2,)), (256, 128, 64, 8, (4, 3)), (64, 256, 64, 4, (4, 3)),
+         (128, 128, 64, 8, (4, 3)), (128, 128, 64, 4, (3,)), (64, 128, 64, 4, (4, 3)))  # fmt: skip
 DRY_TILES = ((64, 128, 64, 8, (3,)),)
 
 
