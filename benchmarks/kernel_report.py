@@ -34,10 +34,16 @@ def bytes_report(case: Case, target: str) -> dict[str, Any]:
     return row
 
 
-def report(every: list[Case], targets: list[str], names: list[str], processes: int) -> dict[str, Any]:
+def report(
+    every: list[Case], targets: list[str], names: list[str], processes: int, pdl: bool = False
+) -> dict[str, Any]:
     """Prints both tables; returns what --json keeps."""
     plans = [
-        (target, launch) for target in targets for case in every for part in launches(case, target) for launch in part
+        (target, launch)
+        for target in targets
+        for case in every
+        for part in launches(case, target, pdl)
+        for launch in part
     ]
     jobs = dict.fromkeys(job(launch, target) for target, launch in plans if launch.kernel.fn.__name__ in names)
     rows = []
@@ -79,6 +85,7 @@ def main() -> int:
     parser.add_argument("--dtypes", type=_list, default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     parser.add_argument("--kernels", type=_list, default=list(KERNEL_NAMES), help=f"of {','.join(KERNEL_NAMES)}")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--pdl", action="store_true", help="as under ILORA_PDL=1, where the target has that")
     parser.add_argument("--json", type=Path, help="keep the tables in this file")
     options = parser.parse_args()
     for name, known in (("targets", TARGETS), ("dtypes", DTYPES), ("kernels", KERNEL_NAMES)):
@@ -87,7 +94,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter's kernels cannot be compiled; unset it")
     every = cases(options.ranks, options.dtypes)
-    results = report(every, options.targets, options.kernels, options.processes)
+    results = report(every, options.targets, options.kernels, options.processes, options.pdl)
     if options.json:
         temporary = options.json.with_name(options.json.name + ".tmp")  # whole or not at all
         temporary.write_text(json.dumps(results, indent=1) + "\n")

@@ -73,12 +73,13 @@ def kernels() -> Any:
     return sys.modules["ilora_kernels"]
 
 
-def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
-    """What forward and backward would launch there, on meta tensors."""
+def launches(case: Case, target: str, pdl: bool = False) -> tuple[list[Any], list[Any]]:
+    """What forward and backward would launch there, on meta tensors; pdl: by programmatic dependent launch, on targets
+    that have it."""
     package = kernels()
     arch, sms, smem = TARGETS[target]
     device = package.launch.Device(sms, smem, hip=arch[0] == "hip", tma=target in DESCRIPTORS,
-                                   tmem=TMEM.get(target, 0))  # fmt: skip
+                                   tmem=TMEM.get(target, 0), pdl=pdl and target in DESCRIPTORS)  # fmt: skip
     x_type, a_type = DTYPES[case.dtypes]
     N, E = (case.M if case.token else 32), 4
 
@@ -98,4 +99,4 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     forward, backward = package.update.Update(*common), package.update.Update(*common)
     _, xa = forward.forward(empty(case.d_out), None, weight)
     backward.backward(empty(case.M, case.d_out), xa, True, weight)
-    return forward.launches, backward.launches
+    return forward.plan(())[0], backward.plan(())[0]

@@ -39,8 +39,9 @@ class Job(NamedTuple):
 def job(launch: Any, target: str) -> Job:
     """The specialisation Triton's launcher would choose: constants, None and 1 folded, divisibility by 16 noted."""
     signature, constants, aligned = {}, {}, []
+    arguments = launch.arguments
     for parameter in launch.kernel.params:
-        value, name = launch.args[parameter.name], parameter.name
+        value, name = arguments[parameter.name], parameter.name
         free = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
@@ -81,6 +82,8 @@ def compile_job(job: Job) -> dict[str, Any]:
     compiled = triton.compile(source, target=GPUTarget(*arch), options=options)
     usage = _amd(compiled.asm["amdgcn"]) if arch[0] == "hip" else _nvidia(compiled.asm["cubin"])
     wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel in ("gemm", "whole") else ()
+    if dict(job.constants)["PDL"]:
+        wanted += ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
     missing = [name for name in wanted if not re.search(name, compiled.asm["ptx"])]
     return usage | {"shared": compiled.metadata.shared, "missing": missing}
 
@@ -119,6 +122,7 @@ def title(job: Job) -> str:
     marks = (
         ("mask", constants.get("DROPOUT")),
         ("turned", constants.get("TURNED")),
+        ("pdl", constants.get("PDL")),
         ("with W", kinds.get("weight_ptr", "constexpr") != "constexpr"),
     )
     flags = [name for name, on in marks if on]

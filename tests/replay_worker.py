@@ -13,6 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 NOTED: list[tuple[Any, ...]] = []
+EARLY: list[bool] = []  # of each launch, whether it is a programmatic dependent one
 
 
 class Utilities:
@@ -26,9 +27,11 @@ class Utilities:
 
 
 class Launcher:
-    def __init__(self, source: Any, metadata: Any) -> None: ...
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.early = metadata["launch_pdl"] if isinstance(metadata, dict) else metadata.launch_pdl
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
+        EARLY.append(self.early)
         NOTED.append((x, y, z, stream, function, *map(noted, rest[4:])))  # after metadata and hooks
 
 
@@ -56,7 +59,7 @@ def noted(value: Any) -> Any:
 driver.set_active(Driver())
 PLACES: dict[int, str] = {}
 DEVICE = launch.Device(132, 227 * 1024, tma=True, name="noted")
-setattr(update, "device_of", lambda x: DEVICE)  # noqa: B010
+setattr(update, "device_of", lambda x: DEVICE._replace(pdl=os.environ.get("ILORA_PDL") == "1"))  # noqa: B010
 
 
 def tensors(seed: int) -> dict[str, Any]:
@@ -87,6 +90,16 @@ for strategy, dropout_p, count in (("whole", 0.0, 4), ("whole", 0.1, 5), ("beta"
     assert len(replay._KEPT) == kept, "a plan was made twice"
     for one, other in zip(first, again, strict=True):
         assert one == other, f"{one}\n{other}"
+    assert not any(EARLY)
+    os.environ["ILORA_PDL"] = "1"
+    EARLY.clear()
+    early, again = launches(1, strategy, dropout_p), launches(2, strategy, dropout_p)
+    assert early == again
+    assert [entry[:3] for entry in early] == [entry[:3] for entry in first]
+    assert len(EARLY) == 2 * count
+    assert all(EARLY)
+    EARLY.clear()
+    del os.environ["ILORA_PDL"]
 kept = replay._KEPT[next(key for key in replay._KEPT if key[0] == "backward")]
 names = ("dy", "x", "xa", "weight", "A", "B", "gate", None, "seed")
 given = tensors(3)

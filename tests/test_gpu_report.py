@@ -12,7 +12,7 @@ import peers
 import pytest
 import report
 import torch
-from gpu import correctness, decode, figures, layer, machine, model, plan, sanitizer, tune, workers
+from gpu import arms, correctness, decode, figures, layer, machine, model, plan, sanitizer, tune, workers
 from gpu import markdown as shown
 from gpu import results as files
 from gpu import table as strategies
@@ -492,20 +492,34 @@ def test_an_arm_that_breaks_is_a_row_and_the_others_go_on(compiled):
         layer.run_case(HERE, 1, settings, [layer.Arm("frozen", broken)])
 
 
-def test_an_arm_runs_under_its_strategy_only(monkeypatch):
-
+def test_an_arm_runs_under_its_settings_only(monkeypatch):
+    names = ("ILORA_STRATEGY", "ILORA_TABLE", "ILORA_PDL")
     monkeypatch.setenv("ILORA_STRATEGY", "mine")
+    monkeypatch.setenv("ILORA_TABLE", "my table")
+    monkeypatch.delenv("ILORA_PDL", raising=False)
     seen = []
 
     class Looking:
         sets, queued, outputs = 1, False, []
-        parts = [lambda: seen.append(os.environ["ILORA_STRATEGY"])]
+        parts = [lambda: seen.append(tuple(map(os.environ.get, names)))]
 
-    for name in ("gemm", None):
-        for part in layer.Under(Looking(), name).parts:
+    def build(case):
+        raise NotImplementedError
+
+    for arm in (layer.Arm("one", build, "gemm", table="", pdl="1"), layer.Arm("two", build)):
+        for part in layer.Under(Looking(), *arm.under).parts:
             part()
-    assert seen == ["gemm", "mine"]
-    assert os.environ["ILORA_STRATEGY"] == "mine"
+    assert seen == [("gemm", "", "1"), ("mine", "my table", None)]
+    assert tuple(map(os.environ.get, names)) == ("mine", "my table", None)
+
+
+def test_what_is_launched_early_has_a_row_and_no_part_in_the_table():
+    pytest.importorskip("triton")
+    settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.1, torch.float16, CPU)
+    (arm,) = (arm for arm, reason in arms.ours(settings, True) if arm.name == "ilora[pdl]" and reason is None)
+    assert arm.under == ("auto", None, "1")
+    rows = [layer_row(f"ilora[{name}]", ratio) for name, ratio in (("beta", 1.0), ("gemm", 0.95), ("pdl", 0.5))]
+    assert {row["strategy"] for row in table_of(rows)} == {"gemm"}
 
 
 @pytest.mark.parametrize(("tail", "findings"), [("ERROR SUMMARY: 2 errors", 2), ("no such device", None)])

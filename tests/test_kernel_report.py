@@ -54,6 +54,14 @@ def test_the_gemms_are_pipelined_and_read_their_operands_once(tmp_path):
             assert row[part]["least"] <= row[part]["unique"] < 1.1 * row[part]["least"]
 
 
+def test_kernels_that_begin_early_wait(tmp_path):
+    file = tmp_path / "report.json"
+    done = report("--pdl", "--targets=sm_80,sm_90", "--ranks=16", "--dtypes=bf16", "--kernels=sums", "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr  # without a wait in the PTX it is bad
+    kernels = json.loads(file.read_text())["kernels"]
+    assert {(row["target"], row["constants"]["PDL"]) for row in kernels} == {("sm_80", "False"), ("sm_90", "True")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [

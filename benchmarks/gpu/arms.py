@@ -24,20 +24,25 @@ from .machine import backend_of, loads_by_descriptor
 
 
 class Arm(NamedTuple):
-    """strategy, table: what ILORA_STRATEGY and ILORA_TABLE say while it runs, None leaves them alone (a peer); bias:
-    whether it has the frozen layer's."""
+    """strategy, table, pdl: what ILORA_STRATEGY, ILORA_TABLE and ILORA_PDL say while it runs, None leaves them alone (a
+    peer); bias: whether it has the frozen layer's."""
 
     name: str
     build: Callable[[Case], Peer]
     strategy: str | None = None
     bias: bool = True
     table: str | None = None
+    pdl: str | None = None
+
+    @property
+    def under(self) -> tuple[str | None, str | None, str | None]:
+        return self.strategy, self.table, self.pdl
 
 
 @contextmanager
-def using(strategy: str | None, table: str | None = None) -> Iterator[None]:
-    """ILORA_STRATEGY and ILORA_TABLE for a while; None leaves one alone."""
-    wanted = {"ILORA_STRATEGY": strategy, "ILORA_TABLE": table}
+def using(strategy: str | None, table: str | None = None, pdl: str | None = None) -> Iterator[None]:
+    """ILORA_STRATEGY, ILORA_TABLE and ILORA_PDL for a while; None leaves one alone."""
+    wanted = {"ILORA_STRATEGY": strategy, "ILORA_TABLE": table, "ILORA_PDL": pdl}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update({name: value for name, value in wanted.items() if value is not None})
     try:
@@ -50,10 +55,10 @@ def using(strategy: str | None, table: str | None = None) -> Iterator[None]:
 
 
 class Under:
-    """A program whose parts run under a strategy and a table, see `using`."""
+    """A program whose parts run under a strategy, a table and so on, see `using`."""
 
-    def __init__(self, program: Program, strategy: str | None, table: str | None = None) -> None:
-        self.program, self.sets, self.queued, self.under = program, program.sets, program.queued, (strategy, table)
+    def __init__(self, program: Program, *under: str | None) -> None:
+        self.program, self.sets, self.queued, self.under = program, program.sets, program.queued, under
         self.parts: Sequence[Callable[[], object]] = [partial(self._part, part) for part in program.parts]
 
     @property
@@ -114,8 +119,8 @@ def _libraries(p: float) -> list[tuple[Arm, str | None]]:
     ]
 
 
-def ours(settings: Settings) -> list[tuple[Arm, str | None]]:
-    """Our arms, each with the reason why it cannot run, or None."""
+def ours(settings: Settings, every: bool = False) -> list[tuple[Arm, str | None]]:
+    """Our arms, each with the reason why it cannot run, or None; every: programmatic dependent launch too."""
     backend = backend_of(settings.device, settings.dtype)
     triton = backend == "triton"
     wide = settings.dtype.itemsize == 2
@@ -128,7 +133,10 @@ def ours(settings: Settings) -> list[tuple[Arm, str | None]]:
     build = built_by(backend)
     reasons = {"beta": forced, "gemm": tensor, "whole": tensor or few}
     arms = [(Arm(f"ilora[{name}]", build, name, table=""), reason) for name, reason in reasons.items()]
-    return [(Arm("ilora", build, "auto"), None), *arms]  # it alone goes by a table that is in force, tiles and all
+    if every:
+        early = forced or (None if loads_by_descriptor(settings.device) else "kernels there wait for one another")
+        arms.append((Arm("ilora[pdl]", build, "auto", pdl="1"), early))
+    return [(Arm("ilora", build, "auto"), None), *arms]  # "auto" goes by a table that is in force, tiles and all
 
 
 @cache
@@ -141,7 +149,7 @@ def arms_of(settings: Settings, every: bool) -> tuple[list[Arm], dict[str, str]]
     device, dtype, p = settings.device, settings.dtype, settings.dropout
     names = ["frozen", "peft"] + ["published", "loop", "eager", "compile"] * every
     known = [(Arm(name, peers.PEERS[name]), peers.unavailable(name, device, dtype)) for name in names]
-    candidates = known[:1] + ours(settings) + known[1:] + (_libraries(p) if every else [])
+    candidates = known[:1] + ours(settings, every) + known[1:] + (_libraries(p) if every else [])
     return (
         [arm for arm, reason in candidates if reason is None],
         {arm.name: reason for arm, reason in candidates if reason is not None},

@@ -27,7 +27,7 @@ TINY = {"M": 72, "N": 3, "d_in": 16, "d_out": 8}
 
 class Check(NamedTuple):
     """What a process computes by itself. strategy "cuda": the CUDA library's decode instead of a strategy of Triton's;
-    mixed: A and B in float32; table: what ILORA_TABLE names while it runs."""
+    mixed: A and B in float32; table, pdl: what ILORA_TABLE and ILORA_PDL say while it runs."""
 
     shape: str
     strategy: str
@@ -38,6 +38,7 @@ class Check(NamedTuple):
     device: str
     mixed: bool = False
     table: str | None = None
+    pdl: str | None = None
 
     def case(self) -> Any:
         adapter = CASES.F32 if self.mixed else None
@@ -72,7 +73,8 @@ def checks(device: torch.device, quick: bool, dry: bool) -> list[Check]:
                 add(shape, {"M": M, "N": M, "d_in": d_in, "d_out": d_out}, strategy, rank, 0.0, kind)
     for p, strategy in itertools.product(() if dry else (0.0, 0.1), ("beta", *gemms)):
         add("large", LARGE, strategy, 16, p, ("bf16", False))
-    return every
+    early = [each._replace(pdl="1") for each in every if each.R == 16 and each.dtype == "bf16" and not each.mixed]
+    return every + [each for each in early if each.strategy != "cuda" and len(gemms) == 2]
 
 
 _lost: list[str] = []  # this process's: once its device is gone, nothing that follows is a verdict
@@ -100,7 +102,7 @@ def _update(check: Check) -> str | None:
     case = check.case()
     backend = backend_of(torch.device(check.device), torch.float32 if check.mixed else case.dtype)
     try:
-        with using(check.strategy, check.table):
+        with using(check.strategy, check.table, check.pdl):
             first = CASES.run(case, backend)
             want = CASES.run(case, None, wide=True), CASES.run(case, None, wide=True, squared=True)
             CASES.within(case, first, CASES.run(case, None), *want)

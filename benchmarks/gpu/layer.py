@@ -39,7 +39,7 @@ def warm(job: Warm) -> str | None:
         torch.compiler.reset()  # its limit of graphs is a process's
         arm = job.arm
         case = case_for(arm, make_case(job.settings))
-        with using(arm.strategy, arm.table):
+        with using(*arm.under):
             program = Eager([arm.build(case)], [case])
             for _ in range(2):
                 program.both()
@@ -65,7 +65,9 @@ def warm_jobs(planned: Iterable[Planned]) -> list[Warm]:
     for level, settings in planned:
         if level < WARM_LEVELS:
             arms = arms_of(settings, level == 0)[0]
-            jobs += [Warm(settings, arm) for arm in arms if arm.strategy in STRATEGIES or arm.name == "compile"]
+            jobs += [
+                Warm(settings, arm) for arm in arms if arm.strategy in STRATEGIES or arm.pdl or arm.name == "compile"
+            ]
     return sorted(jobs, key=lambda job: job.arm.name != "compile")
 
 
@@ -156,7 +158,7 @@ def run_case(
         rows[arm.name] = row = _row(level, settings, arm)
         program = attempt(row, "error", partial(_prepared, here, arm, [case_for(arm, each) for each in inputs], row))
         if program is not None:
-            programs[arm.name] = Under(program, arm.strategy, arm.table)
+            programs[arm.name] = Under(program, *arm.under)
     if "frozen" not in programs:
         raise WrongPeer(f"{settings}: the frozen layer itself failed: {rows['frozen']['error']}")
     time_both(here, rows, programs, SECONDS[level > 0], eager)
@@ -177,7 +179,7 @@ def attempt(row: dict[str, Any], key: str, function: Callable[[], Any]) -> Any:
 def _prepared(here: Machine, arm: Arm, inputs: list[Any], row: dict[str, Any]) -> Eager:
     """The arm's program over all inputs, checked, with its memory in the row."""
     first = inputs[0]
-    with using(arm.strategy, arm.table):
+    with using(*arm.under):
         peers = [arm.build(case) for case in inputs]
         row["error_of_check"] = check(peers[0], arm.build, first)
         row["saved_bytes"] = saved_bytes(partial(peers[0].call, first.x), [*first.constants, *peers[0].parameters])

@@ -13,6 +13,7 @@ WORTH = 0.99  # a GEMM of ours must take less than this of beta's time: what is 
 
 Way = tuple[str, tuple[int, ...] | None]  # a strategy, and its tile where that was chosen
 BETA: Way = ("beta", None)
+FORCED = {f"ilora[{strategy}]": strategy for strategy in ("beta", "gemm", "whole")}  # the sweep's arms
 NAMES = ("direction", "dtype", "M", "d_in", "d_out", "R", "dropout")
 
 
@@ -52,8 +53,8 @@ def _ways(rows: Any) -> Iterator[tuple[dict[str, Any], Way]]:
     """Rows of ours with a graph's time, and what they are the time of."""
     for row in rows:
         if "graph" in row and row["dtype"] != "float32":
-            if row["peer"].startswith("ilora["):
-                yield row, (row["peer"][6:-1], None)
+            if row["peer"] in FORCED:
+                yield row, (FORCED[row["peer"]], None)
             elif "strategy" in row:
                 yield row, (row["strategy"], row["tile"] and tuple(row["tile"]))
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from . import config
 from .config import Tile, ceil_div, pow2
 from .gates import instances
-from .launch import Device, Launch
+from .launch import Device, Launch, begin
 from .tiles import accumulate
 
 ROWS = 64  # more rows than these fill the GPU by the ordinary launches
@@ -28,7 +28,7 @@ def decode(
     x_row, x_col, w_row, w_col, base_row, base_col, a_row, a_col, b_row, b_col, gate_row, gate_col,
     R: tl.constexpr, RANK: tl.constexpr, DOT: tl.constexpr, NARROW: tl.constexpr, BASE_DOT: tl.constexpr,
     PIECES: tl.constexpr, PRECISION: tl.constexpr, BASE_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """xa = x Aᵀ;  y = (γ ⊙ xa) Bᵀ + bias + base + x Wᵀ; a pointer that is None adds nothing.
 
@@ -37,6 +37,7 @@ def decode(
     Work: program (c, i) owns BLOCK_N columns and BLOCK_M rows, and makes xa of its rows for itself: programs that
     waited for one another would need a counter that outlives the launch. The first column block stores xa.
     """
+    begin(PDL)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks, ks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
@@ -116,7 +117,8 @@ def plan(
         "PRECISION": dots.precision, "BASE_PRECISION": config.dots(device, x.dtype, x.dtype).precision,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": step, "BLOCK_R": _ranks(A, whole and weight is not None),
     }  # fmt: skip
-    return Launch(decode, (ceil_div(D_OUT, tile.n), ceil_div(M, tile.m)), args, tile.warps, tile.stages), y, xa, whole
+    grid = ceil_div(D_OUT, tile.n), ceil_div(M, tile.m)
+    return Launch(decode, grid, args, tile.warps, tile.stages, device.pdl), y, xa, whole
 
 
 def _ranks(A: Tensor, fused: bool) -> int:

@@ -10,14 +10,14 @@ import triton.language as tl
 from . import config
 from .config import Dots, ceil_div
 from .dropout import Mask, keep, row_keys
-from .launch import Launch
+from .launch import Launch, begin
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def expand(
     h_ptr, w_ptr, bias_ptr, base_ptr, seed_ptr, y_ptr, M, D, threshold, w_col, w_rank, base_row, base_col,
     R: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = keep[m, n] · Σ_r h[m, r] · w[n, r] + bias[n] + base[m, n]; a pointer that is None adds nothing.
 
@@ -26,6 +26,7 @@ def expand(
     UNIT: a power of two dividing w_col, for Triton to know (it only asks whether 16 does).
     Work: a program owns a tile [BLOCK_M, BLOCK_N] of y; neighbours share their rows.
     """
+    begin(PDL)
     tiles = tl.cdiv(D, BLOCK_N)
     rows = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .config import ceil_div, pow2, search_width
-from .launch import Launch
+from .launch import Launch, begin
 from .sums import BLOCK, Partial, along, sum_block, sum_in_order
 
 
@@ -72,7 +72,7 @@ def gate_ranks(
     parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
     M, N, S, run, width, scaling, gate_row, gate_col, more_ptr, more_sum_ptr, more_size, more_parts, blocks,
     E: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """t = Σ_s parts[s] in order;  gated = γ ⊙ t;  and, where the pointer is given, raw = t and
     scores[m, e] = scaling · Σ_{r in e} t[m, r] · xa[m, r];  and more_sum = Σ_g more[g] (sums.py).
@@ -81,6 +81,7 @@ def gate_ranks(
     Writes gated and raw [M, R], scores [M, E], all contiguous, each in its own dtype.
     Work: a program owns BLOCK_M rows and all ranks, as a tile [rows, experts, ranks of one expert].
     """
+    begin(PDL)
     block = tl.program_id(0)
     if block < blocks:
         _gate_block(block, parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
@@ -129,5 +130,5 @@ def gate_launch(
         "S": len(parts) if parts.dim() == 3 else 1, **gate.arguments(), **more_args, "blocks": blocks,
         "E": E, "RANK": R // E, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j, "BLOCK": BLOCK,
     }  # fmt: skip
-    args = {name: named[name] for name in gate_ranks.arg_names}
+    args = {name: named[name] for name in gate_ranks.arg_names if name != "PDL"}
     return Launch(gate_ranks, (blocks + programs,), args)

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import Dots, GemmTile, ceil_div, gemm_programs, gemm_step, unit
 from .dropout import Mask, keep, row_keys
-from .launch import Device, Launch
+from .launch import Device, Launch, begin
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def gemm(
     x, w, y, h_ptr, low_ptr, bias_ptr, seed_ptr, M, D, K, threshold, low_col, low_rank,
     R: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] + keep[m, n] · Σ_r h[m, r] · low[n, r]; a pointer that is None adds 0.
 
@@ -59,6 +59,7 @@ def gemm(
     product (masked there: dropout is before A, never before W). Its operands are asked for before the loop of the tile
     before (AHEAD: they arrive meanwhile), or after it.
     """
+    begin(PDL)
     step = tl.num_programs(0)
     row, column = corner(tl.program_id(0), M, D, GROUP, BLOCK_M, BLOCK_N)
     h, low = _narrow(h_ptr, low_ptr, row, column, M, D, low_col, low_rank, 0, R, UNIT, BLOCK_M, BLOCK_N, BLOCK_R)

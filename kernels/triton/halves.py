@@ -18,7 +18,7 @@ def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Ten
     def make() -> Plan:
         update = _of_x(x, A, one, x.shape[1], dropout_p, seed)
         xa = update.shrink_x()
-        return update.launches, (xa,), update.fused
+        return update.plan((xa,))
 
     (xa,), _ = planned("shrink_x", (dropout_p,), x, (x, A, one, seed), make)
     return xa
@@ -33,7 +33,7 @@ def expand_xa(
     def make() -> Plan:
         update = Update(device_of(x), x, _shaped(B, B.shape[1], x.shape[1]), B, gate, segments, scaling, 0.0, None)
         y = update.expand_xa(xa, bias, weight)
-        return update.launches, (y,), update.fused
+        return update.plan((y,))
 
     (y,), fused = planned("expand_xa", (scaling,), x, (x, xa, weight, bias, B, gate, segments), make)
     if y.numel() and not fused:
@@ -48,7 +48,7 @@ def backward_dy(
 
     def make() -> Plan:
         update = Update(device_of(dy), dy, _shaped(B, *reversed(B.shape)), B, gate, segments, scaling, 0.0, None)
-        return update.launches, update.backward_dy(dy, xa), update.fused
+        return update.plan(update.backward_dy(dy, xa))
 
     (dxa, dB, dgate), _ = planned("backward_dy", (scaling,), dy, (dy, xa, B, gate, segments), make)
     return dxa, dB, dgate
@@ -66,7 +66,7 @@ def backward_x(
     def make() -> Plan:
         update = _of_x(x, A, one, x.shape[1] if dy is None else dy.shape[1], dropout_p, seed)
         results = update.backward_x(dxa, need_dx, dy, weight)
-        return update.launches, results, update.fused
+        return update.plan(results)
 
     inputs = (dxa, x, A, one, dy, weight, seed)
     (dx, dA), fused = planned("backward_x", (dropout_p, need_dx), x, inputs, make)

@@ -11,7 +11,7 @@ import triton.language as tl
 from . import config
 from .config import Dots, ceil_div, pow2
 from .dropout import Mask, keep, row_keys
-from .launch import Device, Launch
+from .launch import Device, Launch, begin
 from .tiles import accumulate
 
 
@@ -47,7 +47,7 @@ def outer_block(
 def outer(
     x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, out_col, out_rank,
     R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts[g, n, r] = Σ_m x̃[m, n] · h[m, r] over the g-th group of rows.
 
@@ -55,6 +55,7 @@ def outer(
     Writes parts [G, …], float32 unless G = 1, each laid out by (out_col, out_rank).
     Work: program (c, g) owns BLOCK_N columns and `chunk` rows, a multiple of BLOCK_M; its sum stays in registers.
     """
+    begin(PDL)
     outer_block(tl.program_id(0), tl.program_id(1), x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold,
                 x_row, x_col, out_col, out_rank,
                 R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
@@ -65,12 +66,13 @@ def outers(
     x_ptr, dxa_ptr, seed_ptr, dy_ptr, h_ptr, da_ptr, db_ptr, M, D_IN, D_OUT, chunk, threshold,
     x_row, x_col, dy_row, dy_col, da_col, da_rank, db_col, db_rank,
     R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Both weight gradients in one launch: `outer` of x and dxa, and of dy and h, where no mask is.
 
     The first ⌈D_IN / BLOCK_N⌉ programs of a chunk of rows are the former's, the others the latter's.
     """
+    begin(PDL)
     column, first = tl.program_id(0), tl.cdiv(D_IN, BLOCK_N)
     if column < first:
         outer_block(column, tl.program_id(1), x_ptr, dxa_ptr, seed_ptr, da_ptr, M, D_IN, chunk, threshold,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .config import Dots, ceil_div, cell, outer_tile, per_sm, pow2, shrink_tile, unit
-from .launch import Device, Launch
+from .launch import Device, Launch, begin
 from .outer import outer_block
 from .shrink import shrink_block
 
@@ -19,6 +19,7 @@ def pair(
     x_ptr, h_ptr, w_ptr, dh_ptr, parts_ptr, M, D, rows, columns, x_row, x_col, w_col, w_rank, out_col, out_rank,
     R: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     ALONG_M: tl.constexpr, ALONG_N: tl.constexpr, DOWN_M: tl.constexpr, DOWN_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """dh[s, m, r] = Σ_n x[m, n] · w[n, r] over the s-th `columns` columns, and
     parts[g, n, r] = Σ_m x[m, n] · h[m, r] over the g-th `rows` rows.
@@ -29,6 +30,7 @@ def pair(
     `columns` / DOWN_N that go down its columns (outer's); cells follow one another by rows. No program waits for
     another. The steps are ALONG_N columns and DOWN_M rows; rows and columns are multiples of either's block.
     """
+    begin(PDL)
     along, down = rows // ALONG_M, columns // DOWN_N
     at, task = tl.program_id(0) // (along + down), tl.program_id(0) % (along + down)
     g, s = at // tl.cdiv(D, columns), at % tl.cdiv(D, columns)

@@ -109,11 +109,11 @@ def planned(
 ) -> tuple[tuple[Any, ...], bool]:
     """(results, whether the frozen product is in them) of the plan `make` would make for these inputs, launched.
 
-    A pure function of (name, settings), the inputs' facts and what ILORA_STRATEGY, ILORA_TABLE and torch's float32
-    precision say; Triton's own knobs are those of the first call (`forget` when they change). inputs: every tensor of
-    the caller's that a launch may point at, or None; x: on whose device it runs.
+    A pure function of (name, settings), the inputs' facts and what ILORA_STRATEGY, ILORA_TABLE, ILORA_PDL and torch's
+    float32 precision say; Triton's own knobs are those of the first call (`forget` when they change). inputs: every
+    tensor of the caller's that a launch may point at, or None; x: on whose device it runs.
     """
-    asked = os.environ.get("ILORA_STRATEGY"), os.environ.get("ILORA_TABLE")
+    asked = (os.environ.get("ILORA_STRATEGY"), os.environ.get("ILORA_TABLE"), os.environ.get("ILORA_PDL"))
     precision = torch.backends.cuda.matmul.fp32_precision
     key = (name, settings, x.device, asked, precision, *map(_facts, inputs))
     kept = _KEPT.get(key)

@@ -11,7 +11,7 @@ import triton.language as tl
 from . import config
 from .config import Dots, ceil_div, pow2
 from .dropout import Mask, keep, row_keys
-from .launch import Device, Launch
+from .launch import Device, Launch, begin
 from .tiles import accumulate
 
 
@@ -49,7 +49,7 @@ def shrink_block(
 def shrink(
     x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, w_rank, w_col,
     R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """parts[s, m, r] = Σ_k x̃[m, k] · w[r, k] over the s-th chunk of columns.
 
@@ -57,6 +57,7 @@ def shrink(
     Writes parts [S, M, R] float32, contiguous: to be summed over s, in order, by gate_ranks.
     Work: program (i, s) owns BLOCK_M rows and `chunk` columns, a multiple of BLOCK_K.
     """
+    begin(PDL)
     shrink_block(tl.program_id(0), tl.program_id(1), x_ptr, w_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold,
                  x_row, x_col, w_rank, w_col,
                  R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R)  # fmt: skip

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .config import ceil_div, pow2
-from .launch import Launch
+from .launch import Launch, begin
 
 BLOCK = 256  # elements of a sum that a program takes
 
@@ -80,7 +80,7 @@ def sums(
     scores_ptr, segments_ptr, dgate_ptr, M, run, blocks,
     more_ptr, more_sum_ptr, more_size, more_parts, between, also_ptr, also_sum_ptr, also_size, also_parts,
     E: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dgate[i, e] = Σ_{m in i} Σ_j scores[m, e, j], more_sum = Σ_g more[g] and also_sum = Σ_g also[g], each in order; a
     pointer that is None leaves its sum out.
@@ -90,6 +90,7 @@ def sums(
     Work: one program an instance, looping over its rows (an empty segment writes zeros), then one each BLOCK elements
     of a sum: more's until the program `between`.
     """
+    begin(PDL)
     block = tl.program_id(0)
     if block < blocks:
         if scores_ptr is not None:

@@ -41,7 +41,7 @@ def forward(
             return [launch], (y, xa), fused
         update = Update(device, x, A, B, gate, segments, scaling, dropout_p, seed)
         results = update.forward(bias, base, weight)
-        return update.launches, results, update.fused
+        return update.plan(results)
 
     inputs = (x, weight, bias, base, A, B, gate, segments, seed)
     (y, xa), fused = planned("forward", (scaling, dropout_p), x, inputs, make)
@@ -59,7 +59,7 @@ def backward(
     def make() -> Plan:
         update = Update(device_of(x), x, A, B, gate, segments, scaling, dropout_p, seed)
         results = update.backward(dy, xa, need_dx, weight)
-        return update.launches, results, update.fused
+        return update.plan(results)
 
     inputs = (dy, x, xa, weight, A, B, gate, segments, seed)
     (dx, dA, dB, dgate), fused = planned("backward", (scaling, dropout_p, need_dx), x, inputs, make)
@@ -85,6 +85,10 @@ class Update:
         self.gate, self.mask = Gate(gate, segments, scaling, self.M), mask_of(dropout_p, seed)
         self.dots = config.dots(device, x.dtype, A.dtype)
         self.launches: list[Launch] = []
+
+    def plan(self, results: tuple[Tensor | None, ...]) -> Plan:
+        """What was listed for these results."""
+        return [each._replace(pdl=self.device.pdl) for each in self.launches], results, self.fused
 
     def forward(self, bias: Tensor | None, base: Tensor | None, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
         xa, y = self._ranks(), self.x.new_empty(self.M, self.B.shape[0])

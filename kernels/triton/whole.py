@@ -14,7 +14,7 @@ from .config import Dots, GemmTile, ceil_div, gemm_programs, pow2, unit
 from .dropout import Mask, keep, row_keys
 from .gates import Gate, instances
 from .gemm import corner, described, halves, operand
-from .launch import Device, Launch
+from .launch import Device, Launch, begin
 from .sums import sum_in_order
 
 
@@ -56,6 +56,7 @@ def whole(
     R: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, TURNED: tl.constexpr,
     ASIDE: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """t[m, r] = Σ_k x[m, k] · a[r, k], or Σ_s parts[s, m, r] where parts [S, M, R] are given;
     y[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] + keep[m, n] · Σ_r γ[m, r] · t[m, r] · low[n, r].
@@ -67,6 +68,7 @@ def whole(
     Work: a program takes every num_programs-th tile of y. Every tile sums t for itself, by one more product on the x
     that it has anyway, or in order of s; those at the left write what is of size [M, R].
     """
+    begin(PDL)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_N), tl.num_programs(0)):
         row, column = corner(tile, M, D, GROUP, BLOCK_M, BLOCK_N)
         rows, columns, ranks = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
@@ -143,5 +145,5 @@ def whole_launch(
         "DOT": dot.wide, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": r, "GROUP": tile.group,
     }  # fmt: skip
     programs = gemm_programs(device, tile, R, "whole", ceil_div(M, tile.m) * ceil_div(D, tile.n))
-    args = {name: named[name] for name in whole.arg_names}
+    args = {name: named[name] for name in whole.arg_names if name != "PDL"}
     return Launch(whole, (programs,), args, tile.warps, tile.stages)
