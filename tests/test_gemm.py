@@ -135,9 +135,12 @@ def chosen(M=4096, d=4096, R=16, direction="forward", path=None, device=INTERPRE
     return strategy.choose(device, direction, M, d, d, R, BF16, path, dropout)
 
 
+ROW = {"device": "interpreter", "direction": "forward", "dtype": "bfloat16", "M": 4096, "d_in": 4096, "d_out": 4096}
+ROW |= {"R": 16, "strategy": "gemm"}
+
+
 def written(tmp_path, *rows, **fields):
-    row = {"device": "interpreter", "direction": "forward", "dtype": "bfloat16", "M": 4096, "d_in": 4096}
-    row |= {"d_out": 4096, "R": 16, "strategy": "gemm", **fields}
+    row = ROW | fields
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
     path.write_text(json.dumps({"version": 1, "rows": [row, *rows]}))
     return str(path)
@@ -153,6 +156,9 @@ def test_the_table_answers_for_the_nearest_shape(tmp_path):
     assert chosen(path=path)[:2] == ("gemm", (128, 128, 64, 8, 3, 4))
     assert chosen(M=10**6, path=path).strategy == "gemm"  # more rows than were measured
     assert chosen(d=6000, R=8, path=path).strategy == "gemm"
+    several = written(tmp_path, {**ROW, "M": 16384, "strategy": "beta"}, {**ROW, "M": 8192}, M=2048, strategy="beta")
+    found = {M: chosen(M=M, path=several).strategy for M in (1024, 2048, 4000, 4097, 8192, 10**4, 10**6)}
+    assert found == {1024: "beta", 2048: "beta", 4000: "beta", 4097: "gemm", 8192: "gemm", 10**4: "gemm", 10**6: "beta"}
     for other in ({"M": 1024}, {"d": 1024}, {"R": 64}, {"direction": "backward"}):
         assert chosen(path=path, **other).strategy == "beta"
     with_dropout = written(tmp_path, dropout=True)

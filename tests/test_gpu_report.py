@@ -1,5 +1,6 @@
 """The GPU report without a GPU: what it plans, keeps and writes, and every part gone through on the CPU."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -413,7 +414,7 @@ def test_every_tile_is_tried_by_a_table_of_its_own(monkeypatch):
     ]  # fmt: skip
     tiles = ((64, 128, 64, 8, 4, tune.GROUP), (64, 64, 32, 4, 2, tune.GROUP))  # as many stages as fit
     assert seen == {(f"{name}_launch", tile) for name in ("gemm", "whole") for tile in tiles}
-    assert part["warm_up"]["run"] == part["warm_up"]["jobs"] == 5  # each was checked
+    assert part["warm_up"]["run"] == part["warm_up"]["jobs"] == 4  # each was checked
     assert len(kept) == 1
     table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"tune": part}})
     assert {(row["direction"], row["dropout"]) for row in table} == {("backward", True), ("forward", True)}
@@ -469,6 +470,34 @@ def test_tiles_that_won_go_ahead_of_the_sweep_and_are_put_in_force(tmp_path, mon
     assert "| forward, M=4096, R=16 | whole 64×128×64/4/4, else gemm 128×256×64/8/4 |" in text
     assert text.count("Which strategy won") == 1
     assert "| gemm [128, 256, 64, 8, 4, 8] | 0.900 ; 1.100 |" in text
+
+
+def test_the_sweep_decides_where_no_tile_was_tried_near():
+    results, *_ = tuned()
+    far = [layer_row(f"ilora[{name}]", ratio, M=M, R=R) for M, R in ((8192, 16), (1024, 16), (4096, 64))
+           for name, ratio in (("beta", 1.0), ("gemm", 0.5))]  # fmt: skip
+    results["parts"]["layer"]["rows"] = far
+    shapes = {(row["M"], row["R"]) for row in strategies.rows_of(results)}
+    assert shapes == {(4096, 16), (1024, 16), (4096, 64)}  # 8192 rows are near
+    results["parts"]["tune"] = {"error": "no device", "seconds": 1.0}
+    assert (8192, 16) in {(row["M"], row["R"]) for row in strategies.rows_of(results)}
+    assert shown.markdown(results).count("Which strategy won") == 1
+
+
+def test_what_is_tried_first_is_what_matters_most(monkeypatch):
+    pytest.importorskip("triton")
+    settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.0, torch.float16, CPU)
+    planned = [plan.Planned(level, dataclasses.replace(settings, rank=rank)) for level, rank in ((0, 8), (2, 64))]
+    tried = []
+    monkeypatch.setattr(tune, "tried", lambda job: tried.append((job.check.R, job.warm.arm.name.split()[0])))
+    monkeypatch.setattr(tune, "_case", lambda here, each, known, broken: [broken])
+    part = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 60.0, lambda part: None)
+    assert tried == [(8, "gemm"), (8, "whole"), (64, "gemm")]
+    assert part["rows"] == [{}, {}]
+    monkeypatch.setattr(workers, "done", lambda function, jobs, *_: iter([(0, function(jobs[0]))]))
+    (broken, _) = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 60.0, lambda part: None)["rows"]
+    assert len(broken) == 2
+    assert set(broken.values()) == {"there was no time to try it"}
 
 
 def test_a_table_that_is_named_already_stays_in_force(tmp_path, monkeypatch, compiled):
@@ -587,6 +616,16 @@ def test_jobs_run_side_by_side_and_what_takes_too_long_is_given_up():
     assert time.monotonic() - start < 120
 
 
+@pytest.mark.parametrize(("hung", "wanted"), [(0.1, {0: None, 1: "lost"}), (100.0, {0: None})])
+def test_what_hangs_is_lost_and_what_has_just_begun_is_given_up(hung, wanted, monkeypatch):
+    monkeypatch.setattr(workers, "HUNG", hung)
+    left, came = [120.0], {}
+    for index, result in workers.done(time.sleep, [0.0, 300.0], 2, lambda: left[0], lambda job: "lost"):
+        came[index] = result
+        left[0] = 0.5
+    assert came == wanted
+
+
 def test_graphs_that_cannot_be_timed_leave_the_times_of_the_calls(compiled, monkeypatch):
     (_, settings), *_ = plan.layers(SMALL, torch.float32, CPU)
     time_all = layer.time_all
@@ -610,6 +649,18 @@ def fatal(number):
 def test_a_job_that_takes_its_process_along_is_said_so():
     came = dict(workers.done(fatal, [0, 1, 2, 3, 4], 2, lambda: 120.0, lambda job: f"{job} died"))
     assert came == {0: 0, 1: 1, 2: "2 died", 3: 3, 4: 4}
+
+
+def losing(number):
+    if number == 2:
+        workers.leave("its device is lost")
+    return number
+
+
+def test_a_process_whose_device_is_lost_gives_way_to_another():
+    workers.leave("this is none of those processes")
+    came = dict(workers.done(losing, list(range(20)), 2, lambda: 120.0, lambda job: f"{job} died"))
+    assert came == {number: number if number != 2 else "2 died" for number in range(20)}
 
 
 @pytest.mark.parametrize("checked", [{"error": "no"}, {"rows": [], "failed": 0}, {"rows": [{}], "failed": 2}])

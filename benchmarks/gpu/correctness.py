@@ -88,6 +88,7 @@ def work(check: Check) -> dict[str, Any]:
     try:
         problem = _cuda_decode(check) if check.strategy == "cuda" else _update(check)
     except LostDevice as error:
+        workers.leave(f"{check.shape}, {check.strategy}: {error}")
         _lost.append(f"{check.shape}, {check.strategy}: {error}")
         problem = str(error)
     return row | {"problem": problem}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,9 @@ class Warm(NamedTuple):
 def warm(job: Warm) -> str | None:
     """None, or why the arm cannot run: it is not timed then, lest it take this process's device with it."""
     try:
-        torch.compiler.reset()  # its limit of graphs is a process's
         arm = job.arm
+        if arm.name == "compile":
+            torch.compiler.reset()  # its limit of graphs is a process's
         case = case_for(arm, make_case(job.settings))
         with using(*arm.under):
             program = Eager([arm.build(case)], [case])
@@ -48,15 +50,12 @@ def warm(job: Warm) -> str | None:
             del program, case
             torch.cuda.empty_cache()
     except Exception as error:
-        return _text(error)
+        try:
+            return reason_of(error)
+        except LostDevice as lost:
+            workers.leave(f"{job.settings}, {job.arm.name}: {lost}")
+            return str(lost)
     return None
-
-
-def _text(error: Exception) -> str:
-    try:
-        return reason_of(error)
-    except LostDevice as lost:
-        return str(lost)
 
 
 def warm_jobs(planned: Iterable[Planned]) -> list[Warm]:
@@ -65,10 +64,14 @@ def warm_jobs(planned: Iterable[Planned]) -> list[Warm]:
     for level, settings in planned:
         if level < WARM_LEVELS:
             arms = arms_of(settings, level == 0)[0]
-            jobs += [
-                Warm(settings, arm) for arm in arms if arm.strategy in STRATEGIES or arm.pdl or arm.name == "compile"
-            ]
+            jobs += [Warm(settings, arm) for arm in arms if _compiles(arm)]
     return sorted(jobs, key=lambda job: job.arm.name != "compile")
+
+
+def _compiles(arm: Arm) -> bool:
+    """Whether it compiles what none of the others does: "auto" only where a table is in force."""
+    auto = arm.strategy == "auto" and (bool(os.environ.get("ILORA_TABLE")) or arm.pdl is not None)
+    return arm.strategy in STRATEGIES or auto or arm.name == "compile"
 
 
 @contextmanager

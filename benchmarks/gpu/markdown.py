@@ -128,7 +128,7 @@ def _layer(part: dict[str, Any], results: dict[str, Any], main: bool = False) ->
             lines += ["", f"M={key[0]}, R={key[1]}: peak / saved memory, MB", ""]
             lines += grid(own, _peer, shape_of, lambda each: " ; ".join(map(_memory, each)))
             lines += _achieved(own, results)
-    return lines + ([] if main or "tune" in results["parts"] else _strategies(results))
+    return lines + ([] if main or results["parts"].get("tune", {}).get("rows") else _strategies(results))
 
 
 def _named(direction: str) -> str:

@@ -22,11 +22,11 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     the device's time alone; and behind "whole" what won without it, for where that cannot be.
 
     Forward and backward were timed whole. Several E of one shape count alike. Where tiles were tried their part
-    decides, and the sweep over layers elsewhere.
+    decides, and near there, for their rows hold within a factor of 2; the sweep over layers elsewhere.
     """
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for part in ("layer", "tune"):
-        found |= _won_in(results["parts"].get(part, {}).get("rows", ()))
+    found = _won_in(results["parts"].get("tune", {}).get("rows", ()))
+    swept = _won_in(results["parts"].get("layer", {}).get("rows", ()))
+    found |= {key: rows for key, rows in swept.items() if not any(_near(key, tuned) for tuned in found)}
     about = {"device": results["machine"]["device"]}
     return [about | dict(zip(NAMES, key, strict=True)) | won for key in sorted(found) for won in found[key]]
 
@@ -47,6 +47,12 @@ def _won_in(rows: Any) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
                 times = {way: [graphs[way][direction]["ms"] for graphs in each] for way in common}
                 found[(direction, *shape)] = _best({way: statistics.geometric_mean(ms) for way, ms in times.items()})
     return found
+
+
+def _near(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether two shapes, as NAMES has them, are within a factor of 2 of each other, all else alike."""
+    sizes = zip(one[2:-1], other[2:-1], strict=True)
+    return (one[:2], one[-1]) == (other[:2], other[-1]) and all(a <= 2 * b and b <= 2 * a for a, b in sizes)
 
 
 def _ways(rows: Any) -> Iterator[tuple[dict[str, Any], Way]]:

@@ -138,18 +138,21 @@ def measure(
 def _try(
     known: dict[Planned, list[Option]], processes: int, left: Callable[[], float], part: dict[str, Any]
 ) -> dict[tuple[int, float, str], str]:
-    """Tries options side by side, for at most a third of the time; layers of one rank share kernels, with and without
-    dropout. What is not to be timed, by (rank, dropout, name), and why."""
-    first = {(each.settings.rank, each.settings.dropout): each for each in reversed(known)}
-    named = [(key, option, job(each, option)) for key, each in first.items() for option in known[each]]
-    jobs, start, until = [each for *_, each in named], time.monotonic(), left() / 3
+    """Tries GEMMs side by side, for at most a third of the time, at the first layer of each rank, with and without
+    dropout: the others share its kernels. What is not to be timed, by (rank, dropout, name), and why."""
+    first: dict[tuple[int, float], Planned] = {}
+    for each in known:
+        first.setdefault((each.settings.rank, each.settings.dropout), each)
+    gemms = [(key, option, each) for key, each in first.items() for option in known[each] if option.tile]
+    jobs, start, until = [job(each, option) for _, option, each in gemms], time.monotonic(), left() / 3
 
     def remaining() -> float:
         return until - (time.monotonic() - start)
 
     came = dict(workers.done(tried, jobs, processes, remaining, lambda job: workers.DIED))
     part["warm_up"] = {"jobs": len(jobs), "run": len(came), "seconds": time.monotonic() - start}
-    return {(*named[i][0], named[i][1].arm.name): reason for i, reason in came.items() if reason is not None}
+    reasons = {i: came.get(i, "there was no time to try it") for i in range(len(jobs))}
+    return {(*gemms[i][0], gemms[i][1].arm.name): reason for i, reason in reasons.items() if reason is not None}
 
 
 def _case(

@@ -49,7 +49,7 @@ def _gpu(device: torch.device) -> Device:
         hip,
         tma=not hip and facts.major >= 9,
         name=facts.name,
-        tmem=512 * (not hip and facts.major == 10),
+        tmem=512 * (not hip and facts.major in (10, 11)),
     )
 
 

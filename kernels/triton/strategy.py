@@ -45,14 +45,19 @@ def choose(
     Rows beyond the most that were measured count as those. table: a file whose rows go ahead of MEASURED. whole:
     whether rows of "whole" count. The tile is the table's, or None where that does not fit or there is none.
     """
-    best, found = math.inf, BETA
+    near = []
     for row in (load_table(table) if table else ()) + MEASURED:
         if (row.device, row.direction, f"torch.{row.dtype}") != (device.name, direction, str(dtype)):
             continue
         if row.dropout not in (None, dropout) or (row.strategy == "whole" and not whole):
             continue
-        ratios = (row.M / min(M, row.M), row.d_in / d_in, row.d_out / d_out, row.R / R)
-        distance = max(abs(math.log2(ratio)) for ratio in ratios)
+        apart = max(abs(math.log2(ratio)) for ratio in (row.d_in / d_in, row.d_out / d_out, row.R / R))
+        if apart <= 1.0:
+            near.append((apart, row))
+    most = max((row.M for _, row in near), default=M)
+    best, found = math.inf, BETA
+    for apart, row in near:
+        distance = max(apart, abs(math.log2(row.M / min(M, most))))
         if distance <= 1.0 and distance < best:
             like = row.tile is not None and pow2(row.R, 16, 128) == pow2(R, 16, 128)  # else it has other registers
             tile = row.tile if like and row.tile and gemm_fits(device, row.tile, R, row.strategy) else None
@@ -82,7 +87,7 @@ def pick(
         name = "gemm"
     reason, refused = why_not(x, weight, D, A), "the ranks are gated" if gated else why_not_whole(device, A, ranks)
     shape, table = (M, d_in, d_out, R, x.dtype), os.environ.get("ILORA_TABLE")
-    choice = choose(device, direction, *shape, table, dropout, whole=refused is None)
+    choice = choose(device, direction, *shape, table, dropout, whole=refused is None and name != "gemm")
     if name == "auto":
         name = "beta" if reason else choice.strategy
     elif reason := reason or (refused if name == "whole" else None):
