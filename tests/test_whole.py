@@ -15,6 +15,7 @@ if reason := backends.why_not("triton", DEVICE):
 
 from ilora.kernels import config, strategy, update  # noqa: E402
 from ilora.kernels.launch import Device, device_of  # noqa: E402
+from ilora.kernels.sums import sums_launch  # noqa: E402
 from ilora.kernels.table import Row  # noqa: E402
 
 if not device_of(torch.empty(1, device=DEVICE)).tma:
@@ -81,6 +82,17 @@ def planned(dropout_p=0.0, need_dx=True, fields=None):
 def test_one_launch_forward_and_three_backward():
     assert planned() == [["whole"], ["whole", "outers", "sums"]]
     assert planned(fields={"N": 600}) == [["whole"], ["whole", "outers", "sums"]]  # token gates: weights' sums alone
+
+
+def test_token_gates_take_a_program_for_many_rows():
+    dgate, scores = torch.empty(4096, 4, device="meta"), torch.empty(4096, 16, device="meta")
+    (launch,) = sums_launch(scores, None, dgate)
+    assert launch.grid == (64,)
+    (launch,) = sums_launch(scores, torch.empty(4097, device="meta"), dgate)  # of any lengths
+    assert launch.grid == (4096,)
+    (launch,) = sums_launch(scores[:8], None, dgate[:1])
+    assert (launch.grid, launch.args["EACH"]) == ((1,), False)
+    assert sums_launch(None, None, dgate) == []
 
 
 def test_a_mask_before_A_is_gone_through_before():

@@ -75,11 +75,22 @@ def _segment_block(
     tl.store(dgate_ptr + i.to(tl.int64) * E + experts, tl.sum(tl.sum(total, axis=2), axis=0), mask=experts < E)
 
 
+@triton.jit
+def _row_block(
+    block, scores_ptr, dgate_ptr, M, E: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    scores = _scores(scores_ptr, block * BLOCK_M, M, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
+    rows, experts = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E)
+    at = rows.to(tl.int64)[:, None] * E + experts[None, :]
+    tl.store(dgate_ptr + at, tl.sum(scores, axis=2), mask=(rows < M)[:, None] & (experts < E)[None, :])
+
+
 @triton.jit(do_not_specialize=["M", "run", "blocks", "more_parts", "between", "also_parts"])
 def sums(
     scores_ptr, segments_ptr, dgate_ptr, M, run, blocks,
     more_ptr, more_sum_ptr, more_size, more_parts, between, also_ptr, also_sum_ptr, also_size, also_parts,
-    E: tl.constexpr, RANK: tl.constexpr,
+    E: tl.constexpr, RANK: tl.constexpr, EACH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dgate[i, e] = Σ_{m in i} Σ_j scores[m, e, j], more_sum = Σ_g more[g] and also_sum = Σ_g also[g], each in order; a
@@ -87,13 +98,15 @@ def sums(
 
     Reads scores [M, E, RANK] float32, segments [N+1] or None (runs of `run` rows), more and also [parts, size] float32,
     each once. Writes dgate [N, E], contiguous, and the sums [size] in their own dtypes.
-    Work: one program an instance, looping over its rows (an empty segment writes zeros), then one each BLOCK elements
-    of a sum: more's until the program `between`.
+    Work: one program an instance, looping over its rows (an empty segment writes zeros), or one each BLOCK_M rows where
+    EACH of them is an instance; then one each BLOCK elements of a sum: more's until the program `between`.
     """
     begin(PDL)
     block = tl.program_id(0)
     if block < blocks:
-        if scores_ptr is not None:
+        if scores_ptr is not None and EACH:
+            _row_block(block, scores_ptr, dgate_ptr, M, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
+        elif scores_ptr is not None:
             _segment_block(block, scores_ptr, segments_ptr, dgate_ptr, M, run, E, RANK, BLOCK_M, BLOCK_E, BLOCK_J)
     elif block < between:
         if more_ptr is not None:
@@ -126,14 +139,18 @@ def sums_launch(
     else:
         (M, R), (N, E) = scores.shape, dgate.shape
         blocks, rank = N, R // E
+    each = segments is None and N == M
+    block_e, block_j = pow2(E, 1, 256), pow2(rank, 1, 256)
+    block_m = pow2(ceil_div(M, N), 8, min(256, 4096 // (block_e * block_j)))  # short chains of additions
+    if each:
+        block_m = max(1024 // (block_e * block_j), 1)
+        blocks = ceil_div(M, block_m)
     (more_args, first), (also_args, second) = along("more", more), along("also", also)
     if blocks + first + second == 0:
         return []
-    block_e, block_j = pow2(E, 1, 256), pow2(rank, 1, 256)
     args = {
         "scores_ptr": scores, "segments_ptr": segments, "dgate_ptr": dgate, "M": M, "run": max(M // N, 1),
         "blocks": blocks, **more_args, "between": blocks + first, **also_args, "E": E, "RANK": rank,
-        "BLOCK_M": pow2(ceil_div(M, N), 8, min(256, 4096 // (block_e * block_j))),  # short chains of additions
-        "BLOCK_E": block_e, "BLOCK_J": block_j, "BLOCK": BLOCK,
+        "EACH": each, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j, "BLOCK": BLOCK,
     }  # fmt: skip
     return [Launch(sums, (blocks + first + second,), args)]
