@@ -19,10 +19,9 @@ from .dropout import row_keys
 class Device(NamedTuple):
     """sms: multiprocessors to fill; smem: bytes of shared memory a program may use; hip: an AMD GPU;
     interpret: the kernels run on the CPU, where bfloat16 arithmetic is meaningless and float32 takes its place;
-    tma: the GPU copies tiles by tensor descriptor itself (sm_90 and later); pdl: kernels start before the one ahead has
-    ended (see Launch); tmem: columns of its tensor memory, 0 where
-    it has none; name: what a table of measurements knows
-    it by."""
+    tma: the GPU copies tiles by tensor descriptor itself (sm_90 and later); name: what a table of measurements knows
+    it by; tmem: columns of its tensor memory, 0 where it has none; pdl: kernels are brought up while the one ahead
+    still runs (see Launch)."""
 
     sms: int
     smem: int
@@ -65,8 +64,8 @@ def device_of(x: Tensor) -> Device:
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """What every kernel does first: waits until the one ahead has ended and its writes are seen, then lets the one
-    behind be brought up, which waits here in turn: all that is behind a kernel that has begun has ended."""
+    """What every kernel does first: waits until the one ahead has ended and its writes are seen, and only then lets the
+    one behind be brought up, which waits here in turn. So whoever is past this has all those ahead behind it."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
