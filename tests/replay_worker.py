@@ -49,8 +49,11 @@ class Driver:
 
 
 def noted(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return PLACES.get(value.data_ptr(), tuple(value.shape)), value.dtype
+    """A pointer, given as a tensor or as its address, by the name of what it points at; others by when they came."""
+    address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+    if isinstance(address, int) and address > 2**32:
+        assert address % 16 == 0
+        return PLACES.get(address) or NAMES.setdefault(address, f"buffer {len(NAMES)}")
     if hasattr(value, "block_shape"):
         return noted(value.base), value.shape, value.strides, value.block_shape
     return str(value)
@@ -58,6 +61,7 @@ def noted(value: Any) -> Any:
 
 driver.set_active(Driver())
 PLACES: dict[int, str] = {}
+NAMES: dict[int, str] = {}
 DEVICE = launch.Device(132, 227 * 1024, tma=True, name="noted")
 setattr(update, "device_of", lambda x: DEVICE._replace(pdl=os.environ.get("ILORA_PDL") == "1"))  # noqa: B010
 
@@ -76,8 +80,10 @@ def launches(seed: int, strategy: str, dropout_p: float = 0.1) -> list[tuple[Any
     os.environ["ILORA_STRATEGY"] = strategy
     t = tensors(seed)
     NOTED.clear()
+    NAMES.clear()
     low = (t["A"], t["B"], t["gate"], None, 2.0, dropout_p, t["seed"] if dropout_p else None)
     update.forward(t["x"], t["weight"], None, None, *low)
+    NAMES.clear()  # a backward may find what the forward has let go
     update.backward(t["dy"], t["x"], t["xa"], t["weight"], *low, True)
     return [(*entry[:3], *entry[4:]) for entry in NOTED]
 
@@ -105,6 +111,13 @@ names = ("dy", "x", "xa", "weight", "A", "B", "gate", None, "seed")
 given = tensors(3)
 NOTED.clear()
 slots = [given[name] if name else None for name in names]
-kept._launch([*slots, *(torch.empty(shape, dtype=dtype) for shape, dtype in kept.buffers)], {"stream": 3})
+buffers = [torch.empty(shape, dtype=dtype) for shape, dtype in kept.buffers]
+work = torch.empty(kept.work, dtype=torch.uint8)
+kept._launch([*slots, *buffers], work, {"stream": 3})
 assert {entry[3] for entry in NOTED} == {3}, "another stream"
+ends = [offset + kept.buffers[slot - kept._first][0].numel() * kept.buffers[slot - kept._first][1].itemsize
+        for slot, offset in kept.places]  # fmt: skip
+starts = [offset for _, offset in kept.places][1:] + [kept.work]
+assert len(ends) > 2
+assert all(end <= start for end, start in zip(ends, starts, strict=True)), "buffers overlap"
 print("launched alike")

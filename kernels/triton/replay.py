@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import Launch, run
 
 LIMIT = 4096  # plans kept: a training with rows of every length meets many, and each takes some ten kilobytes
+ALIGNED = 256  # bytes: buffers of a workspace begin at multiples of this, as tensors do
 
 Plan = tuple[list[Launch], tuple[Any, ...], bool]  # launches, results, whether the frozen product is in them
 
@@ -37,7 +38,9 @@ class Step(NamedTuple):
 class Replay:
     """A plan without its tensors: slots hold the inputs, then the buffers that it allocates.
 
-    buffers: (shape, dtype) each, contiguous. results: the slots of what it returns.
+    buffers: (shape, dtype) each, contiguous. results: the slots of what it returns. fresh: the slots of buffers that
+    are tensors: results, what descriptors describe, or all in the interpreter. places: (slot, offset) of the others, in
+    one workspace of `work` bytes: compiled kernels take addresses, and the launcher then looks at no tensor.
     """
 
     def __init__(self, inputs: Sequence[Tensor | None], plan: Plan, compiled: Sequence[Any]) -> None:
@@ -49,6 +52,15 @@ class Replay:
         self.results = [None if tensor is None else self._slot(tensor) for tensor in results]
         self.steps = [self._step(launch, kernel) for launch, kernel in zip(launches, compiled, strict=True)]
         del self._given, self._slots  # of tensors that are let go now
+        self.compiled = any(kernel is not None for kernel in compiled)
+        described = {slot for step in self.steps for _, slot, _ in step.descriptors}
+        self.fresh, self.places, self.work = list[int](), list[tuple[int, int]](), 0
+        for slot, (shape, dtype) in enumerate(self.buffers, self._first):
+            if not self.compiled or slot in self.results or slot in described:
+                self.fresh.append(slot)
+            else:
+                self.places.append((slot, self.work))
+                self.work += -(-shape.numel() * dtype.itemsize // ALIGNED) * ALIGNED
 
     def _slot(self, tensor: Tensor) -> int:
         """By its address, which a view that starts where its base does has too."""
@@ -75,21 +87,31 @@ class Replay:
 
     def again(self, inputs: Sequence[Tensor | None], device: torch.device) -> tuple[Any, ...]:
         """Launches it on other inputs, in new buffers; the results."""
-        slots = [*inputs, *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.buffers)]
+        tensors: list[Any] = [*inputs, *[None] * len(self.buffers)]
+        for slot in self.fresh:
+            shape, dtype = self.buffers[slot - self._first]
+            tensors[slot] = torch.empty(shape, dtype=dtype, device=device)
+        work = torch.empty(self.work, dtype=torch.uint8, device=device) if self.places else None
         if device.type == "cuda":
             with torch.cuda.device(device):
-                self._launch(slots, {"stream": torch.cuda.current_stream(device).cuda_stream})
+                self._launch(tensors, work, {"stream": torch.cuda.current_stream(device).cuda_stream})
         else:
-            self._launch(slots, {})
-        return tuple(None if slot is None else slots[slot] for slot in self.results)
+            self._launch(tensors, work, {})
+        return tuple(None if slot is None else tensors[slot] for slot in self.results)
 
-    def _launch(self, slots: list[Tensor | None], options: dict[str, Any]) -> None:
+    def _launch(self, tensors: list[Any], work: Tensor | None, options: dict[str, Any]) -> None:
+        slots = tensors
+        if self.compiled:
+            slots = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            start = 0 if work is None else work.data_ptr()
+            for slot, offset in self.places:
+                slots[slot] = start + offset
         for runner, values, pointers, descriptors in self.steps:
             values = values.copy()
             for index, slot in pointers:
                 values[index] = slots[slot]
             for index, slot, said in descriptors:
-                values[index] = TensorDescriptor(slots[slot], *said)
+                values[index] = TensorDescriptor(tensors[slot], *said)
             runner(*values, **options)
 
 
