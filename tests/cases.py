@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,6 +64,23 @@ class Case:
             "segments": segments,
             "dy": dy,
         }
+
+
+GEMM = Case(M=24, d_in=64, d_out=48)
+GEMMS = {  # what every kernel that holds the frozen product takes
+    "small": GEMM,
+    "one row": replace(GEMM, M=1, N=1),
+    "no rows": replace(GEMM, M=0),
+    "no bias": replace(GEMM, bias=False),
+    "sizes that no block divides": replace(GEMM, M=67, N=1, d_in=136, d_out=200),
+    "several tiles a program": replace(GEMM, M=300, d_in=72, d_out=520),
+    "the largest tile": replace(GEMM, M=500, N=1, d_in=520, d_out=512),
+    "segments, some empty": replace(GEMM, lengths=(0, 5, 0, 0, 70, 0)),
+    "token gates": replace(GEMM, M=50, N=50),
+    "dropout": replace(GEMM, M=66, N=2, d_in=136, dropout_p=0.3),
+    "dropout, several tiles": replace(GEMM, M=300, d_in=264, dropout_p=0.5),
+    "dropout, rank 32, several tiles": replace(GEMM, M=300, R=32, d_in=264, d_out=136, dropout_p=0.5),
+}
 
 
 def run(case: Case, backend: str | None, wide: bool = False, squared: bool = False) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """The GPU report without a GPU: what it plans, keeps and writes, and every part gone through on the CPU."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -13,64 +12,13 @@ import peers
 import pytest
 import report
 import torch
-from gpu import arms, correctness, decode, figures, layer, machine, model, plan, sanitizer, tune, workers
+from gpu import correctness, decode, figures, layer, machine, model, plan, sanitizer, workers
 from gpu import markdown as shown
 from gpu import results as files
-from gpu import table as strategies
 from gpu.budget import PARTS, SHARES, Budget
+from gpu_cases import CPU, HERE, SMALL, layer_row, made_up
 
 from ilora import backends
-
-CPU = torch.device("cpu")
-HERE = machine.machine_of(CPU)
-SMALL = plan.Sizes((72,), (16,), ((16, 24),), (4,), (2,), 8, (0.1,))
-
-
-def timed(ms, ratio):
-    one = {"ms": ms, "ratio": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
-    return {"rounds": 9, "forward": one, "backward": one, "both": one}
-
-
-def layer_row(peer, ratio, backward=None, d=4096, M=4096, p=0.0, R=16, level=0):
-    graph = timed(2.0 * ratio, ratio)
-    graph["backward"] = timed(2.0 * (backward or ratio), backward or ratio)["both"]
-    row = {"level": level, "M": M, "d_in": d, "d_out": d, "batch": 8, "length": M // 8, "rank": R, "experts": 4}
-    row |= {"dropout": p, "dtype": "bfloat16", "device": "cuda", "peer": peer, "saved_bytes": 1e6, "peak_bytes": 2e6}
-    return row | {"error_of_check": 1e-3, "eager": timed(3.0, ratio), "graph": graph}
-
-
-def made_up():
-    """A measurement file as a run leaves it; its figures are this test's."""
-    rows = [layer_row(*each) for each in (("frozen", 1.0), ("ilora[beta]", 1.31), ("ilora[gemm]", 1.17, 1.4))]
-    rows += [layer_row("ilora[beta]", 1.5, d=1024, R=64, level=2), layer_row("frozen", 1.0, d=1024, R=64, level=2)]
-    failed = {key: value for key, value in layer_row("peft", 1.0).items() if key not in ("eager", "graph")}
-    rows.append(failed | {"error": "RuntimeError: no"})
-    about = {"d_in": 4096, "d_out": 4096, "rank": 16, "weight_bytes": 2**25}
-    few = [{**about, "peer": name, "M": M, "eager": timed(0.02, 2.0), "graph": timed(0.0125, 1.1)}
-           for name in ("frozen", "ilora") for M in (1, 16)]  # fmt: skip
-    step = {"shape": "llama3-8b", "layers": 30, "of_layers": 32, "checkpointing": True, "batch": 8, "length": 512}
-    step |= {"rank": 16, "step": "ilora", "dropout": 0.1, "seconds": 0.25, "ratio": 1.08, "low": 1.07, "high": 1.09}
-    check = {
-        "shape": "even",
-        "strategy": "gemm",
-        "dtype": "bf16",
-        "R": 16,
-        "p": 0.1,
-        "fields": {"M": 3},
-        "mixed": False,
-    }
-    parts = {
-        "correctness": {"rows": [check | {"problem": None}], "failed": 0, "not_run": 2, "sanitizer": []},
-        "ceilings": {"copy_bytes": 3e12, "flops": 8e14},
-        "layer": {"rows": rows, "left_out": ["no time for 3 of: these"], "unavailable": {"loop": "it was not wanted"}},
-        "decode": {"rows": few},
-        "model": {"rows": [step | {"peak_bytes": 40e9, "trained": 5}]},
-        "host": {"rows": [{"peer": "frozen", "M": 8} | dict.fromkeys(("inference", "forward", "both"),
-                                                                       {"us": 7.0, "best_us": 6.0})]},
-    }  # fmt: skip
-    known = {**report.machine(CPU), "device": "NVIDIA TEST", "git_changed": False, "git_commit": "abc"}
-    return {"kind": "gpu_report", "dry_run": False, "machine": known, "settings": {}, "started": "today",
-            "parts": {name: part | {"seconds": 1.0} for name, part in parts.items()}}  # fmt: skip
 
 
 def test_the_main_layers_come_first_and_every_layer_once():
@@ -291,62 +239,6 @@ def test_the_readmes_table_of_a_measurement_file():
     assert "| ilora[gemm] | 1.17 | 1.0 MB |" in lines
 
 
-def test_the_strategy_table_is_read_by_the_kernels(tmp_path):
-    pytest.importorskip("triton")
-    from ilora.kernels import strategy
-    from ilora.kernels.launch import Device
-    from ilora.kernels.table import load_table
-
-    file = tmp_path / "strategy-table.json"
-    assert strategies.write(made_up(), file)
-    rows = load_table(str(file))
-    assert {(row.direction, row.M, row.R, row.strategy) for row in rows} == {
-        ("forward", 4096, 16, "gemm"),
-        ("backward", 4096, 16, "beta"),
-    }
-    device = Device(132, 227 * 1024, tma=True, name="NVIDIA TEST")
-    for direction, wanted in (("forward", "gemm"), ("backward", "beta")):
-        choice = strategy.choose(device, direction, 4096, 4096, 4096, 16, torch.bfloat16, str(file))
-        assert choice.strategy == wanted
-    nothing = made_up()
-    nothing["parts"]["layer"]["rows"] = []
-    assert not strategies.write(nothing, tmp_path / "none.json")
-    assert not (tmp_path / "none.json").exists()
-
-
-def table_of(rows):
-    results = made_up()
-    results["parts"]["layer"]["rows"] = rows
-    return strategies.rows_of(results)
-
-
-def test_with_dropout_another_strategy_may_win_and_experts_count_alike():
-    times = {(0.0, 4): 0.9, (0.1, 4): 1.3, (0.0, 8): 1.05, (0.1, 8): 1.2}
-    rows = [
-        layer_row(name, ratio, p=p) | {"experts": experts} for (p, experts), gemm in times.items()
-        for name, ratio in (("ilora[beta]", 1.0), ("ilora[gemm]", gemm))
-    ]  # fmt: skip
-    assert {(row["dropout"], row["strategy"]) for row in table_of(rows)} == {(False, "gemm"), (True, "beta")}
-
-
-@pytest.mark.parametrize(
-    ("times", "wanted"),
-    [({"gemm": 0.95, "whole": 0.8}, ["whole", "gemm"]), ({"gemm": 1.05, "whole": 0.8}, ["whole", "beta"]),
-     ({"gemm": 0.8, "whole": 0.9}, ["gemm"]), ({"gemm": 0.995, "whole": 1.3}, ["beta"]),
-     ({"whole": 0.9}, ["whole", "beta"])],
-)  # fmt: skip
-def test_what_is_to_be_where_whole_cannot_is_in_the_table(times, wanted):
-    rows = [layer_row(f"ilora[{name}]", ratio) for name, ratio in ({"beta": 1.0} | times).items()]
-    for direction in ("forward", "backward"):
-        assert [row["strategy"] for row in table_of(rows) if row["direction"] == direction] == wanted
-
-
-def test_experts_that_one_strategy_failed_with_decide_nothing():
-    times = {("beta", 4): 1.0, ("gemm", 4): 0.95, ("whole", 4): 0.97, ("beta", 8): 1.0, ("gemm", 8): 1.2}
-    rows = [layer_row(f"ilora[{name}]", ratio) | {"experts": E} for (name, E), ratio in times.items()]
-    assert {row["strategy"] for row in table_of(rows)} == {"beta"}  # gemm's mean; whole has none
-
-
 def test_plots_and_rendering_again(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert figures.draw(made_up(), tmp_path) == ["layer.png", "decode.png"]
@@ -366,138 +258,6 @@ def test_a_sweep_without_time_says_what_is_missing(compiled):
     assert {(row["d_out"], row["dropout"]) for row in part["rows"]} == {(16, 0.0)}
     assert kept == [len(part["rows"])]
     assert [int(line.split()[3]) for line in part["left_out"]] == [1, 2]
-
-
-class OneSet(machine.Machine):
-    def sets(self, size):
-        return 1
-
-
-def test_strategies_are_timed_and_tell_which_won():
-    pytest.importorskip("triton")
-    settings = peers.Settings(16, 24, 2, 4, 8, 2, 0.1, torch.float16, CPU)
-    arms = [
-        arm for arm in layer.arms_of(settings, False)[0] if arm.name == "frozen" or arm.strategy not in (None, "auto")
-    ]
-    assert [arm.strategy for arm in arms] == [None, "beta", "gemm", "whole"]
-    rows = layer.run_case(OneSet(*HERE), 1, settings, arms)
-    assert not any("error" in row or "graph_error" in row for row in rows)
-    table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"layer": {"rows": rows}}})
-    assert {(row["direction"], row["M"], row["R"]) for row in table} == {("backward", 8, 8), ("forward", 8, 8)}
-
-
-def test_tiles_are_tried_for_the_main_layers_and_ranks_far_from_theirs():
-    planned = tune.wanted(plan.layers(plan.FULL, torch.bfloat16, torch.device("cuda")))
-    assert len(planned) == 7 * 2 * 2
-    assert [each.level for each in planned] == sorted(each.level for each in planned)
-    assert {(s.batch * s.length, s.rank, s.experts) for _, s in planned} == {(4096, 16, 4), (4096, 64, 4)}
-
-
-def test_every_tile_is_tried_by_a_table_of_its_own(monkeypatch):
-    pytest.importorskip("triton")
-    from ilora.kernels import gemm, update, whole
-
-    seen = set()
-    for name, module in (("gemm_launch", gemm), ("whole_launch", whole)):
-        launch = getattr(module, name)
-        monkeypatch.setattr(update, name, lambda *a, n=name, f=launch: seen.add((n, tuple(a[1]))) or f(*a))
-    monkeypatch.setattr(tune, "DRY_TILES", ((64, 128, 64, 8, (4, 3)), (64, 64, 32, 4, (40, 2))))
-    settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.1, torch.float16, CPU)
-    kept = []
-    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 60.0, kept.append)
-    rows = {row["peer"]: row for row in part["rows"]}
-    assert not any("error" in row or "graph_error" in row for row in rows.values())
-    assert list(rows) == [
-        "frozen", "beta",
-        "gemm 64×128×64, 8 warps, 4 stages", "gemm 64×64×32, 4 warps, 2 stages",
-        "whole 64×128×64, 8 warps, 4 stages", "whole 64×64×32, 4 warps, 2 stages",
-    ]  # fmt: skip
-    tiles = ((64, 128, 64, 8, 4, tune.GROUP), (64, 64, 32, 4, 2, tune.GROUP))  # as many stages as fit
-    assert seen == {(f"{name}_launch", tile) for name in ("gemm", "whole") for tile in tiles}
-    assert part["warm_up"]["run"] == part["warm_up"]["jobs"] == 4  # each was checked
-    assert len(kept) == 1
-    table = strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"tune": part}})
-    assert {(row["direction"], row["dropout"]) for row in table} == {("backward", True), ("forward", True)}
-
-
-def test_an_option_that_is_wrong_at_a_small_size_is_not_timed(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setattr(tune, "work", lambda check: {"problem": "y is off" if check.table else None})
-    settings = peers.Settings(16, 24, 2, 40, 64, 2, 0.0, torch.float16, CPU)  # 64 ranks: no "whole"
-    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 60.0, lambda part: None)
-    rows = {row["peer"]: row for row in part["rows"]}
-    name = "gemm 64×128×64, 8 warps, 3 stages"
-    assert list(rows) == ["frozen", "beta", name]
-    assert "graph" in rows["beta"]
-    assert rows[name]["error"] == "y is off"
-    assert strategies.rows_of({"machine": {"device": "interpreter"}, "parts": {"tune": part}}) == []
-
-
-def tuned_row(strategy, tile, forward, backward):
-    row = layer_row(strategy, forward, backward)
-    return row | {"peer": f"{strategy} {tile}", "strategy": strategy, "tile": tile}
-
-
-def tuned():
-    """A report whose layers say gemm in forward and whose tiles say something else."""
-    small, large = [64, 128, 64, 4, 4, 8], [128, 256, 64, 8, 4, 8]
-    rows = [tuned_row("beta", None, 1.0, 1.0), tuned_row("gemm", large, 0.9, 1.1), tuned_row("gemm", small, 0.95, 0.97)]
-    rows += [tuned_row("whole", small, 0.85, 1.2), layer_row("frozen", 0.7)]
-    rows.append({"peer": "whole broken", "error": "RuntimeError: no", "dtype": "bfloat16"})
-    results = made_up()
-    results["parts"]["tune"] = {"rows": rows, "seconds": 1.0}
-    return results, small, large
-
-
-def test_tiles_that_won_go_ahead_of_the_sweep_and_are_put_in_force(tmp_path, monkeypatch):
-    pytest.importorskip("triton")
-    from ilora.kernels import strategy
-    from ilora.kernels.launch import Device
-
-    results, small, large = tuned()
-    monkeypatch.setenv("ILORA_TABLE", "")
-    monkeypatch.delenv("ILORA_TABLE")
-    gpu_report.put_in_force(made_up(), tmp_path)
-    assert "ILORA_TABLE" not in os.environ  # nothing was tried
-    gpu_report.put_in_force(results, tmp_path)
-    device, shape = Device(132, 227 * 1024, tma=True, name="NVIDIA TEST"), (4096, 4096, 4096, 16, torch.bfloat16)
-    file = os.environ["ILORA_TABLE"]
-    assert file == str(tmp_path / "strategy-table.json")
-    assert strategy.choose(device, "forward", *shape, file) == ("whole", tuple(small))
-    assert strategy.choose(device, "forward", *shape, file, whole=False) == ("gemm", tuple(large))
-    assert strategy.choose(device, "backward", *shape, file) == ("gemm", tuple(small))
-    text = shown.markdown(results)
-    assert "| forward, M=4096, R=16 | whole 64×128×64/4/4, else gemm 128×256×64/8/4 |" in text
-    assert text.count("Which strategy won") == 1
-    assert "| gemm [128, 256, 64, 8, 4, 8] | 0.900 ; 1.100 |" in text
-
-
-def test_the_sweep_decides_where_no_tile_was_tried_near():
-    results, *_ = tuned()
-    far = [layer_row(f"ilora[{name}]", ratio, M=M, R=R) for M, R in ((8192, 16), (1024, 16), (4096, 64))
-           for name, ratio in (("beta", 1.0), ("gemm", 0.5))]  # fmt: skip
-    results["parts"]["layer"]["rows"] = far
-    shapes = {(row["M"], row["R"]) for row in strategies.rows_of(results)}
-    assert shapes == {(4096, 16), (1024, 16), (4096, 64)}  # 8192 rows are near
-    results["parts"]["tune"] = {"error": "no device", "seconds": 1.0}
-    assert (8192, 16) in {(row["M"], row["R"]) for row in strategies.rows_of(results)}
-    assert shown.markdown(results).count("Which strategy won") == 1
-
-
-def test_what_is_tried_first_is_what_matters_most(monkeypatch):
-    pytest.importorskip("triton")
-    settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.0, torch.float16, CPU)
-    planned = [plan.Planned(level, dataclasses.replace(settings, rank=rank)) for level, rank in ((0, 8), (2, 64))]
-    tried = []
-    monkeypatch.setattr(tune, "tried", lambda job: tried.append((job.check.R, job.warm.arm.name.split()[0])))
-    monkeypatch.setattr(tune, "_case", lambda here, each, known, broken: [broken])
-    part = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 60.0, lambda part: None)
-    assert tried == [(8, "gemm"), (8, "whole"), (64, "gemm")]
-    assert part["rows"] == [{}, {}]
-    monkeypatch.setattr(workers, "done", lambda function, jobs, *_: iter([(0, function(jobs[0]))]))
-    (broken, _) = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 60.0, lambda part: None)["rows"]
-    assert len(broken) == 2
-    assert set(broken.values()) == {"there was no time to try it"}
 
 
 def test_a_table_that_is_named_already_stays_in_force(tmp_path, monkeypatch, compiled):
@@ -540,15 +300,6 @@ def test_an_arm_runs_under_its_settings_only(monkeypatch):
             part()
     assert seen == [("gemm", "", "1"), ("mine", "my table", None)]
     assert tuple(map(os.environ.get, names)) == ("mine", "my table", None)
-
-
-def test_what_is_launched_early_has_a_row_and_no_part_in_the_table():
-    pytest.importorskip("triton")
-    settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.1, torch.float16, CPU)
-    (arm,) = (arm for arm, reason in arms.ours(settings, True) if arm.name == "ilora[pdl]" and reason is None)
-    assert arm.under == ("auto", None, "1")
-    rows = [layer_row(f"ilora[{name}]", ratio) for name, ratio in (("beta", 1.0), ("gemm", 0.95), ("pdl", 0.5))]
-    assert {row["strategy"] for row in table_of(rows)} == {"gemm"}
 
 
 @pytest.mark.parametrize(("tail", "findings"), [("ERROR SUMMARY: 2 errors", 2), ("no such device", None)])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BF16, F16, F32, OUTPUTS, Case, check, run
+from cases import BF16, F16, F32, GEMM, GEMMS, OUTPUTS, Case, check, run
 
 import ilora
 from ilora import backends
@@ -22,25 +22,12 @@ if not device_of(torch.empty(1, device=DEVICE)).tma:
     pytest.skip("the device loads no tiles by tensor descriptor", allow_module_level=True)
 
 DTYPES = [F16, BF16] if DEVICE == "cuda" else [F16]  # the interpreter's bfloat16 arithmetic means nothing
-EVEN = Case(M=24, d_in=64, d_out=48)
-CASES = {
-    "small": EVEN,
-    "one row": replace(EVEN, M=1, N=1),
-    "no rows": replace(EVEN, M=0),
-    "no bias": replace(EVEN, bias=False),
-    "sizes that no block divides": replace(EVEN, M=67, N=1, d_in=136, d_out=200),
-    "several tiles a program": replace(EVEN, M=300, d_in=72, d_out=520),
-    "the largest tile": replace(EVEN, M=500, N=1, d_in=520, d_out=512),
-    "segments, some empty": replace(EVEN, lengths=(0, 5, 0, 0, 70, 0)),
-    "more segments than are looked for at once": replace(EVEN, lengths=(3, 0, 1, 2) * 9),
-    "token gates": replace(EVEN, M=50, N=50),
-    "one expert": replace(EVEN, E=1, R=8),
-    "three experts, rank not a power of two": replace(EVEN, E=3, R=24),
-    "eight experts of one rank": replace(EVEN, E=8, R=8),
-    "rank 32": replace(EVEN, M=200, N=2, R=32),
-    "dropout": replace(EVEN, M=66, N=2, d_in=136, dropout_p=0.3),
-    "dropout, several tiles": replace(EVEN, M=300, d_in=264, dropout_p=0.5),
-    "dropout, rank 32, several tiles": replace(EVEN, M=300, R=32, d_in=264, d_out=136, dropout_p=0.5),
+CASES = GEMMS | {
+    "more segments than are looked for at once": replace(GEMM, lengths=(3, 0, 1, 2) * 9),
+    "one expert": replace(GEMM, E=1, R=8),
+    "three experts, rank not a power of two": replace(GEMM, E=3, R=24),
+    "eight experts of one rank": replace(GEMM, E=8, R=8),
+    "rank 32": replace(GEMM, M=200, N=2, R=32),
 }
 
 
@@ -64,7 +51,7 @@ def test_the_same_bits_every_time(forced, dropout_p):
 
 def planned(dropout_p=0.0, need_dx=True, fields=None):
     """The names of the kernels of a forward and of a backward."""
-    t = replace(EVEN, M=600, dtype=F16, device=DEVICE, **(fields or {})).tensors()
+    t = replace(GEMM, M=600, dtype=F16, device=DEVICE, **(fields or {})).tensors()
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
     names = []
     for direction in ("forward", "backward"):
@@ -106,7 +93,7 @@ def test_without_dx_there_is_no_product_to_be_part_of():
 @pytest.mark.parametrize("turned", ["the weight", "A", "B", "A and B"])
 def test_transposed_operands(forced, turned):
     """A transposed weight is Conv1D's; A and B may be views."""
-    t = replace(EVEN, dtype=F16, device=DEVICE).tensors()
+    t = replace(GEMM, dtype=F16, device=DEVICE).tensors()
     for name in {"the weight": ["weight"], "A": ["A"], "B": ["B"], "A and B": ["A", "B"]}[turned]:
         t[name] = t[name].t().contiguous().t()
     inputs = [t[name].requires_grad_() for name in ("x", "A", "B", "gate")]
@@ -130,7 +117,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_forced_whole_says_why_it_cannot_run(forced, monkeypatch, name):
     fields, words = REFUSED[name]
-    case = replace(EVEN, device=DEVICE, **{"dtype": F16, **fields})
+    case = replace(GEMM, device=DEVICE, **{"dtype": F16, **fields})
     with pytest.raises(ValueError, match=f"ILORA_STRATEGY='whole' cannot run forward: .*{words}"):
         run(case, "triton")
     monkeypatch.setenv("ILORA_STRATEGY", "auto")
@@ -145,13 +132,13 @@ def test_it_wants_tensor_descriptors():
 
 def test_ranks_that_rows_of_B_cannot_hold_are_refused_in_backward(forced):
     """Rows of B have R elements: 12 of them are not a multiple of 16 bytes."""
-    case = replace(EVEN, E=3, R=12, dtype=F16, device=DEVICE)
+    case = replace(GEMM, E=3, R=12, dtype=F16, device=DEVICE)
     with pytest.raises(ValueError, match=r"cannot run backward: A or B's strides \(12, 1\)"):
         run(case, "triton")
 
 
 def test_projections_that_share_their_ranks(forced):
-    t = replace(EVEN, M=600, dtype=F16, device=DEVICE).tensors()
+    t = replace(GEMM, M=600, dtype=F16, device=DEVICE).tensors()
     half = update.Update(update.device_of(t["x"]), t["x"], t["A"], t["B"], t["gate"], None, 2.0, 0.0, None)
     xa = half.shrink_x()
     half.expand_xa(xa, None, t["weight"])
