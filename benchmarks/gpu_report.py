@@ -24,7 +24,7 @@ from typing import Any
 
 import gpu
 import torch
-from gpu import ceilings, correctness, decode, host, layer, model, plan, table, tune
+from gpu import ceilings, correctness, decode, host, layer, model, plan, tune
 from gpu import results as files
 from gpu.budget import PARTS, Budget
 from gpu.machine import Machine, backend_of, facts, machine_of
@@ -116,13 +116,10 @@ def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], fol
 
 
 def put_in_force(results: dict[str, Any], folder: Path) -> None:
-    """The table of the tiles that won, once they were tried; without it the report goes on all the same."""
+    """The table of the tiles that won, once they were tried and it was written."""
     file = folder / "strategy-table.json"
-    try:
-        if "tune" in results["parts"] and not results["dry_run"] and table.write(results, file):
-            os.environ["ILORA_TABLE"] = str(file.resolve())
-    except Exception:
-        traceback.print_exc()
+    if results["parts"].get("tune", {}).get("rows") and not results["dry_run"] and file.exists():
+        os.environ["ILORA_TABLE"] = str(file.resolve())
 
 
 def _rendered(results: dict[str, Any], folder: Path, plots: bool) -> list[str] | None:

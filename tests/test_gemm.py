@@ -1,4 +1,4 @@
-"""Strategy "gemm": the frozen product and the update in one kernel, forward and dx; who gets it, and who is refused."""
+"""The frozen product and the update in one kernel, forward and dx, by either GEMM; who gets "gemm", who is refused."""
 
 import json
 from dataclasses import replace
@@ -18,27 +18,45 @@ from ilora.kernels import config, gemm, launch, strategy, table, update  # noqa:
 from ilora.kernels.launch import INTERPRETER, Device  # noqa: E402
 
 DTYPES = [F16, BF16] if DEVICE == "cuda" else [F16]  # the interpreter's bfloat16 arithmetic means nothing
-CASES = GEMMS | {
-    "rank one": replace(GEMM, E=1, R=1),
-    "rank not a power of two": replace(GEMM, E=3, R=12),
-    "rank 64": replace(GEMM, R=64),
-    "rank 96": replace(GEMM, R=96),
-}
+CASES = {
+    "gemm": GEMMS | {
+        "rank one": replace(GEMM, E=1, R=1),
+        "rank not a power of two": replace(GEMM, E=3, R=12),
+        "rank 64": replace(GEMM, R=64),
+        "rank 96": replace(GEMM, R=96),
+    },
+    "whole": GEMMS | {
+        "more segments than are looked for at once": replace(GEMM, lengths=(3, 0, 1, 2) * 9),
+        "one expert": replace(GEMM, E=1, R=8),
+        "three experts, rank not a power of two": replace(GEMM, E=3, R=24),
+        "eight experts of one rank": replace(GEMM, E=8, R=8),
+        "rank 32": replace(GEMM, M=200, N=2, R=32),
+    },
+}  # fmt: skip
+
+
+def force(strategy, monkeypatch):
+    if strategy == "whole" and not launch.device_of(torch.empty(1, device=DEVICE)).tma:
+        pytest.skip("the device loads no tiles by tensor descriptor")
+    monkeypatch.setenv("ILORA_STRATEGY", strategy)
 
 
 @pytest.fixture
 def forced(monkeypatch):
-    monkeypatch.setenv("ILORA_STRATEGY", "gemm")
+    force("gemm", monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CASES)
-def test_against_the_definition(forced, name, dtype):
-    check(replace(CASES[name], dtype=dtype, device=DEVICE), "triton")
+@pytest.mark.parametrize(("strategy", "name"), [(strategy, name) for strategy in CASES for name in CASES[strategy]])
+def test_against_the_definition(strategy, name, dtype, monkeypatch):
+    force(strategy, monkeypatch)
+    check(replace(CASES[strategy][name], dtype=dtype, device=DEVICE), "triton")
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-def test_the_same_bits_every_time(forced, dropout_p):
+@pytest.mark.parametrize("strategy", CASES)
+def test_the_same_bits_every_time(strategy, dropout_p, monkeypatch):
+    force(strategy, monkeypatch)
     case = Case(M=200, N=2, d_in=136, d_out=264, dtype=F16, dropout_p=dropout_p, device=DEVICE)
     first, second = run(case, "triton"), run(case, "triton")
     assert all(torch.equal(first[name], second[name]) for name in OUTPUTS)

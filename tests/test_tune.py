@@ -9,6 +9,7 @@ import pytest
 import torch
 from gpu import arms, layer, plan, tune, workers
 from gpu import markdown as shown
+from gpu import results as files
 from gpu import table as strategies
 from gpu_cases import CPU, HERE, OneSet, layer_row, made_up
 
@@ -100,7 +101,7 @@ def test_every_tile_is_tried_by_a_table_of_its_own(monkeypatch):
     monkeypatch.setattr(tune, "DRY_TILES", ((64, 128, 64, 8, (4, 3)), (64, 64, 32, 4, (40, 2))))
     settings = peers.Settings(16, 24, 2, 40, 8, 2, 0.1, torch.float16, CPU)
     kept = []
-    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 60.0, kept.append)
+    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 600.0, kept.append)
     rows = {row["peer"]: row for row in part["rows"]}
     assert not any("error" in row or "graph_error" in row for row in rows.values())
     assert list(rows) == [
@@ -120,7 +121,7 @@ def test_an_option_that_is_wrong_at_a_small_size_is_not_timed(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(tune, "work", lambda check: {"problem": "y is off" if check.table else None})
     settings = peers.Settings(16, 24, 2, 40, 64, 2, 0.0, torch.float16, CPU)  # 64 ranks: no "whole"
-    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 60.0, lambda part: None)
+    part = tune.measure(OneSet(*HERE), [plan.Planned(0, settings)], False, 0, lambda: 600.0, lambda part: None)
     rows = {row["peer"]: row for row in part["rows"]}
     name = "gemm 64×128×64, 8 warps, 3 stages"
     assert list(rows) == ["frozen", "beta", name]
@@ -153,6 +154,9 @@ def test_tiles_that_won_go_ahead_of_the_sweep_and_are_put_in_force(tmp_path, mon
     results, small, large = tuned()
     monkeypatch.setenv("ILORA_TABLE", "")
     monkeypatch.delenv("ILORA_TABLE")
+    gpu_report.put_in_force(results, tmp_path)
+    assert "ILORA_TABLE" not in os.environ  # nothing was written
+    files.render(results, tmp_path, plots=False)
     gpu_report.put_in_force(made_up(), tmp_path)
     assert "ILORA_TABLE" not in os.environ  # nothing was tried
     gpu_report.put_in_force(results, tmp_path)
@@ -187,11 +191,11 @@ def test_what_is_tried_first_is_what_matters_most(monkeypatch):
     tried = []
     monkeypatch.setattr(tune, "tried", lambda job: tried.append((job.check.R, job.warm.arm.name.split()[0])))
     monkeypatch.setattr(tune, "_case", lambda here, each, known, broken: [broken])
-    part = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 60.0, lambda part: None)
+    part = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 600.0, lambda part: None)
     assert tried == [(8, "gemm"), (8, "whole"), (64, "gemm")]
     assert part["rows"] == [{}, {}]
     monkeypatch.setattr(workers, "done", lambda function, jobs, *_: iter([(0, function(jobs[0]))]))
-    (broken, _) = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 60.0, lambda part: None)["rows"]
+    (broken, _) = tune.measure(OneSet(*HERE), planned, False, 0, lambda: 600.0, lambda part: None)["rows"]
     assert len(broken) == 2
     assert set(broken.values()) == {"there was no time to try it"}
 

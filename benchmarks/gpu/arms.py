@@ -22,6 +22,8 @@ import ilora.native
 
 from .machine import backend_of, loads_by_descriptor
 
+STRATEGIES = ("beta", "gemm", "whole")
+
 
 class Arm(NamedTuple):
     """strategy, table, pdl: what ILORA_STRATEGY, ILORA_TABLE and ILORA_PDL say while it runs, None leaves them alone (a
@@ -132,7 +134,7 @@ def ours(settings: Settings, every: bool = False) -> list[tuple[Arm, str | None]
         few = "it loads by tensor descriptor, which this device does not"
     build = built_by(backend)
     reasons = {"beta": forced, "gemm": tensor, "whole": tensor or few}
-    arms = [(Arm(f"ilora[{name}]", build, name, table=""), reason) for name, reason in reasons.items()]
+    arms = [(Arm(f"ilora[{name}]", build, name, table=""), reasons[name]) for name in STRATEGIES]
     if every:
         early = forced or (None if loads_by_descriptor(settings.device) else "kernels there wait for one another")
         arms.append((Arm("ilora[pdl]", build, "auto", pdl="1"), early))

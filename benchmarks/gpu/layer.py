@@ -17,13 +17,12 @@ from memory import peak_bytes, saved_bytes
 from peers import Settings, make_case
 
 from . import workers
-from .arms import Arm, Under, arms_of, case_for, using
+from .arms import STRATEGIES, Arm, Under, arms_of, case_for, using
 from .machine import LostDevice, Machine, reason_of
 from .plan import LEVELS, Planned, left_out
 
 SECONDS = (0.12, 0.06)  # of rounds for each arm: with all peers, with few
 ROUNDS = 200
-STRATEGIES = ("beta", "gemm", "whole")
 WARM_LEVELS = 4  # further levels are compiled when they are come to
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 from report import write_json
 
+from .arms import STRATEGIES
+
 WORTH = 0.99  # a GEMM of ours must take less than this of beta's time: what is within noise stays as it is
 
 Way = tuple[str, tuple[int, ...] | None]  # a strategy, and its tile where that was chosen
 BETA: Way = ("beta", None)
-FORCED = {f"ilora[{strategy}]": strategy for strategy in ("beta", "gemm", "whole")}  # the sweep's arms
+FORCED = {f"ilora[{strategy}]": strategy for strategy in STRATEGIES}  # the sweep's arms
 NAMES = ("direction", "dtype", "M", "d_in", "d_out", "R", "dropout")
 
 

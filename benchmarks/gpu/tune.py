@@ -15,7 +15,7 @@ import torch
 from report import write_json
 
 from . import workers
-from .arms import Arm, built_by, ours
+from .arms import STRATEGIES, Arm, built_by, ours
 from .correctness import DTYPES, EVEN, Check, work
 from .layer import Warm, run_case, uncollected, warm
 from .machine import Machine, backend_of
@@ -71,7 +71,7 @@ def options(here: Machine, each: Planned, quick: bool, folder: Path) -> Iterator
     device = device_of(torch.empty(1, device=here.device))
     able = {arm.strategy for arm, reason in ours(settings) if reason is None}
     yield Option(Arm("beta", build, "beta"), "beta", None)
-    for strategy in ("gemm", "whole"):
+    for strategy in STRATEGIES[1:]:
         for *sizes, stages in DRY_TILES if here.dry else TILES[::2] if quick else TILES:
             tiles = ([*sizes, count, GROUP] for count in stages)
             tile = next((t for t in tiles if gemm_fits(device, GemmTile(*t), settings.rank, strategy)), None)

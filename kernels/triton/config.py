@@ -178,7 +178,7 @@ def gemm_fits(device: Device, tile: GemmTile, R: int, strategy: str) -> bool:
     """Whether a program has the memory for it. Tensor memory is counted in columns: Triton 3.6 and 3.7 keep the
     accumulator there twice, and whole's ranks beside it."""
     columns = 2 * tile.n + pow2(R, 16, 32) if strategy == "whole" else 0
-    return SHARED.get(strategy, gemm_shared)(tile, R) <= device.smem and columns <= (device.tmem or columns)
+    return SHARED[strategy](tile, R) <= device.smem and columns <= (device.tmem or columns)
 
 
 def gemm_programs(device: Device, tile: GemmTile, R: int, strategy: str, tiles: int) -> int:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import config
 from .config import Tile, ceil_div, pow2
-from .gates import instances
+from .gates import gammas
 from .launch import Device, Launch, begin
 from .tiles import accumulate
 
@@ -57,9 +57,7 @@ def decode(
 
     if tl.program_id(0) == 0:
         tl.store(xa_ptr + at * R + ranks[None, :], xa, mask=row_ok & rank_ok[None, :])
-    instance = instances(rows, segments_ptr, N, run, width).to(tl.int64)[:, None]
-    gate_at = gate_ptr + instance * gate_row + (thin // RANK) * gate_col
-    h = xa * (scaling * tl.load(gate_at, mask=row_ok & rank_ok[None, :], other=0.0).to(tl.float32))
+    h = xa * gammas(rows, ranks, gate_ptr, segments_ptr, M, N, run, width, scaling, gate_row, gate_col, R, RANK)
     b = tl.load(b_ptr + thin.trans() * b_col + wide * b_row, mask=rank_ok[:, None] & inside, other=0.0)
     y = tl.dot(h.to(NARROW), b.to(NARROW), y, input_precision=PRECISION)
     if bias_ptr is not None:

@@ -41,6 +41,18 @@ def instances(rows, segments_ptr, N, run, width):
 
 
 @triton.jit
+def gammas(
+    rows, ranks, gate_ptr, segments_ptr, M, N, run, width, scaling, gate_row, gate_col,
+    R: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """γ [rows, ranks] in float32, 0 outside of [M, R]."""
+    instance = instances(rows, segments_ptr, N, run, width).to(tl.int64)
+    at = instance[:, None] * gate_row + (ranks // RANK)[None, :] * gate_col
+    inside = (rows < M)[:, None] & (ranks < R)[None, :]
+    return scaling * tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _gate_block(
     block, parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
     M, N, S, run, width, scaling, gate_row, gate_col,
@@ -125,10 +137,9 @@ def gate_launch(
     block_m = max(1, 512 // (block_e * block_j))  # many programs: each waits for its loads more than it computes
     blocks = ceil_div(M, block_m)
     more_args, programs = along("more", more)
-    named = {
+    args = {
         "parts_ptr": parts, "xa_ptr": xa, "raw_ptr": raw, "gated_ptr": gated, "scores_ptr": scores,
         "S": len(parts) if parts.dim() == 3 else 1, **gate.arguments(), **more_args, "blocks": blocks,
         "E": E, "RANK": R // E, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j, "BLOCK": BLOCK,
     }  # fmt: skip
-    args = {name: named[name] for name in gate_ranks.arg_names if name != "PDL"}
     return Launch(gate_ranks, (blocks + programs,), args)

@@ -38,9 +38,18 @@ def _narrow(
 
 
 @triton.jit
-def halves(acc):
+def _halves(acc):
     """The left and the right half of a tile's columns."""
     return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def quarters(acc):
+    """The four quarters of a tile's columns: stored one by one they need a quarter of the shared memory."""
+    left, right = _halves(acc)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -86,13 +95,9 @@ def gemm(
         if not AHEAD:
             h, low = _narrow(h_ptr, low_ptr, after, beside, M, D, low_col, low_rank, 0, R, UNIT,
                              BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
-        left, right = halves(acc)  # stored by quarters: a quarter of the shared memory
-        first, second = halves(left)
-        third, fourth = halves(right)
-        y.store([row, column], first.to(y.dtype))
-        y.store([row, column + BLOCK_N // 4], second.to(y.dtype))
-        y.store([row, column + BLOCK_N // 2], third.to(y.dtype))
-        y.store([row, column + BLOCK_N // 4 * 3], fourth.to(y.dtype))
+        parts = quarters(acc)
+        for q in tl.static_range(4):
+            y.store([row, column + q * (BLOCK_N // 4)], parts[q].to(y.dtype))
         row, column = after, beside
 
 

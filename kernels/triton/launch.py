@@ -80,7 +80,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    args: dict[str, Any]  # all but the last, PDL, in the order of the kernel's signature, constants included
+    args: dict[str, Any]  # by name, constants included, all but PDL
     warps: int = 4
     stages: int = 2
     pdl: bool = False

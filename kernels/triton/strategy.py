@@ -59,7 +59,7 @@ def choose(
     for apart, row in near:
         distance = max(apart, abs(math.log2(row.M / min(M, most))))
         if distance <= 1.0 and distance < best:
-            like = row.tile is not None and pow2(row.R, 16, 128) == pow2(R, 16, 128)  # else it has other registers
+            like = row.strategy != "beta" and pow2(row.R, 16, 128) == pow2(R, 16, 128)  # else it has other registers
             tile = row.tile if like and row.tile and gemm_fits(device, row.tile, R, row.strategy) else None
             best, found = distance, Choice(row.strategy, tile)
     return found

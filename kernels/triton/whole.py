@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .config import Dots, GemmTile, ceil_div, gemm_programs, pow2, unit
 from .dropout import Mask, keep, row_keys
-from .gates import Gate, instances
-from .gemm import corner, described, halves, operand
+from .gates import Gate, gammas
+from .gemm import corner, described, operand, quarters
 from .launch import Device, Launch, begin
 from .sums import sum_in_order
 
@@ -72,16 +72,14 @@ def whole(
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_N), tl.num_programs(0)):
         row, column = corner(tile, M, D, GROUP, BLOCK_M, BLOCK_N)
         rows, columns, ranks = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-        instance = instances(rows, segments_ptr, N, run, width).to(tl.int64)
-        gate_at = instance[:, None] * gate_row + (ranks // RANK)[None, :] * gate_col
-        inside = (rows < M)[:, None] & (ranks < R)[None, :]
-        gamma = scaling * tl.load(gate_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
+        gamma = gammas(rows, ranks, gate_ptr, segments_ptr, M, N, run, width, scaling, gate_row, gate_col, R, RANK)
         if not DROPOUT:  # arrives meanwhile
             low = _low(low_ptr, column, D, low_col, low_rank, R, UNIT, BLOCK_N, BLOCK_R)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         if parts_ptr is not None:
             at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+            inside = (rows < M)[:, None] & (ranks < R)[None, :]
             total = sum_in_order(total, parts_ptr, S, M.to(tl.int64) * R, at, inside)
         for k in range(0, K, BLOCK_K):
             left = x.load([row, k]).to(DOT)
@@ -99,14 +97,11 @@ def whole(
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)[None, :]
         QUARTER: tl.constexpr = BLOCK_N // 4
-        one, two = halves(acc)
-        first, second = halves(one)
-        third, fourth = halves(two)
-        quarters = (first, second, third, fourth)
+        parts = quarters(acc)
         if DROPOUT:
             k1, k2 = row_keys(seed_ptr, rows)
         for q in tl.static_range(4):
-            part = quarters[q]
+            part = parts[q]
             start = column + q * QUARTER
             if DROPOUT:
                 few = _low(low_ptr, start, D, low_col, low_rank, R, UNIT, QUARTER, BLOCK_R)
@@ -135,7 +130,7 @@ def whole_launch(
     r, parts = pow2(R, 16, 32), source if source.dim() == 3 else None
     w, turned = operand(weight, tile.n, tile.k)
     narrow, aside = operand(source, r, tile.k) if parts is None else (None, False)
-    named: dict[str, Any] = {
+    args: dict[str, Any] = {
         "x": described(x, [tile.m, tile.k]), "w": w, "a": narrow, "y": described(y, [tile.m, tile.n // 4]),
         "parts_ptr": parts, "S": 0 if parts is None else len(parts),
         "low_ptr": low, "bias_ptr": bias, "seed_ptr": mask.seed, **gate.arguments(),
@@ -145,5 +140,4 @@ def whole_launch(
         "DOT": dot.wide, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": r, "GROUP": tile.group,
     }  # fmt: skip
     programs = gemm_programs(device, tile, R, "whole", ceil_div(M, tile.m) * ceil_div(D, tile.n))
-    args = {name: named[name] for name in whole.arg_names if name != "PDL"}
     return Launch(whole, (programs,), args, tile.warps, tile.stages)
