@@ -30,6 +30,37 @@ def gpt2(seed=1):
 MODELS = {"llama": llama, "gpt2": gpt2}
 
 
+def bert(seed=1):
+    """With a head that its checkpoint would not have: a task's."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=16, num_labels=3)
+    return BertForSequenceClassification(config).eval()
+
+
+class Twice(nn.Module):
+    """One linear layer in two places, and a head with running statistics."""
+
+    def __init__(self, seed=1):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.between = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second = self.first
+        self.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5))
+
+    def forward(self, x):
+        return self.head(self.second(self.between(self.first(x).tanh()).tanh()))
+
+
+def twice(seed=1):
+    return Twice(seed).eval()
+
+
+BASES = {**MODELS, "bert": bert, "twice": twice}
+
+
 class NormedGate(nn.Module):
     """A gate network of a user's own, with buffers."""
 
