@@ -138,7 +138,7 @@ with tempfile.TemporaryDirectory() as scratch:
     # a build folder that stays would put modules that are gone since into the next wheel
     arguments.setdefault("options", {})["build"] = {"build_base": str(Path(scratch) / "build")}
     setup(
-        packages=["ilora", "ilora.storage", "ilora.kernels"],
+        packages=["ilora", "ilora.op", "ilora.gates", "ilora.adapter", "ilora.storage", "ilora.model", "ilora.kernels"],
         package_dir={"ilora": "ilora", "ilora.kernels": "kernels/triton"},
         **arguments,
     )

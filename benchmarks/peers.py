@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ilora.backends
+import ilora.op.backends
 from ilora.reference import as_seed, keep_mask
 
 
@@ -237,7 +237,7 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
     if name == "ilora[triton]" and device.type == "cpu":
         return "Triton needs a GPU; its interpreter is not for timing"
     if name.startswith("ilora["):
-        return ilora.backends.why_not(name[6:-1], device.type, dtype)
+        return ilora.op.backends.why_not(name[6:-1], device.type, dtype)
     if name == "peft":
         return _peft_trouble()
     return _compiler_trouble(device) if name == "compile" else None

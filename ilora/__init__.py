@@ -1,30 +1,22 @@
 """ilora: instance-wise LoRA. Gated multi-expert low-rank updates, fused, for any linear layer (arXiv 2408.10159)."""
 
 from . import reference
-from .adapter import adapters, add_adapter, delete_adapter, ilora_layers, set_adapter, targets
-from .backends import BackendUnavailable, available_backends
-from .collate import GateCollator
-from .config import ILoRAConfig
-from .gate import gated
+from .adapter.config import ILoRAConfig
+from .adapter.merging import merge, unmerge
+from .adapter.record import adapters, ilora_layers, print_trainable_parameters, targets, trainable_parameters
+from .adapter.switch import add_adapter, delete_adapter, disable_adapter, set_adapter
+from .current_gate import gated
+from .gates.collate import GateCollator
+from .gates.networks import GateNetwork, PromptGate, SequenceGate, UniformGate
+from .gates.stats import GateStats, balance_loss, gate_stats, plot_gates
 from .layer import ILoRALinear
-from .merging import merge, unmerge
-from .model import (
-    disable_adapter,
-    eject,
-    gate_of,
-    inject,
-    last_gate,
-    print_trainable_parameters,
-    share_inputs,
-    trainable_parameters,
-)
-from .networks import GateNetwork, PromptGate, SequenceGate, UniformGate
-from .ops import ilora_linear, ilora_update
-from .stats import GateStats, balance_loss, gate_stats, plot_gates
-from .storage.checkpoint import load_adapter, save_adapter
+from .model.inject import eject, gate_of, inject, last_gate, share_inputs
+from .model.interop import from_peft, to_peft
+from .model.loading import load_adapter
+from .op.backends import BackendUnavailable, available_backends
+from .op.functional import ilora_linear, ilora_update
 from .storage.files import AdapterError
-from .storage.hub import push_adapter
-from .storage.interop import from_peft, to_peft
+from .storage.save import push_adapter, save_adapter
 
 __version__ = "0.1.0"
 __all__ = [

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import ilora
-from ilora import backends
+from ilora.op import backends
 
 
 def _version(package: str) -> str:

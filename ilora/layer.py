@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .bases import adapter_like, features_of, is_conv1d, keep_unpacked
-from .gate import GateState
-from .ops import ilora_linear, ilora_update
-from .settings import check_settings, dtype_named
-from .siblings import shared_output
+from .base_layers import adapter_like, features_of, is_conv1d, keep_unpacked
+from .current_gate import GateState
+from .op.functional import ilora_linear, ilora_update
+from .op.settings import check_settings, dtype_named
+from .shared import shared_output
 
 
 class ILoRALinear(nn.Module):

@@ -1,158 +1,151 @@
-"""Projections of one input (q, k, v; gate, up) that share a pass over it, forward and backward.
+"""Which layers of a model may share their input, and the one input that is being shared now.
 
-The code of a model calls the projections one by one. So the first one called makes a node of the graph for all of them,
-`_Together`: it computes xa = dropout(x) [A_1; A_2; …]ᵀ in one pass, keeps what backward needs, and gives each of them a
-token, a tensor of y's shape and of no memory. Each computes its y when it is called, and its own node, `_Projection`,
-hands dy to its token. All gradients are then computed in one place, when every dy is there: one pass over x for all the
-dA, and dx written once, the frozen products accumulated on top. A projection that is never called costs its ranks and
-gets no gradient.
-
-Computing every y at the first call would have the same backward, but wastes a frozen product wherever a sibling gets
-another input, and hands out outputs that may have gone stale. One node a projection, each with its own dx, would have
-autograd sum them, in a pass over [M, d_in] for each.
+Siblings are found by their names; that they do get the same input is seen when they are called: by the very same
+tensor, unchanged since the first of them was called, under the same frame, modes and parameters. One that is called
+with another (cross-attention's keys) begins anew, to the same result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .checks import check_dtypes, check_segments, check_tensors, checked_seed, rows
-from .ops import autocast_to, autocasts, dense, once_only
+from .op.checks import MAX_RANK, rows
+from .op.functional import autocasts
+from .op.shared_input import Projection, SharedInput
+
+if TYPE_CHECKING:
+    from .layer import ILoRALinear
+
+FAMILIES = (  # of children of one module
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+)
+FEW_ROWS = 64  # a decoding step: its x is in the cache, and a GPU does each layer in one launch
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class Projection(NamedTuple):
-    """weight [d_out, d_in], bias [d_out] or None, A [R, d_in], B [d_out, R]; R is the same for all."""
-
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
-
-
-class Settings(NamedTuple):
-    """What holds for all of the projections; scaling holds the 1/(1-p) of dropout."""
-
-    scaling: float
-    dropout_p: float
-    backend: str
-
-
-class SharedInput:
-    """x's product with every A, and the tokens by which the projections' gradients meet.
-
-    Arguments as of `ilora.ilora_linear`, with one seed, and so one dropout mask, for all projections. `y(j)` is the
-    output of projection j, to be asked for once. spent: whether a backward has been through here already.
-    """
-
-    def __init__(
-        self,
-        x: Tensor,
-        projections: Sequence[Projection],
-        gate: Tensor,
-        scaling: float,
-        segments: Tensor | None = None,
-        dropout_p: float = 0.0,
-        seed: int | Tensor | None = None,
-        backend: str | None = None,
-    ) -> None:
-        for p in projections:
-            check_tensors(x, p.weight, p.bias, None, p.A, p.B, gate, segments)
-        check_segments(segments, rows(x))
-        self.device = x.device.type
-        if autocasts(self.device):
-            dtype = torch.get_autocast_dtype(self.device)
-            (x,) = autocast_to(dtype, x)  # type: ignore[assignment]
-            projections = [Projection(*autocast_to(dtype, *p)) for p in projections]  # type: ignore[arg-type]
-        for p in projections:
-            check_dtypes(x, p.weight, p.bias, None, p.A, p.B, gate)
-        seed = checked_seed(seed, dropout_p, x.device)
-        self.settings = Settings(float(scaling) / (1.0 - dropout_p), float(dropout_p), backend or "")
-        projections, segments = [p._replace(bias=dense(p.bias)) for p in projections], dense(segments)
-        self.x, self.projections, self.gate, self.segments = x, projections, gate, segments
-        self._spent: list[bool] = []
-        flat = [tensor for p in projections for tensor in p]
-        with torch.autocast(self.device, enabled=False):
-            self.xa, *self.tokens = _Together.apply(self.settings, self._spent, x, gate, segments, seed, *flat)
-
-    @property
-    def spent(self) -> bool:
-        return bool(self._spent)
-
-    def y(self, j: int) -> Tensor:
-        with torch.autocast(self.device, enabled=False):
-            return _Projection.apply(self.tokens[j], self, j)
+def group(layers: Iterable[ILoRALinear], share: bool) -> tuple[tuple[str, ...], ...]:
+    """Tells each layer its siblings: those of its family that are alike and plain, as many as fit the largest rank.
+    Returns their paths, by group. share=False: no layer has any."""
+    families: dict[Any, list[ILoRALinear]] = {}
+    for layer in layers:
+        layer.siblings = ()
+        parent, _, name = layer.name.rpartition(".")
+        family = next((family for family in FAMILIES if name in family), None)
+        if share and family is not None and layer.plain_weight() is not None:
+            families.setdefault((parent, family, _alike(layer)), []).append(layer)
+    groups = []
+    for members in families.values():
+        most = MAX_RANK // members[0].r
+        for first in range(0, len(members), max(most, 1)):
+            siblings = tuple(members[first : first + most])
+            if len(siblings) > 1:
+                groups.append(tuple(layer.name for layer in siblings))
+                for layer in siblings:
+                    layer.siblings = siblings
+    return tuple(groups)
 
 
-class _Together(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, settings: Any, spent: Any, x: Any, gate: Any, segments: Any, seed: Any, *flat: Any) -> Any:
-        """flat: weight, bias, A and B of each projection."""
-        module = backends.select(settings.backend, x.device.type, x.dtype)
-        As, Bs = flat[2::4], flat[3::4]
-        xa = module.shrink_x(x.reshape(-1, x.shape[-1]), torch.cat(As), settings.dropout_p, seed)
-        xas = xa.view(len(xa), len(As), len(As[0])).transpose(0, 1).contiguous()  # each projection's [M, R] by itself
-        ctx.save_for_backward(x, gate, segments, seed, *flat, xas)
-        ctx.settings, ctx.spent = settings, spent
-        ctx.mark_non_differentiable(xas)
-        ctx.set_materialize_grads(False)
-        return xas, *(x.new_empty(()).expand(*x.shape[:-1], len(B)) for B in Bs)
-
-    @staticmethod
-    def backward(ctx: Any, _: None, *dys: Tensor | None) -> Any:
-        ctx.spent.append(True)
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        given = {j: dy for j, dy in enumerate(dys) if dy is not None}
-        if not given:
-            return None, None, *(None for _ in needs)
-        return None, None, *once_only(lambda: _gradients(ctx.settings, given, saved, needs), *given.values(), *saved)
+def shared_output(layer: ILoRALinear, x: Tensor) -> Tensor | None:
+    """The layer's output from an input it shares with its siblings; None where it is to compute by itself."""
+    if torch.compiler.is_compiling():  # a graph holds no state between two calls: there every layer is by itself
+        return None
+    state = layer.gate_state
+    held = state.shared
+    if held is None or not held.serves(layer, x):
+        held = state.shared = _begin(layer, x)
+    if held is None:
+        return None
+    y = held.take(layer)
+    if not held.places:
+        state.shared = None
+    return y
 
 
-def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: Any) -> list[Tensor | None]:
-    """Gradients of x, gate, segments, seed and flat; dys of those projections that have one."""
-    (x, gate, segments, seed, *flat, xas), (scaling, dropout_p, backend) = saved, settings
-    module = backends.select(backend, x.device.type, x.dtype)
-    flat_x = x.reshape(-1, x.shape[-1])
-    check_segments(segments, len(flat_x))  # again: they may lie in a buffer that has been used anew
-    grads: list[Any] = [None] * len(needs)
-    products, dxas = [], []
-    for j, dy in dys.items():
-        weight, _, _, B = flat[4 * j : 4 * j + 4]
-        dy = dy.reshape(-1, len(B))
-        dxa, dB, dgate = module.backward_dy(dy, xas[j], B, gate, segments, scaling)
-        at = 4 + 4 * j
-        grads[at] = dy.T @ flat_x if needs[at] else None
-        grads[at + 1] = dy.sum(0) if needs[at + 1] else None
-        grads[at + 3] = dB
-        grads[1] = dgate if grads[1] is None else grads[1] + dgate
-        products.append((dy, weight))
-        dxas.append(dxa)
-    A = torch.cat([flat[4 * j + 2] for j in dys])
-    dx, dA = module.backward_x(torch.cat(dxas, 1), flat_x, A, dropout_p, seed, products, needs[0])
-    for j, part in zip(dys, dA.chunk(len(dys)), strict=True):
-        grads[6 + 4 * j] = part
-    grads[0] = None if dx is None else dx.view(x.shape)
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+class _Held:
+    """An input that has been multiplied by the A's of several layers, those that have not been called yet."""
+
+    def __init__(self, layers: list[ILoRALinear], x: Tensor, shared: SharedInput) -> None:
+        self.x, self.call, self.shared = x, _call(layers[0], x), shared
+        self.kept = [_tensors(layer) for layer in layers]  # so that no id below is given to another tensor
+        self.places = {layer: (j, _stamp(layer)) for j, layer in enumerate(layers)}
+
+    def serves(self, layer: ILoRALinear, x: Tensor) -> bool:
+        place = self.places.get(layer)
+        if x is not self.x or place is None or self.shared.spent or layer.plain_weight() is None or layer.merged:
+            return False
+        return self.call == _call(layer, x) and place[1] == _stamp(layer)
+
+    def take(self, layer: ILoRALinear) -> Tensor:
+        return self.shared.y(self.places.pop(layer)[0])
 
 
-class _Projection(torch.autograd.Function):
-    """y of one projection, whose gradient goes to its token as it is."""
+def _begin(layer: ILoRALinear, x: Tensor) -> _Held | None:
+    if type(x) not in _PLAIN or x.is_inference():  # whether it changes in inference mode, nobody could tell
+        return None
+    # Not in training, also without gradients: a re-entrant checkpoint's recomputation must draw the same seeds.
+    if rows(x) <= FEW_ROWS and not layer.training and not torch.is_grad_enabled():
+        return None
+    if not _ready(layer):
+        return None
+    alike = _alike(layer)
+    members = [other for other in layer.siblings if _ready(other) and _alike(other) == alike]
+    gate, segments = layer.gate_state.gate_for(x, layer.gate_index, layer.name)
+    if gate is None or len(members) < 2:
+        return None
+    dropout_p = layer.lora_dropout if layer.training else 0.0
+    shared = SharedInput(
+        x,
+        [Projection(m.plain_weight(), m.base_layer.bias, m.lora_A, m.lora_B) for m in members],  # type: ignore[arg-type]
+        layer.own_gate(gate),
+        layer.scaling,
+        segments,
+        dropout_p,
+        None,
+        layer.backend,
+    )
+    return _Held(members, x, shared)
 
-    @staticmethod
-    def forward(ctx: Any, token: Tensor, shared: SharedInput, j: int) -> Tensor:
-        ctx.set_materialize_grads(False)
-        x, p = shared.x, shared.projections[j]
-        module = backends.select(shared.settings.backend, x.device.type, x.dtype)
-        flat_x = x.reshape(-1, x.shape[-1])
-        settings = (p.weight, p.bias, p.B, shared.gate, shared.segments, shared.settings.scaling)
-        y = module.expand_xa(flat_x, shared.xa[j], *settings)
-        # Not view: autograd would refuse in-place operations on the output of the Function.
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(p.B)])
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Any:
-        return dy, None, None
+def _alike(layer: ILoRALinear) -> tuple[Any, ...]:
+    """What siblings have in common. One r and E, so that the A's can be taken apart again; one gate; one dropout."""
+    A, weight = layer.lora_A, layer.base_layer.weight
+    same = (layer.in_features, layer.r, layer.num_experts, layer.gate_experts, layer.gate_index, layer.scaling)
+    modes = (layer.lora_dropout, layer.training, layer.backend)
+    return (*same, *modes, A.dtype, A.device, weight.dtype, weight.device, id(layer.gate_state))
+
+
+def _ready(layer: ILoRALinear) -> bool:
+    plain = not layer.merged and layer.plain_weight() is not None
+    return plain and all(type(t) in _PLAIN for t in _tensors(layer))
+
+
+def _tensors(layer: ILoRALinear) -> tuple[Tensor, ...]:
+    four: tuple[Any, ...] = (layer.base_layer.weight, layer.base_layer.bias, layer.lora_A, layer.lora_B)
+    return tuple(t for t in four if t is not None)
+
+
+def _stamp(layer: ILoRALinear) -> tuple[Any, ...]:
+    """Changes whenever anything changes that the layer's output depends on, but for the call."""
+    return (*_alike(layer), *((id(t), _version(t), t.requires_grad) for t in _tensors(layer)))
+
+
+def _call(layer: ILoRALinear, x: Tensor) -> tuple[Any, ...]:
+    """Changes with the values of x and the gate, and with torch's modes; with the hooks on saved tensors too, since a
+    checkpointed region must save what it saves again when it is recomputed."""
+    (gate, segments, *_), device = layer.gate_state.frame, x.device.type
+    modes = (torch.is_grad_enabled(), autocasts(device) and torch.get_autocast_dtype(device))
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return (*modes, hooks, layer.gate_state.enabled, *map(_version, (gate, segments, x)), x.requires_grad)
+
+
+def _version(t: Tensor | None) -> int | None:
+    """Counts the changes of t; an inference tensor has no count, and outside inference mode no changes."""
+    return None if t is None or t.is_inference() else t._version

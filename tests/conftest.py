@@ -21,7 +21,7 @@ TARGETS = [("reference", "cpu"), ("native", "cpu"), ("triton", "cuda" if GPU els
 )
 def target(request):
     """(backend, device), skipped with the backend's own reason where it cannot run."""
-    from ilora import backends
+    from ilora.op import backends
 
     reason = backends.why_not(*request.param)
     if reason is not None:

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ilora
-from ilora.shared import Projection, SharedInput
+from ilora.op.shared_input import Projection, SharedInput
 
 # (dtype of the layer, dtype of A and B). Triton's interpreter computes bfloat16 wrongly, so there it is left to a GPU.
 DTYPES = {
@@ -91,7 +91,7 @@ def test_the_same_bits_every_time(target, dropout_p):
     assert all(torch.equal(first[name], second[name]) for name in OUTPUTS)
 
 
-@pytest.mark.skipif(ilora.backends.why_not("native", "cpu") is not None, reason="the native module is not built")
+@pytest.mark.skipif(ilora.op.backends.why_not("native", "cpu") is not None, reason="the native module is not built")
 def test_native_bits_do_not_depend_on_threads():
     """The low-rank part, that is: the product with W is the BLAS's, so W is left out."""
     case = Case(M=3000, N=3, d_in=64, d_out=48, dropout_p=0.1)

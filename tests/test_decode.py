@@ -160,7 +160,7 @@ def test_a_graph_replays_with_new_values(M):
 @pytest.mark.parametrize("M", [1, 8, 9, 16, 40, 64])
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (torch.bfloat16,) * 2, (torch.bfloat16, F32)], ids=str)
 def test_the_cuda_library(M, dtypes):
-    from ilora import native
+    from ilora.op import native
 
     if reason := native.cuda_unavailable():
         pytest.skip(reason)

@@ -101,7 +101,7 @@ def test_checkpointing_switched_on_before_injection_and_after_copying():
     ilora.eject(model)
     functions = [vars(m).get("_gradient_checkpointing_func") for m in model.modules()]
     assert any(functions)
-    assert not any(isinstance(f, ilora.gate.CapturingCheckpoint) for f in functions)
+    assert not any(isinstance(f, ilora.current_gate.CapturingCheckpoint) for f in functions)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -117,7 +117,7 @@ def test_an_exception_leaves_no_gate_behind(checkpointed):
     with pytest.raises(KeyError, match="broken"):
         model.generate(ids, ilora_gate=g.flip(0), max_new_tokens=2)
     handle.remove()
-    assert model.ilora.state.frame == ilora.gate.Frame()
+    assert model.ilora.state.frame == ilora.current_gate.Frame()
     with pytest.raises(ValueError, match="needs ilora_gate"):
         model(input_ids=ids)
     assert torch.equal(model(input_ids=ids, ilora_gate=g).logits, expected)
@@ -218,7 +218,7 @@ def test_refused_gates(case, call):
     run = model if call == "forward" else partial(model.generate, attention_mask=mask, max_new_tokens=2)
     with pytest.raises(error, match=words):
         run(input_ids=ids, **given)
-    assert model.ilora.state.frame == ilora.gate.Frame()
+    assert model.ilora.state.frame == ilora.current_gate.Frame()
 
 
 def test_networks_ask_for_what_they_need():

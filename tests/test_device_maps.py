@@ -9,7 +9,7 @@ from models import DECODERS, E, gates, llama, prompts, randomised
 from torch import nn
 
 import ilora
-from ilora.gate import Frame, GateState
+from ilora.current_gate import Frame, GateState
 
 OFFLOADED = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
 

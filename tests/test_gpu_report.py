@@ -18,7 +18,7 @@ from gpu import results as files
 from gpu.budget import PARTS, SHARES, Budget
 from gpu_cases import CPU, HERE, SMALL, layer_row, made_up
 
-from ilora import backends
+from ilora.op import backends
 
 
 def test_the_main_layers_come_first_and_every_layer_once():

@@ -9,7 +9,7 @@ import pytest
 
 import ilora
 
-if reason := ilora.backends.why_not("native", "cpu"):
+if reason := ilora.op.backends.why_not("native", "cpu"):
     pytest.skip(reason, allow_module_level=True)
 TESTS = Path(__file__).resolve().parent
 

@@ -46,10 +46,10 @@ def test_out_of_memory_midway_is_undone(monkeypatch):
             raise RuntimeError("out of memory")
         return real(*args)
 
-    real = ilora.merging._merged_weight
+    real = ilora.adapter.merging._merged_weight
     before, want = bits(model), model(x, ilora_gate=GATE[None])
     with monkeypatch.context() as patch:
-        patch.setattr(ilora.merging, "_merged_weight", fails)
+        patch.setattr(ilora.adapter.merging, "_merged_weight", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             ilora.merge(model, GATE)
     assert_untouched(model, before)
@@ -92,7 +92,7 @@ def test_a_final_merge_replaces_weights_one_after_another(monkeypatch):
         alive.append(sum(reference() is not None for reference in before))
         return real(*args)
 
-    real = ilora.merging._merged_weight
-    monkeypatch.setattr(ilora.merging, "_merged_weight", counts)
+    real = ilora.adapter.merging._merged_weight
+    monkeypatch.setattr(ilora.adapter.merging, "_merged_weight", counts)
     ilora.merge(model, GATE, keep_base=False)
     assert alive == [6, 5, 4, 3, 2, 1]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ilora.networks import (
+from ilora.gates.networks import (
     GATE_TYPES,
     PromptGate,
     SequenceGate,
@@ -14,7 +14,7 @@ from ilora.networks import (
     gate_from_settings,
     prompt_mask,
 )
-from ilora.pooling import masked_mean
+from ilora.gates.pooling import masked_mean
 
 KINDS = ["dense", "topk", "mlp", "noisy"]
 LN2 = math.log(2)

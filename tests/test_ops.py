@@ -8,7 +8,7 @@ import torch
 from cases import BF16, F32, F64, Case
 
 import ilora
-from ilora import backends
+from ilora.op import backends
 
 SAMPLE = {"M": 24, "N": 3}
 
@@ -289,7 +289,7 @@ def test_a_backend_that_cannot_run_says_why():
 def test_available_backends():
     everywhere = ilora.available_backends()
     assert "reference" in everywhere
-    assert set(ilora.available_backends("cpu")) <= set(everywhere) <= set(ilora.backends.NAMES)
+    assert set(ilora.available_backends("cpu")) <= set(everywhere) <= set(ilora.op.backends.NAMES)
 
 
 def test_no_backend_works_on_a_device_that_is_not_there(monkeypatch):

@@ -55,9 +55,9 @@ def test_a_wheel_without_the_native_module_says_so_and_holds_the_rest(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"ilora/__init__.py", "ilora/ops.py", "ilora/kernels/__init__.py"} <= names
+    assert {"ilora/__init__.py", "ilora/op/functional.py", "ilora/kernels/__init__.py"} <= names
     assert not [n for n in names if n.endswith(".so") or n.startswith(("tests", "benchmarks", "kernels", "csrc"))]
-    reason = ALONE + "from ilora import native; print(native.__file__, native.unavailable())"
+    reason = ALONE + "from ilora.op import native; print(native.__file__, native.unavailable())"
     said = python("-c", reason, cwd=tmp_path, PYTHONPATH=str(wheel))
     assert said.startswith(str(wheel))
     assert "not built" in said
@@ -65,7 +65,7 @@ def test_a_wheel_without_the_native_module_says_so_and_holds_the_rest(tmp_path):
 
 def test_a_checkout_without_the_native_module_says_where_to_build_it(tmp_path):
     source = copied(tmp_path)
-    reason = ALONE + "from ilora import native; print(native.unavailable())"
+    reason = ALONE + "from ilora.op import native; print(native.unavailable())"
     said = python("-c", reason, cwd=source, PYTHONPATH=str(source))
     assert f"it was not built in {source}" in said
     assert f"-e {source}" in said

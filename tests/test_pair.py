@@ -6,7 +6,7 @@ from cases import BF16, F16, F32
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ilora import backends
+from ilora.op import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if reason := backends.why_not("triton", DEVICE):

@@ -71,7 +71,7 @@ def test_rows_map_to_instances():
 @pytest.mark.parametrize("lengths", [None, (2, 0, 1)])
 @pytest.mark.parametrize("backend", ["definition", "reference", "native"])
 def test_float64_gradients_against_finite_differences(backend, lengths, dropout_p):
-    if backend != "definition" and (reason := ilora.backends.why_not(backend, "cpu", F64)) is not None:
+    if backend != "definition" and (reason := ilora.op.backends.why_not(backend, "cpu", F64)) is not None:
         pytest.skip(reason)
     x, W, b = torch.randn(3, 5, dtype=F64), torch.randn(4, 5, dtype=F64), torch.randn(4, dtype=F64)
     A, B, gate = torch.randn(6, 5, dtype=F64), torch.randn(4, 6, dtype=F64), torch.rand(3, 3, dtype=F64)
@@ -87,7 +87,7 @@ def test_float64_gradients_against_finite_differences(backend, lengths, dropout_
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_float64_gradients_of_the_update_alone(backend):
-    if (reason := ilora.backends.why_not(backend, "cpu", F64)) is not None:
+    if (reason := ilora.op.backends.why_not(backend, "cpu", F64)) is not None:
         pytest.skip(reason)
     x, base = torch.randn(2, 2, 5, dtype=F64), torch.randn(2, 2, 4, dtype=F64)
     A, B, gate = torch.randn(6, 5, dtype=F64), torch.randn(4, 6, dtype=F64), torch.rand(2, 3, dtype=F64)

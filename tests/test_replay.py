@@ -14,8 +14,8 @@ import torch
 from cases import F16, F32, OUTPUTS, Case, run
 
 import ilora
-from ilora import backends
-from ilora.shared import Projection, SharedInput
+from ilora.op import backends
+from ilora.op.shared_input import Projection, SharedInput
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if reason := backends.why_not("triton", DEVICE):

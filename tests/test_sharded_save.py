@@ -8,7 +8,7 @@ from torch import nn
 
 import ilora
 from ilora import SequenceGate
-from ilora.storage.checkpoint import save_pretrained
+from ilora.storage.save import save_pretrained
 
 pytest.importorskip("safetensors")
 

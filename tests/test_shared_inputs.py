@@ -7,8 +7,8 @@ import torch
 from cases import BF16, F16, F32, F64, Case, within
 
 import ilora
-from ilora import backends
-from ilora.shared import Projection, SharedInput
+from ilora.op import backends
+from ilora.op.shared_input import Projection, SharedInput
 
 WIDTHS = (12, 7, 50)
 DTYPES = {

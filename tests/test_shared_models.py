@@ -11,7 +11,7 @@ from models import DECODERS, ENCODER_DECODERS, MODELS, E, gates, injected, llama
 from torch import nn
 
 import ilora
-from ilora import siblings
+from ilora import shared as siblings
 
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 GROUPS = {"llama": 4, "qwen3": 4, "gemma": 4, "mixtral": 2, "opt": 2, "gpt2": 0, "t5": 6, "bart": 6, "bert": 2}
@@ -76,9 +76,9 @@ def test_a_model_computes_the_same_in_fewer_passes(name, passes):
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_the_backend_multiplies_by_the_first_factors_once_a_group(backend, monkeypatch):
-    if (reason := ilora.backends.why_not(backend, "cpu")) is not None:
+    if (reason := ilora.op.backends.why_not(backend, "cpu")) is not None:
         pytest.skip(reason)
-    model, module = injected(backend=backend).train(), ilora.backends.select(backend, "cpu", torch.float32)
+    model, module = injected(backend=backend).train(), ilora.op.backends.select(backend, "cpu", torch.float32)
     ranks = {"shrink_x": [], "backward_x": []}
     for name, where in (("shrink_x", 1), ("backward_x", 2)):
         original = getattr(module, name)
@@ -207,7 +207,7 @@ def changes(model):
         "the mode": lambda x: model.k_proj.eval() is None or x,
         "scaling": lambda x: setattr(layer, "scaling", 7.0) or x,
         "a hook": lambda x: layer.base_layer.register_forward_hook(lambda m, a, y: y * 2) is None or x,
-        "the frame": lambda x: model.ilora.state.enter(ilora.gate.Frame(gates(3, seed=9))) or x,
+        "the frame": lambda x: model.ilora.state.enter(ilora.current_gate.Frame(gates(3, seed=9))) or x,
     }
 
 
@@ -302,7 +302,7 @@ def test_dropout_has_one_mask_a_group():
     torch.manual_seed(4)
     found = model.train()(x, ilora_gate=g)
     torch.manual_seed(4)
-    seed = int(ilora.reference.as_seed(None, x.device))
+    seed = int(ilora.op.reference.as_seed(None, x.device))
     want = [
         ilora.reference.ilora_linear(x, m.weight, m.bias, m.lora_A, m.lora_B, g, m.scaling, None, 0.5, seed)
         for m in ilora.ilora_layers(model).values()

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ilora.stats import balance_loss, gate_stats, plot_gates
+from ilora.gates.stats import balance_loss, gate_stats, plot_gates
 
 
 def test_balance_loss_by_hand():

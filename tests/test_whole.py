@@ -7,7 +7,7 @@ import torch
 from cases import BF16, F16, F32, GEMM, check, run
 
 import ilora
-from ilora import backends
+from ilora.op import backends
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if reason := backends.why_not("triton", DEVICE):

@@ -18,7 +18,7 @@ from measure import Program
 from peers import Case, Peer, Settings
 from torch import Tensor
 
-import ilora.native
+import ilora.op.native
 
 from .machine import backend_of, loads_by_descriptor
 
@@ -162,11 +162,11 @@ def cuda_decode(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, gate: Tensor, scaling: float
 ) -> Tensor:
     """y by the CUDA library: in one launch, or, above its rows for a weight, upon the frozen layer's output."""
-    if len(x) > ilora.native.DECODE_FUSED_ROWS:
+    if len(x) > ilora.op.native.DECODE_FUSED_ROWS:
         base = F.linear(x, weight, bias)
-        result = ilora.native.decode(x, None, None, base, A, B, gate, None, scaling)
+        result = ilora.op.native.decode(x, None, None, base, A, B, gate, None, scaling)
     else:
-        result = ilora.native.decode(x, weight, bias, None, A, B, gate, None, scaling)
+        result = ilora.op.native.decode(x, weight, bias, None, A, B, gate, None, scaling)
     if result is None:
         raise ValueError(f"the CUDA library refuses x {list(x.shape)}, {x.dtype}, R = {len(A)}")
     return result[0]

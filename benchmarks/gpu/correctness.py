@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import ilora.native
+import ilora.op.native
 
 from . import sanitizer, workers
 from .arms import cuda_decode, using
@@ -59,7 +59,7 @@ def checks(device: torch.device, quick: bool, dry: bool) -> list[Check]:
     shapes = {"tiny": TINY} if dry else real
     few_sizes = {"few rows": (24, 16)} if dry else {"few rows": (272, 144), "few odd rows": (131, 97)}
     gemms = ("gemm", "whole") if loads_by_descriptor(device) else ("gemm",)
-    library = device.type == "cuda" and ilora.native.cuda_unavailable() is None
+    library = device.type == "cuda" and ilora.op.native.cuda_unavailable() is None
     for rank, kind in itertools.product((16,) if quick or dry else (16, 8, 64), kinds):
         for p, (shape, fields) in itertools.product((0.0, 0.1), shapes.items()):
             add(shape, fields, "beta", rank, p, kind)
@@ -168,7 +168,7 @@ def small(device: str) -> None:
         with using("auto"):
             for _ in range(2):
                 CASES.run(case, backend_of(torch.device(device), case.dtype))
-        if device == "cuda" and ilora.native.cuda_unavailable() is None:
+        if device == "cuda" and ilora.op.native.cuda_unavailable() is None:
             _decoded(case)
 
 

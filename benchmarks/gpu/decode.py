@@ -14,7 +14,7 @@ from measure import Program
 from peers import Case, Settings, make_case
 from torch import Tensor
 
-import ilora.native
+import ilora.op.native
 from ilora import reference
 
 from .arms import Under, cuda_decode
@@ -52,7 +52,7 @@ def arms_of(here: Machine, dtype: torch.dtype) -> tuple[dict[str, Callable[[Case
     """The arms that run here, and why the others do not."""
     every: dict[str, Callable[[Case], Call]] = {"frozen": frozen, "ilora": ours, "ilora[cuda]": cuda, "peft": peft}
     reasons = {
-        "ilora[cuda]": "it wants a GPU" if here.dry else ilora.native.cuda_unavailable(),
+        "ilora[cuda]": "it wants a GPU" if here.dry else ilora.op.native.cuda_unavailable(),
         "peft": peers.unavailable("peft", here.device, dtype),
     }
     missing = {name: reason for name, reason in reasons.items() if reason is not None}

@@ -14,7 +14,7 @@ import torch
 from measure import Graphed, Program
 from report import machine
 
-import ilora.backends
+import ilora.op.backends
 
 
 class LostDevice(RuntimeError):
@@ -87,8 +87,8 @@ def backend_of(device: torch.device, dtype: torch.dtype) -> str:
     """Whose kernels the report measures: Triton's; in a dry run the first of those that run here."""
     if device.type == "cuda":
         return "triton"
-    interpreted = dtype != torch.bfloat16 and ilora.backends.why_not("triton", "cpu", dtype) is None
-    native = ilora.backends.why_not("native", "cpu", dtype) is None
+    interpreted = dtype != torch.bfloat16 and ilora.op.backends.why_not("triton", "cpu", dtype) is None
+    native = ilora.op.backends.why_not("native", "cpu", dtype) is None
     return "triton" if interpreted else "native" if native else "reference"
 
 

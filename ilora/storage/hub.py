@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import save_adapter
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError
 
 FILES = [CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README]
-_MESSAGE = "Upload an iLoRA adapter"
-
-
-def push_adapter(
-    model: Any,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    commit_message: str = _MESSAGE,
-    name: str | None = None,
-) -> str:
-    """Saves an adapter of the model to a repository of the Hub, made if there is none; returns the commit's address.
-
-    repo_id: "owner/name". private: of a new repository; None means the owner's default. token: None means the one that
-    `hf auth login` keeps. name: which adapter; None means the active one. Of the processes of a sharded model (FSDP2),
-    which all call this, one pushes; the others return "".
-    Raises: as `ilora.save_adapter`; huggingface_hub's errors.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        saved = save_adapter(model, Path(folder) / "adapter", name=name)
-        if not saved.exists():  # of a sharded model, which another process writes
-            return ""
-        return push_folder(saved, repo_id, private=private, token=token, commit_message=commit_message)
+MESSAGE = "Upload an iLoRA adapter"
 
 
 def push_folder(
@@ -51,7 +26,7 @@ def push_folder(
     repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
     files = [name for name in FILES if name != README or not api.file_exists(repo_id, README)]
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=commit_message or _MESSAGE, allow_patterns=files
+        repo_id=repo_id, folder_path=folder, commit_message=commit_message or MESSAGE, allow_patterns=files
     )
     return str(commit.commit_url)
 

@@ -25,7 +25,7 @@ def _load(name: str, wants: str, variable: str) -> str | None:
     """Registers torch.ops.ilora_native; returns the reason when that cannot be done."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        checkout = Path(__file__).resolve().parents[1]
+        checkout = Path(__file__).resolve().parents[2]
         if (checkout / "setup.py").exists():  # it hides an installed ilora from Python processes that start there
             return (
                 f"it was not built in {checkout}, which ilora is imported from; "

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import adapter_like, features_of, is_linear
-from ..checks import MAX_RANK
-from ..config import ILoRAConfig
-from ..model import eject, put
-from .files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
-from .layout import PREFIX, Layout, exactly, fill, most_common, patterns, peft_key, specs_of, tensors_of
+from ..adapter.config import ILoRAConfig
+from ..base_layers import adapter_like, features_of, is_linear
+from ..op.checks import MAX_RANK
+from ..storage.files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
+from ..storage.format import PREFIX, Layout, exactly, fill, most_common, patterns, peft_key, specs_of, tensors_of
+from .inject import eject, put
 
 # Fields of LoraConfig that do not change what an adapter computes, or whose effect is read off the layers.
 _NEUTRAL = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Injection, changeable, ilora_layers, injected
-from .bases import is_conv1d, offloading_to
-from .layer import ILoRALinear
+from ..base_layers import is_conv1d, offloading_to
+from ..layer import ILoRALinear
+from .record import Injection, changeable, ilora_layers, injected
 
 
 def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, attach, detach
-from ..bases import adapted, features_of, is_conv1d
-from ..config import ILoRAConfig, block_of, find_targets
-from ..delivery import ILoRAModel
-from ..heads import modules_to_save
-from ..places import once
+from ..adapter.config import ILoRAConfig
+from ..adapter.modules import once
+from ..adapter.record import Adapter, is_injected
+from ..adapter.switch import attach, detach
+from ..adapter.targets import block_of, find_targets, layer_settings
+from ..adapter.task_heads import modules_to_save
+from ..base_layers import adapted, features_of, is_conv1d
 from .files import AdapterError
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
@@ -80,7 +81,7 @@ class Layout:
         first = {id(base): path for path, base in reversed(bases.items())}
         shapes = {
             path: Shape(
-                **config.layer_settings(path), **dict(zip(("d_in", "d_out"), features_of(bases[path]), strict=True))
+                **layer_settings(config, path), **dict(zip(("d_in", "d_out"), features_of(bases[path]), strict=True))
             )
             for path in paths
             if first[id(bases[path])] == path
@@ -102,7 +103,7 @@ class Layout:
 @contextmanager
 def _bare(model: Any) -> Iterator[None]:
     """The model with the adapter that is in it out of the way."""
-    adapter = model.ilora.adapter if isinstance(model, ILoRAModel) else None
+    adapter = model.ilora.adapter if is_injected(model) else None
     if adapter is not None:
         detach(model)
     try:
@@ -229,7 +230,7 @@ def exactly(model: nn.Module, paths: list[str]) -> list[str] | str:
 def _plain_paths(module: Any, prefix: str = "") -> Iterator[str]:
     """The paths of all modules, as they are without an adapter in the model."""
     for name, child in module._modules.items():
-        if child is None or (name == "ilora_gate" and isinstance(module, ILoRAModel)):
+        if child is None or (name == "ilora_gate" and is_injected(module)):
             continue
         yield prefix + name
         yield from _plain_paths(child.base_layer if adapted(child) else child, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What to adapt and how: ILoRAConfig, and which modules of a model it means."""
+"""What to adapt and how, as data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 
-from .bases import is_linear
-from .checks import MAX_RANK
-from .layer import ILoRALinear
-from .paths import ALL_LINEAR, PATTERNS, index_of, inside, named, nothing_matched, patterned
-from .paths import block_of as block_of
-from .settings import check_settings, dtype_name, is_finite, is_number
+from ..op.checks import MAX_RANK
+from ..op.settings import check_settings, dtype_name, is_finite, is_number
+
+ALL_LINEAR = "all-linear"
+PATTERNS = ("rank_pattern", "alpha_pattern", "expert_pattern")
 
 
 @dataclass(frozen=True)
@@ -82,18 +80,6 @@ class ILoRAConfig:
             raise ValueError(f"ILoRAConfig has no field {', '.join(map(repr, unknown))}")
         return cls(**values)
 
-    def layer_settings(self, path: str) -> dict[str, Any]:
-        """r, num_experts and lora_alpha of the module at this path, its patterns applied.
-        Raises ValueError where they do not fit each other."""
-        r = patterned(self.rank_pattern, path, self.r)
-        experts = patterned(self.expert_pattern, path, self.num_experts)
-        if self.num_experts % experts or r % experts:
-            raise ValueError(
-                f"{path}: r={r} and num_experts={experts} from the patterns; the experts must divide r, and "
-                f"the config's num_experts={self.num_experts}"
-            )
-        return {"r": r, "num_experts": experts, "lora_alpha": patterned(self.alpha_pattern, path, self.lora_alpha)}
-
 
 def _check(config: ILoRAConfig) -> None:
     def expect(name: str, good: bool, what: str) -> None:
@@ -132,44 +118,3 @@ def _regex(name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from None
-
-
-def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
-    """The paths of the linear layers to adapt, in the model's order.
-    Raises ValueError where a matched module cannot take an adapter, and where nothing matches. The model itself is
-    never one: there is nowhere to put another module in its place."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    everything = config.target_modules == ALL_LINEAR
-    targets: list[str] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not path or (config.layers_to_transform is not None and index_of(path) not in config.layers_to_transform):
-            continue
-        if named(path, config.exclude_modules) or inside(path, config.modules_to_save):
-            continue
-        wanted = is_linear(module) and module is not head if everything else named(path, config.target_modules)
-        if wanted and targets and path.startswith(targets[-1] + "."):
-            continue  # a part of a layer that is adapted as a whole
-        if wanted:
-            _refuse_unfit(model, path, module)
-            targets.append(path)
-    if not targets:
-        raise ValueError(nothing_matched(model, config))
-    return targets
-
-
-def _refuse_unfit(model: nn.Module, path: str, module: nn.Module) -> None:
-    if isinstance(module, ILoRALinear):
-        raise ValueError(f"{path}: it is an ILoRALinear already")
-    if not is_linear(module):
-        raise ValueError(
-            f"{path}: target_modules matches this {type(module).__name__}, which is no linear layer; "
-            "make the name longer, or list it in exclude_modules"
-        )
-    parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"{path}: nn.MultiheadAttention reads this weight without calling the layer; exclude it")
-    if re.search(r"(^|\.)experts\.\w*\d+(\.|$)", path):
-        raise ValueError(
-            f"{path}: an expert of a sparse mixture sees a routed part of the rows, so a gate for each instance cannot "
-            r"be mapped to them; leave the experts out, e.g. exclude_modules=r'.*\.experts\..*'"
-        )

@@ -1,100 +1,24 @@
-"""The adapters of a model: what one is made of, putting it in, taking it out, several on one base."""
+"""Putting an adapter into a model and taking it out: several on one base, one of them active."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-from .bases import home
-from .config import ILoRAConfig, find_targets
-from .gate import GateState
-from .heads import modules_to_save, with_heads
-from .layer import ILoRALinear
-from .networks import GateNetwork
-from .paths import block_of, refuse_unmatched
-from .places import beside, dtype_of, hold_statistics, once, refresh, replace
-from .siblings import group
-
-
-@dataclass
-class Adapter:
-    """One set of updates: the layers by path (each with the frozen layer it stands for), the modules trained whole by
-    path, the gate network, and the blocks that have a gate each, in order. In the model, or kept beside it.
-
-    dtype: the frozen model's when the adapter was taken out of it."""
-
-    name: str
-    config: ILoRAConfig
-    gate: nn.Module | None
-    blocks: list[str]
-    layers: dict[str, ILoRALinear]
-    saved: dict[str, nn.Module]
-    dtype: torch.dtype | None = None
-
-
-@dataclass
-class Injection:
-    """What `inject` has done to a model, so that it can be undone.
-
-    adapter: the one in the model. others: those kept beside it, by name. originals: the frozen modules that
-    modules_to_save took the place of; dtype: the frozen model's at that time. trainable: the parameters that were
-    trainable. tied: transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
-    weights; unmerged: the weights before. forward: the one on the instance, if somebody had put one there.
-    share_inputs: whether layers share their input. norms: those of `frozen_norms` that were in the model's mode.
-    packing: the modules that would pack their weights for inference, and may not (bases.keep_unpacked).
-    """
-
-    state: GateState
-    trainable: list[str]
-    adapter: Adapter
-    others: dict[str, Adapter] = field(default_factory=dict)
-    originals: dict[str, nn.Module] = field(default_factory=dict)
-    dtype: torch.dtype | None = None
-    tied: dict[str, Any] = field(default_factory=dict)
-    merged: bool = False
-    unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
-    forward: Any = None
-    share_inputs: bool = False
-    packing: list[nn.Module] = field(default_factory=list)
-    norms: list[nn.Module] = field(default_factory=list)
-
-    @property
-    def config(self) -> ILoRAConfig:
-        return self.adapter.config
-
-
-def injected(model: Any) -> Injection:
-    """The record of the injection. Raises ValueError where there is none."""
-    if not isinstance(vars(model).get("ilora"), Injection):
-        refuse_wrapped(model)
-        raise ValueError(f"{type(model).__name__} has no iLoRA in it: ilora.inject(model, config) puts it there")
-    return model.ilora
-
-
-def changeable(model: Any, what: str) -> Injection:
-    """The record of the injection, for a call that puts modules in and out. Raises ValueError, saying what is refused,
-    where there is none, a gate is merged, or the adapter is disabled."""
-    injection = injected(model)
-    if injection.merged:
-        raise ValueError(f"{what}: a gate is merged into the weights; ilora.unmerge(model) first")
-    if not injection.state.enabled:
-        raise ValueError(f"{what}: the adapter is disabled; leave the `with disable_adapter(model)` block first")
-    return injection
-
-
-def refuse_wrapped(model: Any) -> None:
-    """Raises ValueError for torch's wrappers of a model (compiled, DDP, FSDP1), naming the model within."""
-    place = type(model).__module__
-    if not place.startswith("torch.") or place.startswith("torch.nn.modules."):  # a container may have such a child
-        return
-    for name in ("_orig_mod", "module"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module):
-            raise ValueError(f"{type(model).__name__} wraps a {type(inner).__name__}: give that one, model.{name}")
+from ..base_layers import home
+from ..current_gate import GateState
+from ..gates.networks import GateNetwork
+from ..layer import ILoRALinear
+from ..shared import group
+from .config import ILoRAConfig
+from .modules import beside, dtype_of, hold_statistics, once, refresh, replace
+from .record import Adapter, adapters, changeable, injected
+from .targets import block_of, find_targets, layer_settings, refuse_unmatched
+from .task_heads import modules_to_save, with_heads
 
 
 def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: nn.Module | None = None) -> Any:
@@ -153,21 +77,25 @@ def delete_adapter(model: Any, name: str) -> Any:
     return model
 
 
-def adapters(model: Any) -> tuple[str, ...]:
-    """The names of the model's adapters, the active one first. Raises ValueError where nothing was injected."""
+@contextmanager
+def disable_adapter(model: Any) -> Iterator[Any]:
+    """`with ilora.disable_adapter(model): ...`: the frozen model as it was, without updates and without asking for a
+    gate. Afterwards, also after an exception, the adapter works as before."""
     injection = injected(model)
-    return (injection.adapter.name, *injection.others)
-
-
-def ilora_layers(model: Any) -> dict[str, ILoRALinear]:
-    """The adapted layers by path, in the model's order; one that stands in two places once, by its first path.
-    Raises ValueError where nothing was injected."""
-    return {layer.name: layer for layer in injected(model).adapter.layers.values()}
-
-
-def targets(model: Any) -> tuple[str, ...]:
-    """The paths of the adapted layers, of a shared one all. Raises ValueError where nothing was injected."""
-    return tuple(injected(model).adapter.layers)
+    if injection.merged:
+        raise ValueError("disable_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
+    before, trained = injection.state.enabled, dict[str, nn.Module]()
+    injection.state.enabled = False
+    try:
+        trained = {path: model.get_submodule(path) for path in injection.originals if before}
+        for path, original in injection.originals.items() if before else ():
+            replace(model, path, beside(original, trained[path], injection.dtype, dtype_of(model)))
+        hold_statistics(model)
+        yield model
+    finally:
+        for path, module in trained.items():
+            replace(model, path, module.train(injection.originals[path].training))
+        injection.state.enabled = before
 
 
 def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, state: GateState, fresh: bool) -> Adapter:
@@ -185,7 +113,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, st
     paths = find_targets(model, config)
     if fresh:
         refuse_unmatched(model, config, paths)
-    settings = {path: config.layer_settings(path) for path in paths}
+    settings = {path: layer_settings(config, path) for path in paths}
     saved = modules_to_save(model, config, paths)
     blocks = list(dict.fromkeys(block_of(path) or "" for path in paths))
     bind(model, config, gate, len(blocks))

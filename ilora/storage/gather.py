@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import Adapter
+from ..adapter.record import Adapter
 from .files import AdapterError
-from .layout import GATE_PREFIX, Layout, specs_of, tensors_of
+from .format import GATE_PREFIX, Layout, specs_of, tensors_of
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 

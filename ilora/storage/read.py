@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..config import ILoRAConfig
-from ..heads import outermost
-from ..networks import GATE_TYPES, GateNetwork, gate_from_settings
+from ..adapter.config import ILoRAConfig
+from ..adapter.task_heads import outermost
+from ..gates.networks import GATE_TYPES, GateNetwork, gate_from_settings
 from .files import (
     CONFIG,
     GATE,
@@ -27,7 +27,8 @@ from .files import (
     read_json,
     read_tensors,
 )
-from .layout import GATE_PREFIX, Layout, peft_config, peft_key, specs_of
+from .format import GATE_PREFIX, Layout, peft_config, peft_key, specs_of
+from .hub import download
 
 _FIELDS: dict[str, tuple[type, ...]] = {"format": (int,), "ilora_version": (str,), "digest": (str,)}
 _FIELDS |= {"config": (dict,), "gate": (dict, type(None)), "files": (dict,)}
@@ -142,8 +143,6 @@ def find_directory(path: str | os.PathLike[str], revision: str | None = None, to
         raise AdapterError(f"{directory}: expected the directory of an adapter, got a file")
     if not (isinstance(path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)):
         raise AdapterError(f"{directory}: there is no such directory")
-    from .hub import download
-
     return download(path, revision=revision, token=token)
 
 

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import adapters, changeable
-from ..bases import is_linear
-from ..delivery import ILoRAModel
-from ..model import eject, enter
-from ..places import refresh, replace
-from .cards import PLAIN
-from .files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
-from .layout import GATE_PREFIX, Layout, peft_config, peft_key, tensors_of
-from .plain_lora import REASONS, PlainLora, read_peft, refuse, take_over
-from .stored import find_directory
+from ..adapter.modules import refresh, replace
+from ..adapter.record import adapters, changeable, is_injected
+from ..base_layers import is_linear
+from ..storage.cards import PLAIN
+from ..storage.files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
+from ..storage.format import GATE_PREFIX, Layout, peft_config, peft_key, tensors_of
+from ..storage.read import find_directory
+from .inject import eject, enter
+from .peft_lora import REASONS, PlainLora, read_peft, refuse, take_over
 
 
 def from_peft(source: Any, num_experts: int, model: Any = None, gate: nn.Module | None = None) -> Any:
@@ -40,7 +39,7 @@ def from_peft(source: Any, num_experts: int, model: Any = None, gate: nn.Module 
     if isinstance(source, (str, os.PathLike)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"from_peft: a saved adapter needs model=, its base model; got {type(model).__name__}")
-        if isinstance(model, ILoRAModel):
+        if is_injected(model):
             raise ValueError(f"from_peft: the model has the adapter {adapters(model)[0]!r} already: ilora.eject first")
         return take_over(model, read_peft(model, find_directory(source)), num_experts, gate)
     if model is not None:

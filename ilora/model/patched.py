@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .frames import frame_of
-from .gate import capture_checkpoints, framed
-from .inputs import read_inputs
+from ..current_gate import capture_checkpoints, framed
+from .batch import read_inputs
+from .gate_choice import frame_of
 
 
 def under_gate(model: Any, forward: Any) -> Any:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from .bases import is_linear
-
-if TYPE_CHECKING:
-    from .config import ILoRAConfig
-
-ALL_LINEAR = "all-linear"
-PATTERNS = ("rank_pattern", "alpha_pattern", "expert_pattern")
+from ..base_layers import is_linear
+from ..layer import ILoRALinear
+from .config import ALL_LINEAR, PATTERNS, ILoRAConfig
 
 
 def ends(path: str, name: str) -> bool:
@@ -124,3 +120,57 @@ def _blocks(model: nn.Module) -> str:
     run = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
     shown = f"{found[0]} to {found[-1]}" if run else ", ".join(map(str, found))
     return f"its blocks are {shown}" if found else "it has no blocks"
+
+
+def layer_settings(config: ILoRAConfig, path: str) -> dict[str, Any]:
+    """r, num_experts and lora_alpha of the module at this path, its patterns applied.
+    Raises ValueError where they do not fit each other."""
+    r = patterned(config.rank_pattern, path, config.r)
+    experts = patterned(config.expert_pattern, path, config.num_experts)
+    if config.num_experts % experts or r % experts:
+        raise ValueError(
+            f"{path}: r={r} and num_experts={experts} from the patterns; the experts must divide r, and "
+            f"the config's num_experts={config.num_experts}"
+        )
+    return {"r": r, "num_experts": experts, "lora_alpha": patterned(config.alpha_pattern, path, config.lora_alpha)}
+
+
+def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
+    """The paths of the linear layers to adapt, in the model's order.
+    Raises ValueError where a matched module cannot take an adapter, and where nothing matches. The model itself is
+    never one: there is nowhere to put another module in its place."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    everything = config.target_modules == ALL_LINEAR
+    targets: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not path or (config.layers_to_transform is not None and index_of(path) not in config.layers_to_transform):
+            continue
+        if named(path, config.exclude_modules) or inside(path, config.modules_to_save):
+            continue
+        wanted = is_linear(module) and module is not head if everything else named(path, config.target_modules)
+        if wanted and targets and path.startswith(targets[-1] + "."):
+            continue  # a part of a layer that is adapted as a whole
+        if wanted:
+            _refuse_unfit(model, path, module)
+            targets.append(path)
+    if not targets:
+        raise ValueError(nothing_matched(model, config))
+    return targets
+
+
+def _refuse_unfit(model: nn.Module, path: str, module: nn.Module) -> None:
+    if isinstance(module, ILoRALinear):
+        raise ValueError(f"{path}: it is an ILoRALinear already")
+    if not is_linear(module):
+        raise ValueError(
+            f"{path}: target_modules matches this {type(module).__name__}, which is no linear layer; "
+            "make the name longer, or list it in exclude_modules"
+        )
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"{path}: nn.MultiheadAttention reads this weight without calling the layer; exclude it")
+    if re.search(r"(^|\.)experts\.\w*\d+(\.|$)", path):
+        raise ValueError(
+            f"{path}: an expert of a sparse mixture sees a routed part of the rows, so a gate for each instance cannot "
+            r"be mapped to them; leave the experts out, e.g. exclude_modules=r'.*\.experts\..*'"
+        )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Injection, attach, build, changeable, detach, injected, refuse_wrapped
-from .bases import frozen_norms, keep_unpacked, let_pack
-from .config import ILoRAConfig
+from ..adapter.config import ILoRAConfig
+from ..adapter.modules import keep_saved, refuse_resized
+from ..adapter.record import Injection, changeable, injected, refuse_wrapped
+from ..adapter.switch import attach, build, detach
+from ..base_layers import frozen_norms, keep_unpacked, let_pack
+from ..current_gate import GateState, release_checkpoints
+from ..layer import ILoRALinear
+from ..shared import group
+from .batch import read_inputs
 from .delivery import ILoRAModel, ilora_class
-from .frames import check_kinds, network_gate
-from .gate import GateState, release_checkpoints
-from .inputs import read_inputs
-from .layer import ILoRALinear
-from .places import beside, dtype_of, hold_statistics, keep_saved, refuse_resized, replace
-from .siblings import group
+from .gate_choice import check_kinds, network_gate
 
 
 def inject(
@@ -132,27 +131,6 @@ def share_inputs(model: Any, share: bool = True) -> tuple[tuple[str, ...], ...]:
     return group(dict.fromkeys(injection.adapter.layers.values()), injection.share_inputs)
 
 
-@contextmanager
-def disable_adapter(model: Any) -> Iterator[Any]:
-    """`with ilora.disable_adapter(model): ...`: the frozen model as it was, without updates and without asking for a
-    gate. Afterwards, also after an exception, the adapter works as before."""
-    injection = injected(model)
-    if injection.merged:
-        raise ValueError("disable_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
-    before, trained = injection.state.enabled, dict[str, nn.Module]()
-    injection.state.enabled = False
-    try:
-        trained = {path: model.get_submodule(path) for path in injection.originals if before}
-        for path, original in injection.originals.items() if before else ():
-            replace(model, path, beside(original, trained[path], injection.dtype, dtype_of(model)))
-        hold_statistics(model)
-        yield model
-    finally:
-        for path, module in trained.items():
-            replace(model, path, module.train(injection.originals[path].training))
-        injection.state.enabled = before
-
-
 def gate_of(
     model: Any,
     *,
@@ -180,25 +158,6 @@ def last_gate(model: Any) -> Tensor:
     if last is None:
         raise ValueError("last_gate: the model has not run under a gate yet")
     return last
-
-
-def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) numbers of parameters; 4-bit weights count each of their values."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two values in a byte
-        count = parameter.numel() if state is None else state.shape.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints one line, as PEFT does."""
-    trainable, total = trainable_parameters(model)
-    print(
-        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}"
-    )
 
 
 def _refuse(model: Any) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import home
-from .gate import Frame
-from .inputs import Inputs, packed_by
-from .networks import PromptGate, UniformGate
-from .pooling import prompt_mask
+from ..base_layers import home
+from ..current_gate import Frame
+from ..gates.networks import PromptGate, UniformGate
+from ..gates.pooling import prompt_mask
+from .batch import Inputs, packed_by
 
 
 def frame_of(

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from .bases import offloading_to
-from .config import ILoRAConfig
-from .paths import ALL_LINEAR, index_of, named
+from ..base_layers import offloading_to
+from .config import ALL_LINEAR, ILoRAConfig
+from .targets import index_of, named
 
 # In the names of task classes. Language models are none: their heads are in the checkpoint.
 _TASKS = re.compile(

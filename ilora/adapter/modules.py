@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import frozen_norms, home
+from ..base_layers import frozen_norms, home
 
 
 def once(modules: dict[str, Any]) -> dict[str, Any]:

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Injection, bind
+from ..adapter.modules import hold_statistics
+from ..adapter.record import Injection, print_trainable_parameters
+from ..adapter.switch import bind, disable_adapter
+from ..current_gate import Frame, capture_checkpoints, framed
+from ..gates.networks import PromptGate
+from ..gates.stats import balance_loss
+from ..storage.save import save_pretrained
+from .batch import Inputs, read_inputs
 from .containers import listing_of
-from .frames import frame_of, with_padding_mask
-from .gate import Frame, capture_checkpoints, framed
-from .inputs import Inputs, read_inputs
-from .networks import PromptGate
+from .gate_choice import frame_of, with_padding_mask
 from .patched import under_gate
-from .places import hold_statistics
-from .stats import balance_loss
 
 ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask")
 
@@ -86,20 +88,14 @@ class ILoRAModel:
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """As `ilora.disable_adapter(model)`."""
-        from .model import disable_adapter
-
         return disable_adapter(self)
 
     def print_trainable_parameters(self) -> None:
         """As `ilora.print_trainable_parameters(model)`."""
-        from .model import print_trainable_parameters
-
         print_trainable_parameters(self)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Writes the adapter, not the frozen model: `ilora.save_adapter`. Called by transformers' Trainer as well."""
-        from .storage.checkpoint import save_pretrained
-
         save_pretrained(self, save_directory, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("reference", "native", "triton")
-_MODULES = {"reference": "ilora.reference", "native": "ilora.native", "triton": "ilora.kernels"}
+_MODULES = {"reference": "ilora.op.reference", "native": "ilora.op.native", "triton": "ilora.kernels"}
 
 
 class BackendUnavailable(RuntimeError):

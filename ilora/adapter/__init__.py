@@ -1,0 +1,1 @@
+"""What is adapted: configuration, targets, the record of an adapter, merging."""

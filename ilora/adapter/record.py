@@ -1,0 +1,131 @@
+"""What an adapter is made of, and what `inject` has done to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..current_gate import GateState
+from ..layer import ILoRALinear
+from .config import ILoRAConfig
+
+
+@dataclass
+class Adapter:
+    """One set of updates: the layers by path (each with the frozen layer it stands for), the modules trained whole by
+    path, the gate network, and the blocks that have a gate each, in order. In the model, or kept beside it.
+
+    dtype: the frozen model's when the adapter was taken out of it."""
+
+    name: str
+    config: ILoRAConfig
+    gate: nn.Module | None
+    blocks: list[str]
+    layers: dict[str, ILoRALinear]
+    saved: dict[str, nn.Module]
+    dtype: torch.dtype | None = None
+
+
+@dataclass
+class Injection:
+    """What `inject` has done to a model, so that it can be undone.
+
+    adapter: the one in the model. others: those kept beside it, by name. originals: the frozen modules that
+    modules_to_save took the place of; dtype: the frozen model's at that time. trainable: the parameters that were
+    trainable. tied: transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
+    weights; unmerged: the weights before. forward: the one on the instance, if somebody had put one there.
+    share_inputs: whether layers share their input. norms: those of `frozen_norms` that were in the model's mode.
+    packing: the modules that would pack their weights for inference, and may not (bases.keep_unpacked).
+    """
+
+    state: GateState
+    trainable: list[str]
+    adapter: Adapter
+    others: dict[str, Adapter] = field(default_factory=dict)
+    originals: dict[str, nn.Module] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    tied: dict[str, Any] = field(default_factory=dict)
+    merged: bool = False
+    unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
+    forward: Any = None
+    share_inputs: bool = False
+    packing: list[nn.Module] = field(default_factory=list)
+    norms: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def config(self) -> ILoRAConfig:
+        return self.adapter.config
+
+
+def is_injected(model: Any) -> bool:
+    """Whether `inject` has put an adapter into this very model."""
+    return isinstance(vars(model).get("ilora"), Injection)
+
+
+def injected(model: Any) -> Injection:
+    """The record of the injection. Raises ValueError where there is none."""
+    if not is_injected(model):
+        refuse_wrapped(model)
+        raise ValueError(f"{type(model).__name__} has no iLoRA in it: ilora.inject(model, config) puts it there")
+    return model.ilora
+
+
+def changeable(model: Any, what: str) -> Injection:
+    """The record of the injection, for a call that puts modules in and out. Raises ValueError, saying what is refused,
+    where there is none, a gate is merged, or the adapter is disabled."""
+    injection = injected(model)
+    if injection.merged:
+        raise ValueError(f"{what}: a gate is merged into the weights; ilora.unmerge(model) first")
+    if not injection.state.enabled:
+        raise ValueError(f"{what}: the adapter is disabled; leave the `with disable_adapter(model)` block first")
+    return injection
+
+
+def refuse_wrapped(model: Any) -> None:
+    """Raises ValueError for torch's wrappers of a model (compiled, DDP, FSDP1), naming the model within."""
+    place = type(model).__module__
+    if not place.startswith("torch.") or place.startswith("torch.nn.modules."):  # a container may have such a child
+        return
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            raise ValueError(f"{type(model).__name__} wraps a {type(inner).__name__}: give that one, model.{name}")
+
+
+def adapters(model: Any) -> tuple[str, ...]:
+    """The names of the model's adapters, the active one first. Raises ValueError where nothing was injected."""
+    injection = injected(model)
+    return (injection.adapter.name, *injection.others)
+
+
+def ilora_layers(model: Any) -> dict[str, ILoRALinear]:
+    """The adapted layers by path, in the model's order; one that stands in two places once, by its first path.
+    Raises ValueError where nothing was injected."""
+    return {layer.name: layer for layer in injected(model).adapter.layers.values()}
+
+
+def targets(model: Any) -> tuple[str, ...]:
+    """The paths of the adapted layers, of a shared one all. Raises ValueError where nothing was injected."""
+    return tuple(injected(model).adapter.layers)
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers of parameters; 4-bit weights count each of their values."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two values in a byte
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Prints one line, as PEFT does."""
+    trainable, total = trainable_parameters(model)
+    print(
+        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}"
+    )

@@ -1,0 +1,1 @@
+"""What decides the mixture of experts: gate networks, pooling, statistics, collating."""

@@ -1,0 +1,158 @@
+"""Projections of one input (q, k, v; gate, up) that share a pass over it, forward and backward.
+
+The code of a model calls the projections one by one. So the first one called makes a node of the graph for all of them,
+`_Together`: it computes xa = dropout(x) [A_1; A_2; …]ᵀ in one pass, keeps what backward needs, and gives each of them a
+token, a tensor of y's shape and of no memory. Each computes its y when it is called, and its own node, `_Projection`,
+hands dy to its token. All gradients are then computed in one place, when every dy is there: one pass over x for all the
+dA, and dx written once, the frozen products accumulated on top. A projection that is never called costs its ranks and
+gets no gradient.
+
+Computing every y at the first call would have the same backward, but wastes a frozen product wherever a sibling gets
+another input, and hands out outputs that may have gone stale. One node a projection, each with its own dx, would have
+autograd sum them, in a pass over [M, d_in] for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import check_dtypes, check_segments, check_tensors, checked_seed, rows
+from .functional import autocast_to, autocasts, dense, once_only
+
+
+class Projection(NamedTuple):
+    """weight [d_out, d_in], bias [d_out] or None, A [R, d_in], B [d_out, R]; R is the same for all."""
+
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+
+
+class Settings(NamedTuple):
+    """What holds for all of the projections; scaling holds the 1/(1-p) of dropout."""
+
+    scaling: float
+    dropout_p: float
+    backend: str
+
+
+class SharedInput:
+    """x's product with every A, and the tokens by which the projections' gradients meet.
+
+    Arguments as of `ilora.ilora_linear`, with one seed, and so one dropout mask, for all projections. `y(j)` is the
+    output of projection j, to be asked for once. spent: whether a backward has been through here already.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        projections: Sequence[Projection],
+        gate: Tensor,
+        scaling: float,
+        segments: Tensor | None = None,
+        dropout_p: float = 0.0,
+        seed: int | Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
+        for p in projections:
+            check_tensors(x, p.weight, p.bias, None, p.A, p.B, gate, segments)
+        check_segments(segments, rows(x))
+        self.device = x.device.type
+        if autocasts(self.device):
+            dtype = torch.get_autocast_dtype(self.device)
+            (x,) = autocast_to(dtype, x)  # type: ignore[assignment]
+            projections = [Projection(*autocast_to(dtype, *p)) for p in projections]  # type: ignore[arg-type]
+        for p in projections:
+            check_dtypes(x, p.weight, p.bias, None, p.A, p.B, gate)
+        seed = checked_seed(seed, dropout_p, x.device)
+        self.settings = Settings(float(scaling) / (1.0 - dropout_p), float(dropout_p), backend or "")
+        projections, segments = [p._replace(bias=dense(p.bias)) for p in projections], dense(segments)
+        self.x, self.projections, self.gate, self.segments = x, projections, gate, segments
+        self._spent: list[bool] = []
+        flat = [tensor for p in projections for tensor in p]
+        with torch.autocast(self.device, enabled=False):
+            self.xa, *self.tokens = _Together.apply(self.settings, self._spent, x, gate, segments, seed, *flat)
+
+    @property
+    def spent(self) -> bool:
+        return bool(self._spent)
+
+    def y(self, j: int) -> Tensor:
+        with torch.autocast(self.device, enabled=False):
+            return _Projection.apply(self.tokens[j], self, j)
+
+
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, settings: Any, spent: Any, x: Any, gate: Any, segments: Any, seed: Any, *flat: Any) -> Any:
+        """flat: weight, bias, A and B of each projection."""
+        module = backends.select(settings.backend, x.device.type, x.dtype)
+        As, Bs = flat[2::4], flat[3::4]
+        xa = module.shrink_x(x.reshape(-1, x.shape[-1]), torch.cat(As), settings.dropout_p, seed)
+        xas = xa.view(len(xa), len(As), len(As[0])).transpose(0, 1).contiguous()  # each projection's [M, R] by itself
+        ctx.save_for_backward(x, gate, segments, seed, *flat, xas)
+        ctx.settings, ctx.spent = settings, spent
+        ctx.mark_non_differentiable(xas)
+        ctx.set_materialize_grads(False)
+        return xas, *(x.new_empty(()).expand(*x.shape[:-1], len(B)) for B in Bs)
+
+    @staticmethod
+    def backward(ctx: Any, _: None, *dys: Tensor | None) -> Any:
+        ctx.spent.append(True)
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        given = {j: dy for j, dy in enumerate(dys) if dy is not None}
+        if not given:
+            return None, None, *(None for _ in needs)
+        return None, None, *once_only(lambda: _gradients(ctx.settings, given, saved, needs), *given.values(), *saved)
+
+
+def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: Any) -> list[Tensor | None]:
+    """Gradients of x, gate, segments, seed and flat; dys of those projections that have one."""
+    (x, gate, segments, seed, *flat, xas), (scaling, dropout_p, backend) = saved, settings
+    module = backends.select(backend, x.device.type, x.dtype)
+    flat_x = x.reshape(-1, x.shape[-1])
+    check_segments(segments, len(flat_x))  # again: they may lie in a buffer that has been used anew
+    grads: list[Any] = [None] * len(needs)
+    products, dxas = [], []
+    for j, dy in dys.items():
+        weight, _, _, B = flat[4 * j : 4 * j + 4]
+        dy = dy.reshape(-1, len(B))
+        dxa, dB, dgate = module.backward_dy(dy, xas[j], B, gate, segments, scaling)
+        at = 4 + 4 * j
+        grads[at] = dy.T @ flat_x if needs[at] else None
+        grads[at + 1] = dy.sum(0) if needs[at + 1] else None
+        grads[at + 3] = dB
+        grads[1] = dgate if grads[1] is None else grads[1] + dgate
+        products.append((dy, weight))
+        dxas.append(dxa)
+    A = torch.cat([flat[4 * j + 2] for j in dys])
+    dx, dA = module.backward_x(torch.cat(dxas, 1), flat_x, A, dropout_p, seed, products, needs[0])
+    for j, part in zip(dys, dA.chunk(len(dys)), strict=True):
+        grads[6 + 4 * j] = part
+    grads[0] = None if dx is None else dx.view(x.shape)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+class _Projection(torch.autograd.Function):
+    """y of one projection, whose gradient goes to its token as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, shared: SharedInput, j: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        x, p = shared.x, shared.projections[j]
+        module = backends.select(shared.settings.backend, x.device.type, x.dtype)
+        flat_x = x.reshape(-1, x.shape[-1])
+        settings = (p.weight, p.bias, p.B, shared.gate, shared.segments, shared.settings.scaling)
+        y = module.expand_xa(flat_x, shared.xa[j], *settings)
+        # Not view: autograd would refuse in-place operations on the output of the Function.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(p.B)])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        return dy, None, None
