@@ -37,15 +37,17 @@ class GateState:
     shared: the input that layers are sharing (see siblings.py); it goes with the frame.
     called, read: the names of the layers that were called in this forward of the model, and of those whose weight was
         read: a layer that is read only is one whose update the model leaves out. Not kept in compiled code.
+    balance_due: whether the gate network's balance term is still to be added to this forward's loss.
     expansion: how many rows of a step generate makes of each prompt (beams, return sequences).
     running: held by the thread in whose forward or generate the layers are; threads take turns.
     """
 
-    __slots__ = ("called", "enabled", "expansion", "frame", "last", "read", "running", "shared")
+    __slots__ = ("balance_due", "called", "enabled", "expansion", "frame", "last", "read", "running", "shared")
 
     def __init__(self) -> None:
         self.frame, self.enabled, self.last = Frame(), True, None  # type: tuple[Frame, bool, Tensor | None]
         self.shared: Any = None
+        self.balance_due = False
         self.called: set[str] = set()
         self.read: set[str] = set()
         self.expansion, self.running = 1, threading.RLock()
@@ -58,7 +60,7 @@ class GateState:
     def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
         return GateState, ()
 
-    def turn(self) -> AbstractContextManager[Any]:
+    def lock(self) -> AbstractContextManager[Any]:
         """Around a forward or generate: another thread's waits until it is over, since they share the frame."""
         return nullcontext() if torch.compiler.is_compiling() else self.running
 
@@ -69,6 +71,7 @@ class GateState:
     def begin(self, frame: Frame) -> None:
         """The frame of a forward of the whole model, in which no layer has been called yet."""
         self.enter(frame)
+        self.last = None if frame.gate is None else frame.gate.detach()
         if not torch.compiler.is_compiling():
             self.called.clear()
             self.read.clear()
@@ -141,13 +144,13 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
     before: list[tuple[GateState, Frame]] = []
     try:
         for state in states.values():
-            with state.turn():  # not for the whole block, in which a thread may be started that runs the model
+            with state.lock():  # not for the whole block, in which a thread may be started that runs the model
                 before.append((state, state.frame))
                 state.enter(Frame(gate, segments))
         yield model
     finally:
         for state, frame in before:
-            with state.turn():
+            with state.lock():
                 state.enter(frame)
 
 

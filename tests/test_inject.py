@@ -1,14 +1,16 @@
 """What inject matches and refuses, and that the model can be had back as it was."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 import transformers as hf
 from models import MODELS, E, gates, gpt2, injected, llama, mixtral, prompts, randomised
+from torch import nn
 
 import ilora
-from ilora import ILoRAConfig, ILoRALinear
+from ilora import ILoRAConfig, ILoRALinear, SequenceGate
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -447,3 +449,53 @@ def test_an_adapter_keeps_the_dtype_that_was_asked_for():
     assert block[0].lora_A.dtype == block[0].lora_B.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert block(torch.randn(3, 5, 8), ilora_gate=torch.rand(3, 4)).dtype == torch.bfloat16
+
+
+def block():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+@pytest.mark.parametrize("make", [block, lambda: nn.ModuleList([block()]), lambda: nn.ModuleDict({"a": block()})])
+def test_a_container_would_take_a_gate_network_for_one_of_its_modules(make):
+    model = make()
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match="put it into a module of your own"):
+        ilora.inject(model, ILoRAConfig(), gate=SequenceGate(6, 4))
+    assert list(model.state_dict()) == names
+    ilora.inject(model, ILoRAConfig())
+    with pytest.raises(ValueError, match="put it into a module of your own"):
+        model.ilora_gate = SequenceGate(6, 4)
+    assert len(model) == len(ilora.eject(model)) == len(make())
+
+
+def test_a_sequential_takes_gates():
+    x = torch.randn(3, 8)
+    model = ilora.inject(block(), ILoRAConfig())
+    torch.testing.assert_close(model(x, ilora_gate=torch.rand(3, 4)), block()(x))
+    assert list(model._modules) == ["0", "1", "2"]
+
+
+def test_a_child_called_module_makes_no_wrapper():
+    model = nn.Sequential(OrderedDict(module=nn.Linear(8, 8)))
+    assert ilora.targets(ilora.inject(model)) == ("module",)
+    with pytest.raises(ValueError, match=r"DataParallel wraps a Sequential: give that one, model\.module"):
+        ilora.targets(nn.DataParallel(model))
+
+
+def test_names_that_the_model_has_already():
+    model = block()
+    model.ilora_gate = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="Sequential has an attribute ilora or ilora_gate of its own"):
+        ilora.inject(model, ILoRAConfig())
+    assert type(model) is nn.Sequential
+
+
+def test_another_gate_network_must_fit():
+    model = injected(gate=SequenceGate(6, 4))
+    before = model.ilora_gate
+    with pytest.raises(ValueError, match="num_experts: expected this gate network's 3, got 4"):
+        model.ilora_gate = SequenceGate(6, 3)
+    assert model.ilora_gate is model.ilora.adapter.gate is before
+    model.ilora_gate = SequenceGate(6, 4, per_layer=True)
+    assert model.ilora_gate.num_layers == 2

@@ -201,10 +201,18 @@ def test_a_model_that_peft_refuses_keeps_its_adapter():
         def forward(self, x):
             return x * self.scale
 
-    model = adapted(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), Scaled()), PromptGate(4, hidden_size=8))
-    ilora.add_adapter(model, "other", ilora.ILoRAConfig(modules_to_save=["1"]))
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), Scaled())
+
+        def forward(self, x):
+            return self.parts(x)
+
+    model = adapted(Block(), PromptGate(4, hidden_size=8))
+    ilora.add_adapter(model, "other", ilora.ILoRAConfig(modules_to_save=["parts.1"]))
     model.train()
-    model[0].base_layer.bias.requires_grad_(True)
+    model.parts[0].base_layer.bias.requires_grad_(True)
     want = model(torch.ones(2, 8), ilora_gate=uniform())
     before = bits(model)
     with pytest.raises(ValueError, match="Scaled.* is not supported"):

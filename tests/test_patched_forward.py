@@ -101,7 +101,7 @@ def test_hooks_from_before_and_after_inject():
     plain = worker.tiny_llama().eval()(batch()["input_ids"]).logits
     assert torch.equal(ilora.eject(before)(batch()["input_ids"]).logits, plain)
     assert torch.equal(remove_hook_from_module(before)(batch()["input_ids"]).logits, plain)
-    assert torch.equal(ilora.eject(fuse(injected()))(batch()["input_ids"]).logits, plain)
+    assert torch.equal(ilora.eject(fuse(injected()))(input_ids=batch()["input_ids"]).logits, plain)
 
 
 def test_a_copy_has_gates_of_its_own():

@@ -36,7 +36,8 @@ class Injection:
     adapter: the one in the model. others: those kept beside it, by name. originals: the frozen modules that
     modules_to_save took the place of; dtype: the frozen model's at that time. trainable: the parameters that were
     trainable. tied: transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
-    weights; unmerged: the weights before. forward: the one on the instance, if somebody had put one there.
+    weights; unmerged: the weights before. hook: the handle of the
+    model's hook that puts the gate in force.
     share_inputs: whether layers share their input. norms: those of `frozen_norms` that were in the model's mode.
     packing: the modules that would pack their weights for inference, and may not (bases.keep_unpacked).
     """
@@ -50,7 +51,7 @@ class Injection:
     tied: dict[str, Any] = field(default_factory=dict)
     merged: bool = False
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
-    forward: Any = None
+    hook: Any = None
     share_inputs: bool = False
     packing: list[nn.Module] = field(default_factory=list)
     norms: list[nn.Module] = field(default_factory=list)

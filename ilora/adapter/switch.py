@@ -174,6 +174,11 @@ def detach(model: Any) -> None:
 
 def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -> None:
     """Fits a gate network to the model, and brings it there. Raises ValueError where it cannot be."""
+    if gate is not None and isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"{type(model).__name__} would take the gate network for one of the modules that it holds: put it into a "
+            "module of your own, and inject into that"
+        )
     if isinstance(gate, GateNetwork):
         embeddings = getattr(model, "get_input_embeddings", lambda: None)()
         gate.bind(config.num_experts, blocks, getattr(embeddings, "embedding_dim", None))

@@ -1,4 +1,4 @@
-"""A model whose forward and generate take a gate: the class that `inject` puts in front of the model's own."""
+"""The class that `inject` puts in front of a model's own: calling the model, and generating, take a gate."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.modules import hold_statistics
-from ..adapter.record import Injection, print_trainable_parameters
+from ..adapter.record import Injection, is_injected, print_trainable_parameters
 from ..adapter.switch import bind, disable_adapter
 from ..current_gate import Frame, capture_checkpoints, framed
 from ..gates.networks import PromptGate
 from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
 from .batch import Inputs, read_inputs
-from .containers import listing_of
 from .gate_choice import frame_of, with_padding_mask
-from .patched import under_gate
 
 ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask")
 
@@ -33,51 +31,36 @@ class ILoRAModel:
     ilora_base: type  # the model's own class
     _ilora_parameters: tuple[str, ...]  # of its forward, those that may be given by position
 
-    def forward(
-        self,
-        *args: Any,
-        ilora_gate: Tensor | None = None,
-        ilora_z: Tensor | None = None,
-        ilora_segments: Tensor | None = None,
-        ilora_prompt_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The model's own forward, its layers under the gate: ilora_gate [N, E], or what the model's gate network makes
-        of ilora_z [N, z_dim] or of the prompt; else the gate in force (`gated`, `generate`).
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own call, its layers under a gate: ilora_gate [N, E], or what the model's gate network makes of
+        ilora_z [N, z_dim] or of the prompt; else the gate in force (`gated`, `generate`).
 
         ilora_segments: int32 [N+1] row offsets where one row holds several sequences (packed, padding-free).
         ilora_prompt_mask: bool, as input_ids; what PromptGate pools instead of its own rule.
+        A forward that another library puts on the model (TRL's fused head, accelerate's hooks) runs inside of this.
         """
-        with self.ilora.state.turn():
-            return self._under_gate(args, kwargs, ilora_gate, ilora_z, ilora_segments, ilora_prompt_mask)
-
-    def _under_gate(self, args: tuple[Any, ...], kwargs: dict[str, Any], *given: Tensor | None) -> Any:
-        """The forward; given: gate, z, segments, prompt mask."""
         state = self.ilora.state
-        inputs = read_inputs(self._ilora_parameters, args, kwargs)
-        frame = frame_of(self, inputs, *given)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
-            capture_checkpoints(self, state)  # type: ignore[arg-type]
-        before = state.frame
-        state.begin(frame)
-        try:
-            output = super().forward(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            state.enter(before)
-        state.refuse_reading()
-        state.last = None if frame.gate is None else frame.gate.detach()
-        weight = getattr(self.ilora_gate, "balance", 0.0)
-        if weight and self.training and frame.gate is not None:  # type: ignore[attr-defined]
-            output = _with_balance(output, weight * balance_loss(frame.gate), inputs)
+        with state.lock():
+            before = state.frame
+            try:
+                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+                if state.balance_due:
+                    raise RuntimeError(
+                        "the gate network's balance term has no loss to be added to: another library's forward stands "
+                        "before the model's own and computes the loss itself (as TRL's does); set its balance to 0, or "
+                        "add ilora.balance_loss to the loss yourself"
+                    )
+            finally:
+                state.enter(before)
+            state.refuse_reading()
         return output
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # TRL's fused head, accelerate's device maps and others put a forward on the instance, which hides the class's.
         adapter = self.ilora.adapter if name == "ilora_gate" else None
-        if adapter is not None:
-            bind(self, adapter.config, value, len(adapter.blocks))
-        super().__setattr__(name, under_gate(self, value) if name == "forward" else value)
         if adapter is not None:  # another gate network: it is saved and switched with the adapter
+            bind(self, adapter.config, value, len(adapter.blocks))
+        super().__setattr__(name, value)
+        if adapter is not None:
             adapter.gate = value
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +109,7 @@ class ILoRAGenerator(ILoRAModel):
         """transformers' generate under one gate for each prompt, [N, E], also with beams and return sequences.
         A gate network is asked once, from ilora_z or from the prompt, and its answer kept for all steps."""
         inputs, state = read_inputs(("input_ids",), args, {**kwargs, **_named_inputs(kwargs)}), self.ilora.state
-        with state.turn():
+        with state.lock():
             with torch.no_grad():
                 if isinstance(self.ilora_gate, PromptGate):
                     inputs = with_padding_mask(self, inputs)
@@ -144,16 +127,34 @@ class ILoRAGenerator(ILoRAModel):
         return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
 
 
-def _with_balance(output: Any, term: Tensor, inputs: Inputs) -> Any:
-    """The output with the load-balance term on its loss, weighed as this batch is weighed in an accumulated step."""
+def choose_gate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The forward pre-hook of an injected model: takes the gate's arguments out of the call, and puts the gate of this
+    call in force. As a hook it runs after FSDP's, which gathers the gate network's parameters."""
+    own = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
+    state = model.ilora.state
+    frame = frame_of(model, read_inputs(model._ilora_parameters, args, own), *(kwargs.get(name) for name in ARGUMENTS))
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        capture_checkpoints(model, state)
+    state.begin(frame)
+    training = model.training and torch.is_grad_enabled()
+    state.balance_due = training and frame.gate is not None and getattr(model.ilora_gate, "balance", 0.0) > 0.0
+    return args, own
+
+
+def _with_balance(model: Any, output: Any, inputs: Inputs) -> Any:
+    """The output with the gate network's load-balance term on its loss, weighed as this batch is weighed in an
+    accumulated step. Raises RuntimeError where the output holds no loss, so that the term would be lost."""
     labels, items = inputs.values.get("labels"), inputs.values.get("num_items_in_batch")
-    if labels is None:
-        return output
+    if labels is None or (isinstance(output, dict) and output.get("loss") is None):
+        raise RuntimeError(
+            "the gate network's balance term has no loss to be added to: the model was given no labels; set its "
+            "balance to 0, or add ilora.balance_loss to the loss yourself"
+        )
+    term = model.ilora_gate.balance * balance_loss(model.ilora.state.frame.gate)
     if items is not None:
         term = term * ((labels != -100).sum() / items)
+    model.ilora.state.balance_due = False
     if isinstance(output, dict):
-        if output.get("loss") is None:
-            return output
         output["loss"] = output["loss"] + term
         return output
     return (output[0] + term, *output[1:])
@@ -174,11 +175,16 @@ def ilora_class(base: type) -> type:
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return ILoRAModel.forward(self, *args, **kwargs)
+        if any(kwargs.get(name) is not None for name in ARGUMENTS):
+            return self(*args, **kwargs)
+        output = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if is_injected(self) and self.ilora.state.balance_due:
+            output = _with_balance(self, output, read_inputs(self._ilora_parameters, args, kwargs))
+        return output
 
-    # transformers' Trainer keeps the columns that the signature names.
+    # transformers' Trainer keeps the columns that the signature names, and generate takes them for known.
     forward.__signature__ = own.replace(parameters=[p for p in parameters if p not in tail] + extra + tail)  # type: ignore[attr-defined]
-    del forward.__wrapped__  # who unwraps a forward, as accelerate does, stops at this one
+    del forward.__wrapped__  # accelerate follows __wrapped__; without it unwrapping ends at this forward
     members: dict[str, Any] = {
         "forward": forward,
         "ilora_base": base,
@@ -187,7 +193,6 @@ def ilora_class(base: type) -> type:
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if hasattr(base, "tie_weights"):
         members["tie_weights"] = _tie_weights
-    members |= listing_of(base)
     mixin = ILoRAGenerator if hasattr(base, "generate") else ILoRAModel
     return type(base.__name__, (mixin, base), members)
 

@@ -15,7 +15,7 @@ from ..current_gate import GateState, release_checkpoints
 from ..layer import ILoRALinear
 from ..shared import group
 from .batch import read_inputs
-from .delivery import ILoRAModel, ilora_class
+from .delivery import ILoRAModel, choose_gate, ilora_class
 from .gate_choice import check_kinds, network_gate
 
 
@@ -74,9 +74,7 @@ def enter(model: Any, injection: Injection) -> Any:
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
     model.ilora = injection
-    injection.forward = vars(model).get("forward")
-    if injection.forward is not None:
-        model.forward = injection.forward
+    injection.hook = model.register_forward_pre_hook(choose_gate, with_kwargs=True)
     model._hf_peft_config_loaded = True  # transformers asks this before it trains a quantised or checkpointed model
     attach(model, injection.adapter)
     return model
@@ -102,10 +100,8 @@ def eject(model: Any) -> Any:
     detach(model)
     release_checkpoints(model)
     let_pack(injection.packing)
+    injection.hook.remove()
     model.__class__ = base
-    vars(model).pop("forward", None)
-    if injection.forward is not None:
-        model.forward = injection.forward
     del model.ilora, model.ilora_gate, model._hf_peft_config_loaded
     trainable = set(injection.trainable)
     for key, parameter in model.named_parameters():
