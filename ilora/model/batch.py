@@ -1,4 +1,4 @@
-"""What a model's forward has been given: how many sequences, how long, packed or not."""
+"""Reads from a call's arguments how many sequences the batch holds, how long they are, and whether they are packed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
 class Inputs(NamedTuple):
-    """values: the arguments by name. batch: the first dimension; rows: sequences (more than the batch for multiple
-    choice, [batch, choices, length]); lengths: how many rows of a layer's input a sequence may have. None: unknown."""
+    """values: the arguments by name. batch: the size of the first dimension. rows: the number of sequences, which is
+    batch · choices for multiple choice [batch, choices, length]. lengths: how many rows a sequence may have in a
+    layer's input. batch and rows are None where nothing tells them."""
 
     values: dict[str, Any]
     batch: int | None
@@ -24,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """names are those of the forward's positional parameters."""
+    """What the arguments say. names: those of the forward's positional parameters."""
     values = {**dict(zip(names, args, strict=False)), **kwargs}
     batch: int | None = None
     rows: int | None = None

@@ -18,18 +18,18 @@ from ..gates.networks import PromptGate
 from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
 from .batch import Inputs, read_inputs
-from .gate_choice import frame_of, with_padding_mask
+from .gate_choice import choose_gate, with_inferred_padding_mask
 
 ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask")
 
 
 class ILoRAModel:
-    """Mixed into the class of an injected model: `type(model)` is still a subclass of what it was, with its name."""
+    """A mixin. The class of an injected model derives from this and from its class before, whose name it keeps."""
 
     ilora: Injection
     ilora_gate: nn.Module | None
-    ilora_base: type  # the model's own class
-    _ilora_parameters: tuple[str, ...]  # of its forward, those that may be given by position
+    ilora_base: type  # the class that the model had before
+    _ilora_parameters: tuple[str, ...]  # the names of its forward's positional parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own call, its layers under a gate: ilora_gate [N, E], or what the model's gate network makes of
@@ -64,7 +64,7 @@ class ILoRAModel:
             adapter.gate = value
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, but for frozen norms with running statistics, which stay in eval mode."""
+        """The model's own train; frozen norms that keep running statistics stay in eval mode."""
         result = super().train(*args, **kwargs)  # type: ignore[misc]
         hold_statistics(self)
         return result
@@ -82,7 +82,7 @@ class ILoRAModel:
         save_pretrained(self, save_directory, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """torch's; with strict=False the frozen base may be missing without being reported, as in adapter files."""
+        """torch's. With strict=False, missing weights of the frozen base are not reported: adapter files have none."""
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
         if not strict:
             trainable = {name for name, p in self.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
@@ -91,12 +91,12 @@ class ILoRAModel:
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time: a copy finds its way back to it through the model's own.
+        # This class is made at run time, so a copy or a pickle makes it anew from the model's own class.
         return _blank, (self.ilora_base,), self.__dict__
 
 
 class ILoRAGenerator(ILoRAModel):
-    """For a model class with a generate of its own."""
+    """The mixin for model classes that can generate."""
 
     def generate(
         self,
@@ -106,15 +106,15 @@ class ILoRAGenerator(ILoRAModel):
         ilora_prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' generate under one gate for each prompt, [N, E], also with beams and return sequences.
-        A gate network is asked once, from ilora_z or from the prompt, and its answer kept for all steps."""
-        inputs, state = read_inputs(("input_ids",), args, {**kwargs, **_named_inputs(kwargs)}), self.ilora.state
+        """transformers' generate under one gate row for each prompt [N, E], also with beams and return sequences.
+        The gate network computes the gate once, from ilora_z or from the prompts, and it holds for all steps."""
+        inputs, state = read_inputs(("input_ids",), args, {**kwargs, **_inputs_as_input_ids(kwargs)}), self.ilora.state
         with state.lock():
             with torch.no_grad():
                 if isinstance(self.ilora_gate, PromptGate):
-                    inputs = with_padding_mask(self, inputs)
-                frame = frame_of(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask)
-            # A step sees the prompts, or each of them as often as generate says below, in their order.
+                    inputs = with_inferred_padding_mask(self, inputs)
+                frame = choose_gate(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask)
+            # Each step of generate runs the prompts in their order, each of them `expansion` times in a row.
             before, state.expansion = state.expansion, 1
             try:
                 with framed(state, Frame(frame.gate, expanded=True)):
@@ -127,12 +127,16 @@ class ILoRAGenerator(ILoRAModel):
         return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
 
 
-def choose_gate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The forward pre-hook of an injected model: takes the gate's arguments out of the call, and puts the gate of this
-    call in force. As a hook it runs after FSDP's, which gathers the gate network's parameters."""
+def put_gate_in_force(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The forward pre-hook of an injected model. It takes the gate's arguments out of the call and puts the gate that
+    they mean in force. It is a hook so that FSDP's own, which gathers the gate network's parameters, runs first."""
     own = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     state = model.ilora.state
-    frame = frame_of(model, read_inputs(model._ilora_parameters, args, own), *(kwargs.get(name) for name in ARGUMENTS))
+    frame = choose_gate(
+        model, read_inputs(model._ilora_parameters, args, own), *(kwargs.get(name) for name in ARGUMENTS)
+    )
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
     state.begin(frame)
@@ -142,8 +146,8 @@ def choose_gate(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def _with_balance(model: Any, output: Any, inputs: Inputs) -> Any:
-    """The output with the gate network's load-balance term on its loss, weighed as this batch is weighed in an
-    accumulated step. Raises RuntimeError where the output holds no loss, so that the term would be lost."""
+    """The output, the gate network's load-balance term added to its loss. In an accumulated step the term has the
+    weight that this batch has in the loss. Raises RuntimeError where the output holds no loss to add it to."""
     labels, items = inputs.values.get("labels"), inputs.values.get("num_items_in_batch")
     if labels is None or (isinstance(output, dict) and output.get("loss") is None):
         raise RuntimeError(
@@ -160,13 +164,13 @@ def _with_balance(model: Any, output: Any, inputs: Inputs) -> Any:
     return (output[0] + term, *output[1:])
 
 
-def _named_inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _inputs_as_input_ids(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": kwargs["inputs"]} if kwargs.get("inputs") is not None else {}
 
 
 @functools.cache
 def ilora_class(base: type) -> type:
-    """The subclass of a model class that takes a gate; the same one every time."""
+    """The class of injected models of class `base`. Made once for each base."""
     own = inspect.signature(base.forward)  # type: ignore[attr-defined]
     parameters = list(own.parameters.values())
     tail = [p for p in parameters if p.kind is p.VAR_KEYWORD]
@@ -198,7 +202,7 @@ def ilora_class(base: type) -> type:
 
 
 def _tie_weights(model: Any, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
-    # Never recomputed: inject has taken the modules that are trained whole out of the record.
+    # Never recomputed: inject has taken the modules that are trained whole out of transformers' list of tied weights.
     super(ILoRAModel, model).tie_weights(missing_keys=missing_keys, recompute_mapping=False)
 
 

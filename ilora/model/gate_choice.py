@@ -1,4 +1,4 @@
-"""Which gate holds for a call of an injected model, and that it fits the batch: refused here, by name, or never."""
+"""Chooses the gate for a call of an injected model, and refuses one that does not fit the batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from ..gates.pooling import prompt_mask
 from .batch import Inputs, packed_by
 
 
-def frame_of(
+def choose_gate(
     model: Any, inputs: Inputs, gate: Tensor | None, z: Tensor | None, segments: Tensor | None, mask: Tensor | None
 ) -> Frame:
-    """The frame of one call, checked: a gate that does not fit the batch is refused here, by name."""
-    check_kinds(segments, mask)
+    """The gate of one call and what it belongs to. Raises ValueError, TypeError, RuntimeError naming the argument that
+    does not fit."""
+    check_argument_types(segments, mask)
     given, inherited = [g is not None for g in (gate, z)], model.ilora.state.frame
     if getattr(model, "_is_replica", False):
         raise RuntimeError("nn.DataParallel shares one gate among its threads; use DistributedDataParallel")
@@ -36,7 +37,7 @@ def frame_of(
     if not any(given) and inherited.gate is not None:
         gate, segments = inherited.gate, inherited.segments if segments is None else segments
     elif gate is None:
-        gate = network_gate(model, inputs, z, segments, mask)
+        gate = ask_network(model, inputs, z, segments, mask)
     elif mask is not None:
         raise ValueError("ilora_prompt_mask was given with ilora_gate; it is for models with a PromptGate")
     check_gate(model, gate, segments, inputs, expanded)
@@ -47,8 +48,8 @@ def frame_of(
     return Frame(gate, segments, inputs.rows, inputs.lengths, expanded)
 
 
-def check_kinds(segments: Tensor | None, mask: Tensor | None) -> None:
-    """Raises TypeError for ilora_segments and ilora_prompt_mask that are no tensors of their kind."""
+def check_argument_types(segments: Tensor | None, mask: Tensor | None) -> None:
+    """Raises TypeError for an ilora_segments that is no integer tensor and an ilora_prompt_mask that is no tensor."""
     if segments is not None and (not isinstance(segments, Tensor) or segments.is_floating_point()):
         got = getattr(segments, "dtype", type(segments).__name__)
         raise TypeError(f"ilora_segments: expected int32 [N+1] row offsets, got {got}")
@@ -56,8 +57,8 @@ def check_kinds(segments: Tensor | None, mask: Tensor | None) -> None:
         raise TypeError(f"ilora_prompt_mask: expected a bool tensor, got {type(mask).__name__}")
 
 
-def network_gate(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor | None, mask: Tensor | None) -> Tensor:
-    """What the model's gate network says of these inputs. Raises ValueError where it lacks what it needs."""
+def ask_network(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The gate that the model's gate network computes from these inputs. Raises ValueError for a missing input."""
     network = model.ilora_gate
     if network is None:
         wanted = f"ilora_gate [N, {model.ilora.config.num_experts}]"
@@ -96,15 +97,15 @@ def _prompt_gate(
     if embeddings is None:
         if values.get("input_ids") is None:
             raise ValueError("PromptGate needs input_ids or inputs_embeds; give ilora_gate where there are none")
-        embeddings = _embedded(model.get_input_embeddings(), values["input_ids"])
+        embeddings = _embed(model.get_input_embeddings(), values["input_ids"])
     if segments is None and packed_by(inputs) is not None:
-        raise ValueError(_needs_segments(inputs))
+        raise ValueError(_segments_needed(inputs))
     B, L = embeddings.shape[:2]
     if mask is None:
-        labels = values.get("labels") if _continues(model) else None
+        labels = values.get("labels") if _answer_follows_prompt(model) else None
         if labels is not None and labels.shape != (B, L):  # one for each sequence: all of it is the prompt
             labels = None
-        if labels is None and _continues(model) and hasattr(model, "generate"):
+        if labels is None and _answer_follows_prompt(model) and hasattr(model, "generate"):
             _refuse_answers(model, values)
         mask = prompt_mask(
             values.get("attention_mask"),
@@ -119,9 +120,9 @@ def _prompt_gate(
     return network(embeddings, mask.bool(), segments)
 
 
-def _continues(model: Any) -> bool:
-    """Whether labels [B, L] say where the answer begins in the input itself: not where they are the decoder's, as in
-    encoder-decoders, or a property of each token, as in taggers and masked language models."""
+def _answer_follows_prompt(model: Any) -> bool:
+    """Whether the answer follows the prompt in the same row, so that labels [B, L] show where it begins. In
+    encoder-decoders labels are the decoder's, and in taggers and masked language models they describe each token."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     return bool(getattr(model, "can_generate", lambda: True)())
@@ -136,7 +137,7 @@ def _refuse_answers(model: Any, values: dict[str, Any]) -> None:
         )
 
 
-def _embedded(embedding: Any, ids: Tensor) -> Tensor:
+def _embed(embedding: Any, ids: Tensor) -> Tensor:
     if hasattr(getattr(embedding, "weight", None), "device_mesh"):
         from torch.distributed.fsdp import FSDPModule
 
@@ -149,7 +150,8 @@ def _embedded(embedding: Any, ids: Tensor) -> Tensor:
 
 
 def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs, expanded: bool) -> None:
-    """One gate row for each sequence of the batch (or one for all), or segments that say which rows are whose."""
+    """Raises ValueError unless there is one gate row for each sequence, or one for all, or segments that say which row
+    belongs to which instance; TypeError for a gate that is no float tensor."""
     E, layers = model.ilora.config.num_experts, len(model.ilora.adapter.blocks)
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         raise TypeError(f"gate: expected a float tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
@@ -168,7 +170,7 @@ def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs
     meant = {N, N * model.ilora.state.expansion} if expanded else {N}
     fits = N == 1 or inputs.rows in meant or (not expanded and inputs.batch == N)
     if packed is not None:
-        raise ValueError(_needs_segments(inputs))
+        raise ValueError(_segments_needed(inputs))
     if not fits and expanded:
         raise ValueError(
             f"generate runs {inputs.rows} rows for {N} prompts under a gate each (expected one of {sorted(meant)}), so "
@@ -182,7 +184,8 @@ def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs
 
 
 def refuse_uneven_images(model: Any, gate: Tensor, inputs: Inputs) -> None:
-    """Images lie one after another, so where rows hold different numbers of them, none can be told its row."""
+    """Raises ValueError where the sequences hold different numbers of images and an adapted layer sees the images: they
+    come one after another, and nothing tells which image belongs to which sequence."""
     config, ids = getattr(model, "config", None), inputs.values.get("input_ids")
     token = next((getattr(config, n) for n in ("image_token_id", "image_token_index") if hasattr(config, n)), None)
     if token is None or ids is None or inputs.values.get("pixel_values") is None or gate.shape[-2] == 1:
@@ -196,15 +199,16 @@ def refuse_uneven_images(model: Any, gate: Tensor, inputs: Inputs) -> None:
         )
 
 
-def _needs_segments(inputs: Inputs) -> str:
+def _segments_needed(inputs: Inputs) -> str:
     return (
         f"{packed_by(inputs)} says that a row holds several sequences (packed or padding-free batch): give "
         "ilora_segments, int32 [N+1] offsets of the N instances in the flattened rows"
     )
 
 
-def with_padding_mask(model: Any, inputs: Inputs) -> Inputs:
-    """generate without a mask takes the pad token for padding, if the prompts have it: so does the prompt's gate."""
+def with_inferred_padding_mask(model: Any, inputs: Inputs) -> Inputs:
+    """The inputs with the attention mask that generate infers from the pad token where it is given none, so that the
+    gate reads no padding either."""
     values = inputs.values
     ids = values.get("input_ids")
     if ids is None or values.get("attention_mask") is not None or ids.is_floating_point():

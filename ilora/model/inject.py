@@ -15,8 +15,8 @@ from ..current_gate import GateState, release_checkpoints
 from ..layer import ILoRALinear
 from ..shared import group
 from .batch import read_inputs
-from .delivery import ILoRAModel, choose_gate, ilora_class
-from .gate_choice import check_kinds, network_gate
+from .delivery import ILoRAModel, ilora_class, put_gate_in_force
+from .gate_choice import ask_network, check_argument_types
 
 
 def inject(
@@ -74,7 +74,7 @@ def enter(model: Any, injection: Injection) -> Any:
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
     model.ilora = injection
-    injection.hook = model.register_forward_pre_hook(choose_gate, with_kwargs=True)
+    injection.hook = model.register_forward_pre_hook(put_gate_in_force, with_kwargs=True)
     model._hf_peft_config_loaded = True  # transformers asks this before it trains a quantised or checkpointed model
     attach(model, injection.adapter)
     return model
@@ -142,8 +142,8 @@ def gate_of(
     no gate network, and for inputs that are missing or not this network's; TypeError for those of another kind.
     """
     injected(model)
-    check_kinds(ilora_segments, ilora_prompt_mask)
-    return network_gate(model, read_inputs((), (), inputs), ilora_z, ilora_segments, ilora_prompt_mask)
+    check_argument_types(ilora_segments, ilora_prompt_mask)
+    return ask_network(model, read_inputs((), (), inputs), ilora_z, ilora_segments, ilora_prompt_mask)
 
 
 def last_gate(model: Any) -> Tensor:
