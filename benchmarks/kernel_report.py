@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compiles every Triton kernel as it would be launched, for GPUs that need not be there, and counts the bytes it moves.
+"""Compiles every Triton kernel as it would be launched, for GPUs that are not here, and counts the bytes it moves.
 
     python benchmarks/kernel_report.py [--targets sm_80,sm_90,sm_100,gfx942] [--ranks 8,16,64,128,256] [--json FILE]
 
-The launches are the backend's own (`Update` in kernels/triton/update.py) on meta tensors, so the report cannot drift
-from what runs. Exit status 1 if any kernel spills registers or needs more shared memory than its target has, or if gemm
-or whole does not load by tensor descriptor and multiply on the tensor cores where the target has both.
+The launches are those of the backend's own plans (kernels/triton/plans.py) on meta tensors, so the report cannot drift
+from what runs. Exit status 1 if a kernel spills registers or needs more shared memory than its target has, or if
+fused_layer does not load by tensor descriptor and multiply on the tensor cores where the target has both.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from launch_bytes import least, moved, size, tensors
 from launch_cases import DTYPES, KIB, TARGETS, Case, cases, launches
 from launch_compile import compile_all, job, title
 
-KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "outer", "outers", "pair", "sums", "gemm", "whole", "decode")
+KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "grad_dy", "grad_weights", "sums", "fused_layer", "decode")
 
 
 def bytes_report(case: Case, target: str) -> dict[str, Any]:
-    """Unique bytes (each operand of a launch once: what HBM sees at most), bytes asked of L2, and the least."""
+    """Bytes if each launch reads each operand once from memory, bytes that programs read from L2, and the fewest."""
     row: dict[str, Any] = {"case": case._asdict(), "target": target}
     minima = least(case, *(dtype.itemsize for dtype in DTYPES[case.dtypes]))
     for part, plan, minimum in zip(("forward", "backward"), launches(case, target), minima, strict=True):
@@ -34,17 +34,10 @@ def bytes_report(case: Case, target: str) -> dict[str, Any]:
     return row
 
 
-def report(
-    every: list[Case], targets: list[str], names: list[str], processes: int, pdl: bool = False
-) -> dict[str, Any]:
-    """Prints both tables; returns what --json keeps."""
-    plans = [
-        (target, launch)
-        for target in targets
-        for case in every
-        for part in launches(case, target, pdl)
-        for launch in part
-    ]
+def report(every: list[Case], targets: list[str], names: list[str], processes: int) -> dict[str, Any]:
+    """Prints both tables. Returns what --json keeps."""
+    plans = [(target, launch) for target in targets for case in every for part in launches(case, target)
+             for launch in part]  # fmt: skip
     jobs = dict.fromkeys(job(launch, target) for target, launch in plans if launch.kernel.fn.__name__ in names)
     rows = []
     for each, usage in compile_all(list(jobs), processes):
@@ -60,8 +53,8 @@ def report(
         print(f"{r['target']:8}{r['kernel']:44}{r['warps']:6}{r['stages']:7}{r['registers']:11}{r['spills']:8}"
               f"{r['shared']:9}{r['limit'] // KIB:8}{'  <-- ' * r['bad']}{', '.join(remarks)}")  # fmt: skip
     traffic = [bytes_report(case, target) for target in targets for case in every]
-    heading = "MB moved, the frozen product apart unless it is in a launch"
-    print(f"\n{heading}: {'least':>8}; once per launch (×); asked of L2 (×)")
+    heading = "MB moved, without cuBLAS's frozen product: the fewest"
+    print(f"\n{heading}; × if launches read operands once; × as programs read them from L2")
     for t in traffic:
         case = " ".join(f"{k}={v}" for k, v in t["case"].items() if v is not False and v != "beta")
         line = f"{t['target']:8}{case:62}"
@@ -85,18 +78,17 @@ def main() -> int:
     parser.add_argument("--dtypes", type=_list, default=list(DTYPES), help=f"of {','.join(DTYPES)}")
     parser.add_argument("--kernels", type=_list, default=list(KERNEL_NAMES), help=f"of {','.join(KERNEL_NAMES)}")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
-    parser.add_argument("--pdl", action="store_true", help="as under ILORA_PDL=1, where the target has that")
     parser.add_argument("--json", type=Path, help="keep the tables in this file")
     options = parser.parse_args()
     for name, known in (("targets", TARGETS), ("dtypes", DTYPES), ("kernels", KERNEL_NAMES)):
         if unknown := set(getattr(options, name)) - set(known):
             parser.error(f"--{name}: {','.join(sorted(unknown))} is none of {','.join(known)}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set: the interpreter's kernels cannot be compiled; unset it")
+        parser.error("TRITON_INTERPRET is set: kernels for the interpreter cannot be compiled; unset it")
     every = cases(options.ranks, options.dtypes)
-    results = report(every, options.targets, options.kernels, options.processes, options.pdl)
+    results = report(every, options.targets, options.kernels, options.processes)
     if options.json:
-        temporary = options.json.with_name(options.json.name + ".tmp")  # whole or not at all
+        temporary = options.json.with_name(options.json.name + ".tmp")  # the file is complete or absent
         temporary.write_text(json.dumps(results, indent=1) + "\n")
         temporary.replace(options.json)
     return int(results["bad"] > 0)

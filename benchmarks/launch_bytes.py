@@ -1,4 +1,4 @@
-"""Bytes that a launch moves, counted from its grid, and the least that a layer must move."""
+"""The bytes that a launch moves, counted from its grid, and the fewest that a layer must move."""
 
 from __future__ import annotations
 
@@ -8,58 +8,60 @@ from torch import Tensor
 
 
 def size(tensor: Tensor | None) -> int:
+    """Bytes of a tensor."""
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
 def tensors(launch: Any) -> dict[str, Tensor]:
-    bases = {name: getattr(value, "base", value) for name, value in launch.args.items()}  # a descriptor's is its tensor
+    """The tensors among a launch's arguments, by name; for a tensor descriptor, the tensor that it describes."""
+    bases = {name: getattr(value, "base", value) for name, value in launch.args.items()}
     return {name: value for name, value in bases.items() if isinstance(value, Tensor)}
 
 
 def moved(launch: Any) -> int:
-    """Bytes the grid asks for: every program's reads and writes, re-reads of small operands (from L2) included."""
+    """Bytes that all programs of the grid read and write, including what they read again from L2."""
     name, args = launch.kernel.fn.__name__, launch.args
+
+    def blocks(size: str, block: str) -> int:
+        return -(-args[size] // args[block])
+
     times: dict[str, float] = {}
     if name == "shrink":
-        times = {"w_ptr": launch.grid[0]}
-    elif name == "outer":
-        times = {"h_ptr": launch.grid[0]}
-    elif name == "pair":
-        times = {"x_ptr": 2, "h_ptr": -(-args["D"] // args["DOWN_N"]), "w_ptr": -(-args["M"] // args["ALONG_M"])}
+        times = {"a_ptr": launch.grid[0]}
+    elif name == "grad_weights":
+        times = {"dxa_ptr": blocks("D_IN", "BLOCK_N"), "h_ptr": blocks("D_OUT", "BLOCK_N")}
+    elif name == "grad_dy":
+        times = {"dy_ptr": 2, "h_ptr": blocks("D", "DOWN_N"), "b_ptr": blocks("M", "ALONG_M")}
     elif name == "expand":
-        columns = -(-args["D"] // args["BLOCK_N"])
-        times = {"h_ptr": columns, "w_ptr": launch.grid[0] // columns, "bias_ptr": launch.grid[0] // columns}
-    elif name == "outers":
-        times = {"dxa_ptr": -(-args["D_IN"] // args["BLOCK_N"]), "h_ptr": -(-args["D_OUT"] // args["BLOCK_N"])}
-    elif name in ("gemm", "whole"):
-        down, across = -(-args["M"] // args["BLOCK_M"]), -(-args["D"] // args["BLOCK_N"])
-        times = {"x": across, "w": down, "h_ptr": across, "low_ptr": down, "bias_ptr": down}
-        if name == "whole":  # all of A and a row of the gate for each tile's row; h is written, once
-            times |= {"a": down * across, "gate_ptr": args["M"] * across / args["N"], "h_ptr": 1, "parts_ptr": across}
+        down, across = blocks("M", "BLOCK_M"), blocks("D", "BLOCK_N")
+        times = {"h_ptr": across, "b_ptr": down, "bias_ptr": down}
+    elif name == "fused_layer":  # each tile reads all of A and a gate row for each of its rows
+        down, across = blocks("M", "BLOCK_M"), blocks("D", "BLOCK_N")
+        times = {"x": across, "w": down, "b_ptr": down, "bias_ptr": down, "parts_ptr": across}
+        times |= {"a": down * across, "gate_ptr": args["M"] * across / args["N"]}
     elif name == "decode":
         across, down = launch.grid
         times = {"x_ptr": across, "a_ptr": across * down, "b_ptr": down, "bias_ptr": down}
-    elif name == "gate_ranks":  # a row of the gate for each row, however few there are
+    elif name == "gate_ranks":  # a gate row for each row, however few there are
         times = {"gate_ptr": args["M"] / args["N"]}
     return sum(round(size(t) * times.get(key, 1)) for key, t in tensors(launch).items())
 
 
 def least(case: Any, x: int, a: int) -> tuple[int, int]:
-    """Bytes that must move, forward and backward: x, dy and x again; y and dx once; the small tensors once. x, a: bytes
-    of an element of the activations, and of A and B.
+    """The fewest bytes that can move in forward and in backward: x, dy and x again, y and dx once, small tensors once.
 
-    By strategy "gemm" the frozen product is among the launches, and with it the weight and x, or dy, once more; but
-    "whole" without dropout needs x just once in forward.
+    x, a: bytes of an element of the activations, and of A and B. In "fused" the frozen product is among the launches,
+    which reads the weight, and x or dy once more; except that without dropout forward needs x just once.
     """
     gate = (case.M if case.token else 32) * 4 * 4
     factors, ranks = case.R * (case.d_in + case.d_out) * a, case.M * case.R * max(x, a)
     activations = case.M * (case.d_in + case.d_out) * x
     forward = activations + factors + gate + ranks + case.d_out * x
     backward = activations + case.M * case.d_in * x + 2 * factors + 2 * gate + ranks
+    weight = case.d_in * case.d_out * x
     if case.strategy == "beta":
         return forward, backward
     if case.strategy == "decode":
-        return forward + (case.d_in * case.d_out * x if case.M <= 16 else 0), 0
-    weight = case.d_in * case.d_out * x
-    again = 0 if case.strategy == "whole" and not case.p else case.M * case.d_in * x
+        return forward + (weight if case.M <= 16 else 0), 0
+    again = case.M * case.d_in * x if case.p else 0
     return forward + weight + again, backward + weight + case.M * case.d_out * x

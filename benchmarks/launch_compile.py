@@ -1,4 +1,4 @@
-"""Compiles what a launch would, for a GPU that need not be there, and reads what it takes of registers and memory."""
+"""Compiles the kernels of launches for GPUs that are not here, and reads how many registers and bytes they take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import torch
 from launch_cases import TARGETS, kernels
 from torch import Tensor
 
-INSTRUCTIONS = {  # a GEMM's in PTX: loads by descriptor, tensor cores, a product still running when the next is issued
+# What the PTX of fused_layer must contain: loads by descriptor, tensor cores, and on sm_90 a wait that leaves a product
+# running while the next one is issued.
+INSTRUCTIONS = {
     "sm_90": ("cp.async.bulk.tensor", "wgmma.mma_async", r"wgmma\.wait_group\.sync\.aligned [1-9]"),
     "sm_100": ("cp.async.bulk.tensor", "tcgen05.mma"),
 }
@@ -39,9 +41,8 @@ class Job(NamedTuple):
 def job(launch: Any, target: str) -> Job:
     """The specialisation Triton's launcher would choose: constants, None and 1 folded, divisibility by 16 noted."""
     signature, constants, aligned = {}, {}, []
-    arguments = launch.arguments
     for parameter in launch.kernel.params:
-        value, name = arguments[parameter.name], parameter.name
+        value, name = launch.args[parameter.name], parameter.name
         free = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
@@ -62,7 +63,7 @@ def job(launch: Any, target: str) -> Job:
 
 
 def compile_job(job: Job) -> dict[str, Any]:
-    """Registers, spilled registers and bytes of shared memory of a thread's program; INSTRUCTIONS that are missing."""
+    """Registers and spilled registers of a thread, bytes of shared memory of a program, and missing INSTRUCTIONS."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -81,9 +82,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     options = {"num_warps": job.warps, "num_stages": job.stages}
     compiled = triton.compile(source, target=GPUTarget(*arch), options=options)
     usage = _amd(compiled.asm["amdgcn"]) if arch[0] == "hip" else _nvidia(compiled.asm["cubin"])
-    wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel in ("gemm", "whole") else ()
-    if dict(job.constants)["PDL"]:
-        wanted += ("griddepcontrol.wait", "griddepcontrol.launch_dependents")
+    wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel == "fused_layer" else ()
     missing = [name for name in wanted if not re.search(name, compiled.asm["ptx"])]
     return usage | {"shared": compiled.metadata.shared, "missing": missing}
 
@@ -97,7 +96,7 @@ def _amd(assembly: str) -> dict[str, int]:
 
 
 def _nvidia(cubin: bytes) -> dict[str, int]:
-    """From cuobjdump: these kernels have no local arrays, so whatever is on the stack was spilled."""
+    """By cuobjdump. These kernels have no local arrays, so what is on the stack was spilled."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -111,18 +110,16 @@ def _nvidia(cubin: bytes) -> dict[str, int]:
 
 
 def title(job: Job) -> str:
-    """The kernel with what tells its specialisations apart."""
+    """The kernel, and what distinguishes its specialisations."""
     constants = dict(job.constants)
     kinds = dict(job.signature)
     blocks = "×".join(str(v) for k, v in job.constants if k.startswith(("BLOCK", "ALONG", "DOWN")))
-    dtype = next((kinds[name][1:] for name in ("x_ptr", "low_ptr", "h_ptr", "parts_ptr") if name in kinds), "")
-    wide = {"shrink": "w_ptr", "outer": "h_ptr", "pair": "w_ptr"}
-    small = kinds[wide[job.kernel]][1:] if job.kernel in wide else ""
-    small = kinds.get("a_ptr", f"*{small}")[1:]
+    dtype = next((kinds[name][1:] for name in ("x_ptr", "dy_ptr", "b_ptr", "parts_ptr") if name in kinds), "")
+    small = next((kinds[name][1:] for name in ("a_ptr", "dxa_ptr", "b_ptr") if name in kinds), "")
     marks = (
-        ("mask", constants.get("DROPOUT")),
-        ("turned", constants.get("TURNED")),
-        ("pdl", constants.get("PDL")),
+        ("dropout", constants.get("DROPOUT")),
+        ("w by rows", constants.get("W_BY_ROWS")),
+        ("and dB", job.kernel == "grad_weights" and constants.get("dy_ptr", "given") is not None),
         ("with W", kinds.get("weight_ptr", "constexpr") != "constexpr"),
     )
     flags = [name for name, on in marks if on]

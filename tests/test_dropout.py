@@ -1,4 +1,4 @@
-"""The mask: its statistics, and that every backend, forward and backward, uses the same one."""
+"""The dropout mask: its statistics, and that every backend uses the same one, forward and backward."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_rate_and_independence(p):
 
 
 def test_neighbouring_seeds_give_unrelated_masks():
-    # Also the whole count must spread as a binomial does: were seeds permutations of one mask, it would not.
+    # The number of dropped elements must spread as a binomial's too. It would not if seeds permuted one mask.
     p, M, d, seeds = 0.5, 64, 128, 400
     z = torch.stack([dropped(seed, M, d, p) - p for seed in range(seeds)]).flatten(1) / math.sqrt(p * (1 - p))
     assert (z.sum(1) / math.sqrt(M * d)).std().item() == pytest.approx(1, abs=0.15)
@@ -38,7 +38,7 @@ def test_neighbouring_seeds_give_unrelated_masks():
 
 
 def test_mask_literals():
-    """Fixed for good: a change would silently change every seeded run."""
+    """They never change: a change would silently alter every seeded run."""
     mask = keep_mask(torch.tensor([1234567890123456789]), 4, 8, 0.5).int()
     assert ["".join(map(str, row)) for row in mask.tolist()] == MASK
 

@@ -13,8 +13,7 @@ if reason := backends.why_not("triton", DEVICE):
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from ilora.kernels.config import search_width  # noqa: E402
-from ilora.kernels.gates import instances  # noqa: E402
+from ilora.kernels.gates import instances, search_width  # noqa: E402
 
 
 @triton.jit(do_not_specialize=["N", "run", "width"])  # as every kernel has it

@@ -1,4 +1,4 @@
-"""Plans launched again: other tensors of the same kind give what a new plan gives, and nothing is planned twice."""
+"""Kept plans: run again on other tensors of the same kind they give what a new plan gives, and are made just once."""
 
 import gc
 import subprocess
@@ -22,7 +22,7 @@ if reason := backends.why_not("triton", DEVICE):
     pytest.skip(reason, allow_module_level=True)
 
 from ilora.kernels import replay  # noqa: E402
-from ilora.kernels.launch import device_of  # noqa: E402
+from ilora.kernels.device import device_of  # noqa: E402
 
 EVEN = Case(M=24, d_in=64, d_out=48, device=DEVICE)
 CASES = {
@@ -34,15 +34,14 @@ CASES = {
     "dropout": replace(EVEN, M=66, N=2, dropout_p=0.3),
     "strided": replace(EVEN, strided=True),
     "mixed": replace(EVEN, M=66, N=2, dtype=F16, adapter_dtype=F32),
-    "gemm": replace(EVEN, M=66, N=2, dtype=F16, dropout_p=0.3),
-    "whole": replace(EVEN, M=66, N=2, dtype=F16),
-    "whole, dropout": replace(EVEN, M=66, N=2, dtype=F16, dropout_p=0.3),
+    "fused": replace(EVEN, M=66, N=2, dtype=F16),
+    "fused, dropout": replace(EVEN, M=66, N=2, dtype=F16, dropout_p=0.3),
 }
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """How many plans were made, from none."""
+    """One item for each plan that was made since the test began."""
     replay.forget()
     made, run = [], replay.run
     monkeypatch.setattr(replay, "run", lambda *args: made.append(1) or run(*args))
@@ -50,34 +49,21 @@ def made(monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_second_call_plans_nothing_and_says_the_same_of_other_tensors(name, made, monkeypatch):
+def test_a_second_call_makes_no_plan_and_is_right_for_other_tensors(name, made, monkeypatch):
     case, strategy = CASES[name], name.split(",")[0]
-    if strategy == "whole" and not device_of(case.tensors()["x"]).tma:
-        pytest.skip("the device loads no tiles by tensor descriptor")
-    monkeypatch.setenv("ILORA_STRATEGY", strategy if strategy in ("gemm", "whole") else "auto")
-    first = run(case, "triton")
-    plans = len(made)
-    assert plans == 2
-    assert len(replay._KEPT) == 2
-    again = run(case, "triton")
+    if strategy == "fused" and not device_of(case.tensors()["x"]).tma:
+        pytest.skip("the device does not load tiles by tensor descriptor")
+    monkeypatch.setenv("ILORA_STRATEGY", strategy if strategy == "fused" else "auto")
+    first, again = run(case, "triton"), run(case, "triton")
     other = run(replace(case, seed=case.seed + 1), "triton")
-    assert len(made) == plans
+    assert len(made) == len(replay._KEPT) == 2
     replay.forget()
     expected = run(replace(case, seed=case.seed + 1), "triton")
-    assert len(made) == 2 * plans
+    assert len(made) == 4
     for output in OUTPUTS:
         assert torch.equal(first[output], again[output])
         assert torch.equal(other[output], expected[output])
         assert not torch.equal(first[output], other[output])
-
-
-def test_results_are_new_tensors_every_time(made):
-    t = replace(EVEN, M=80, N=2).tensors()
-    arguments = (t["x"], t["weight"], t["bias"], t["A"], t["B"], t["gate"])
-    results = [ilora.ilora_linear(*arguments, 2.0, backend="triton") for _ in range(3)]
-    assert len(made) == 1
-    assert len({y.data_ptr() for y in results}) == 3
-    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +84,9 @@ def test_what_a_plan_depends_on_makes_a_new_one(change, made):
     t = replace(EVEN, M=80, N=2).tensors()
     names = ("x", "weight", "bias", "A", "B", "gate")
     arguments = {**{name: t[name] for name in names}, "scaling": 2.0, "backend": "triton"}
-    ilora.ilora_linear(**arguments)
+    first, second = (ilora.ilora_linear(**arguments) for _ in range(2))
+    assert len(made) == 1
+    assert first.data_ptr() != second.data_ptr()  # a run returns new tensors
     change(arguments)
     y = ilora.ilora_linear(**arguments)
     assert len(made) == 2
@@ -134,24 +122,20 @@ def test_settings_of_a_forward_and_backward(change, shared, made):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_strategies_tables_and_precision_make_new_plans(made, monkeypatch, tmp_path):
+def test_strategy_and_precision_make_new_plans(made, monkeypatch):
     both_ways()
-    (tmp_path / "table.json").write_text('{"version": 1, "rows": []}')
-    monkeypatch.setenv("ILORA_TABLE", str(tmp_path / "table.json"))
-    both_ways()
-    assert len(made) == 4
     monkeypatch.setenv("ILORA_STRATEGY", "beta")
     both_ways()
-    assert len(made) == 6
+    assert len(made) == 4
     torch.set_float32_matmul_precision("high")
     try:
         both_ways()
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert len(made) == 8
+    assert len(made) == 6
 
 
-def test_a_plan_keeps_nobodys_tensors_and_takes_no_view_for_its_own(made):
+def test_a_kept_plan_holds_no_tensor_and_refuses_a_view_as_its_buffer(made):
     t = replace(EVEN, M=80, N=2).tensors()
     x, watched = t["x"], weakref.ref(t["x"])
     ilora.ilora_linear(x, t["weight"], None, t["A"], t["B"], t["gate"], 2.0, backend="triton")
@@ -160,21 +144,24 @@ def test_a_plan_keeps_nobodys_tensors_and_takes_no_view_for_its_own(made):
     assert watched() is None
     given = torch.zeros(4, 4)
     launch = SimpleNamespace(runner=lambda compiled: None, values=lambda: [given[1:]])
-    with pytest.raises(ValueError, match=r"no buffer of a plan's own: \(3, 4\)"):
-        replay.Replay((given,), ([launch], (), False), [None])
+    plan = SimpleNamespace(launches=[launch], results=(), has_product=False)
+    with pytest.raises(ValueError, match=r"neither an input nor a buffer: \(3, 4\)"):
+        replay.KeptPlan((given,), plan, [None])
 
 
 def test_threads_may_make_plans_at_once(monkeypatch):
     monkeypatch.setattr(replay, "LIMIT", 2)
-    empty = ([], (), False)
     monkeypatch.setattr(replay, "run", lambda *args: [])
-    monkeypatch.setattr(replay, "Replay", lambda *args: SimpleNamespace(again=lambda *args: (), fused=False))
+    monkeypatch.setattr(replay, "KeptPlan", lambda *args: SimpleNamespace(run=lambda *args: (), has_product=False))
     x, interval, failed = torch.zeros(2), sys.getswitchinterval(), []
+
+    def make(*_):
+        return SimpleNamespace(launches=[None], results=(), has_product=False)
 
     def work(n):
         try:
             for k in range(1500):
-                replay.planned("none", (n, k), x, (x,), lambda: ([None], *empty[1:]))
+                replay.replay(make, (x,), (n, k))
         except RuntimeError as error:
             failed.append(error)
 
@@ -189,18 +176,18 @@ def test_threads_may_make_plans_at_once(monkeypatch):
     assert not failed
 
 
-def test_one_tensor_in_two_places_is_planned_anew(made):
-    """x as the base output too: which of the two a pointer was made of cannot be told."""
+def test_one_tensor_in_two_places_makes_a_plan_that_is_not_kept(made):
+    """x as the base output too: an address does not tell which of the two a pointer is."""
     t = replace(EVEN, M=80, N=2, d_out=64).tensors()
-    low = (t["A"], t["B"], t["gate"], 2.0)
-    same = ilora.ilora_update(t["x"], t["x"], *low, backend="triton")
-    apart = ilora.ilora_update(t["x"], t["dy"], *low, backend="triton")
+
+    def update(base):
+        return ilora.ilora_update(t["x"], base, t["A"], t["B"], t["gate"], 2.0, backend="triton") - base
+
+    same, apart = update(t["x"]), update(t["dy"])
     assert len(made) == 2
-    torch.testing.assert_close(apart - t["dy"], same - t["x"], rtol=1e-4, atol=1e-4)
-    base = t["dy"] + 1  # and what was kept of the second call serves both
-    torch.testing.assert_close(ilora.ilora_update(t["x"], base, *low, backend="triton") - base, apart - t["dy"],
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
-    assert torch.equal(ilora.ilora_update(t["x"], t["x"], *low, backend="triton"), same)
+    torch.testing.assert_close(apart, same, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(update(t["dy"] + 1), apart, rtol=1e-4, atol=1e-4)  # by the plan kept of the second
+    assert torch.equal(update(t["x"]), same)  # and by the same
     assert len(made) == 2
 
 
@@ -214,9 +201,9 @@ def test_no_more_plans_are_kept_than_the_limit(made, monkeypatch):
     assert len(made) == 4
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU launches by itself; this stands in for one")
-def test_compiled_kernels_are_launched_on_the_stream_with_every_argument_in_its_place():
-    """Triton's own compiler and launch path, with a driver that notes what it is asked to launch."""
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU launches by itself; this replaces its driver")
+def test_compiled_kernels_are_launched_with_every_argument_in_its_place():
+    """By Triton's own compiler and launch path, with a driver that records what it is asked to launch."""
     file = Path(__file__).with_name("replay_worker.py")
     done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

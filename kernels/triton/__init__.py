@@ -1,17 +1,16 @@
-"""The Triton backend of ilora: `forward` and `backward`, see update.py; and their halves, see halves.py.
+"""The Triton backend: the four primitives of the operation, and `forward` and `backward` in as few launches as we know.
 
-x̃ = x ⊙ keep,  xa = x̃ Aᵀ,  h = γ ⊙ xa,  y = h Bᵀ + …          shrink → gate → expand → the frozen product on top
-dh = dy B,  dxa = γ ⊙ dh,  dB = dyᵀ h,  dA = dxaᵀ x̃,  dx = keep ⊙ (dxa A) + …   pair → gate → outer → expand
+    shrink_x      xa = x̃ Aᵀ,  x̃ = x ⊙ keep                              shrink, sums
+    expand_xa     y = x Wᵀ + bias + h Bᵀ,  h = γ ⊙ xa                     gate_ranks, expand, cuBLAS
+    backward_dy   dh = dy B,  dB = dyᵀ h,  dxa = γ ⊙ dh,  dgate           gate_ranks, grad_dy, gate_ranks, sums
+    backward_x    dA = dxaᵀ x̃,  dx = dy W + keep ⊙ (dxa A)               grad_weights, sums, expand, cuBLAS
 
-Each job is written once: `shrink` reads a wide matrix and leaves a narrow one, `outer`
-reads a wide matrix and leaves a weight gradient, `pair` does both to one wide matrix, which comes from memory once,
-`expand` writes a wide matrix, `gate_ranks` is everything between.
-Up to 64 rows without dropout take one launch instead, `decode`, which up to 16 rows holds the frozen product too.
-Where strategy.py says so, `gemm` takes the place of `expand` and of the frozen product on top, or `whole` that of all
-but `outer`: forward is one launch then, backward three (`whole`, `outers`, `sums`).
+On the right are the kernels in order, one a file, and cuBLAS for the frozen product, which it adds to what `expand`
+wrote. `forward` and `backward` join these launches where they can. For small layers one kernel, fused_layer.py,
+computes the frozen product and the update together (see strategy.py), and so does decode.py for a few rows.
+plans.py lists the launches of each call, replay.py keeps the lists and runs them. Nothing here imports from ilora.
 """
 
-from .halves import backward_dy, backward_x, expand_xa, shrink_x
-from .update import backward, forward
+from .primitives import backward, backward_dy, backward_x, expand_xa, forward, shrink_x
 
 __all__ = ["backward", "backward_dy", "backward_x", "expand_xa", "forward", "shrink_x"]

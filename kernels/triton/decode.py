@@ -1,24 +1,20 @@
-"""A few rows at inference, in one launch: y = h Bᵀ + bias + base, and x Wᵀ too where the weight is given."""
+"""A few rows without dropout in one launch: y = h Bᵀ + bias + base, and x Wᵀ too where the weight is given."""
 
-from __future__ import annotations
-
-import os
-
-import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-from . import config
-from .config import Tile, ceil_div, pow2
-from .gates import gammas
-from .launch import Device, Launch, begin
-from .tiles import accumulate
+from .device import TYPES, Device, dots
+from .gates import Gate, gammas
+from .launch import Launch, Plan
+from .shrink import accumulate
+from .tiles import TWO_PROGRAMS, Tile, aligned, ceil_div, pow2, stages_within, strides
 
-ROWS = 64  # more rows than these fill the GPU by the ordinary launches
-BLOCK_M = 16  # rows that a program takes, and the most that are multiplied by the weight in the same launch
-BYTES = 2**20  # of x and A that every program may read: some 10 µs of a multiprocessor, or three launches
+ROWS = 64  # the ordinary launches fill the GPU with more rows than these
+BLOCK_M = 16  # rows of a program, and the most rows that are multiplied by the weight in the same launch
+BYTES = 2**20  # of x and A that every program may read: about 10 µs of a multiprocessor, or three launches
+DEEP_PROGRAM = 176 * 1024  # bytes of shared memory for a program that has a multiprocessor to itself
 
 
 @triton.jit(do_not_specialize=["M", "N", "run", "width"])
@@ -28,16 +24,15 @@ def decode(
     x_row, x_col, w_row, w_col, base_row, base_col, a_row, a_col, b_row, b_col, gate_row, gate_col,
     R: tl.constexpr, RANK: tl.constexpr, DOT: tl.constexpr, NARROW: tl.constexpr, BASE_DOT: tl.constexpr,
     PIECES: tl.constexpr, PRECISION: tl.constexpr, BASE_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """xa = x Aᵀ;  y = (γ ⊙ xa) Bᵀ + bias + base + x Wᵀ; a pointer that is None adds nothing.
+    """xa = x Aᵀ and y = (γ ⊙ xa) Bᵀ + bias + base + x Wᵀ; a pointer that is None adds nothing.
 
     Reads weight [D_OUT, D_IN], base [M, D_OUT] and B [D_OUT, R] once, x [M, D_IN] once per block of columns, and
-    A [R, D_IN] in every program: from L2, after the first. All of any strides. Writes y and xa, contiguous.
-    Work: program (c, i) owns BLOCK_N columns and BLOCK_M rows, and makes xa of its rows for itself: programs that
-    waited for one another would need a counter that outlives the launch. The first column block stores xa.
+    A [R, D_IN] in every program, after the first from L2. All may have any strides. Writes y and xa, contiguous.
+    Work: program (c, i) owns BLOCK_N columns and BLOCK_M rows. It computes xa of its rows for itself, since waiting for
+    another program would need a counter that outlives the launch. The programs of the first columns store xa.
     """
-    begin(PDL)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks, ks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
@@ -68,63 +63,47 @@ def decode(
 
 
 def decodes(x: Tensor, A: Tensor, dropout_p: float) -> bool:
-    """Whether one launch does the update: few rows, no dropout, x and A small enough for every program to read."""
+    """Whether one launch is the fastest way: few rows, no dropout, x and A small enough for every program to read."""
     if not 0 < len(x) <= ROWS or dropout_p > 0.0:
         return False
     each = min(len(x), BLOCK_M) * x.element_size() + len(A) * A.element_size()
-    return x.shape[1] * each <= BYTES and os.environ.get("ILORA_STRATEGY", "auto") in ("", "auto")
+    return x.shape[1] * each <= BYTES
 
 
-def fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether that launch multiplies by the weight too: one block of rows, and a weight that can be read in runs."""
-    return len(x) <= BLOCK_M and 1 in weight.stride()
+def decode_tile(device: Device, x: Tensor, d_out: int, A: Tensor, with_weight: bool) -> tuple[Tile, int, int]:
+    """(the tile of y, columns of x a step, the block of ranks).
 
-
-def tile_of(device: Device, x: Tensor, d_out: int, A: Tensor, fused: bool) -> tuple[Tile, int]:
-    """(the tile of y, columns of x a step): narrow tiles where wide ones would leave multiprocessors idle, and deep
-    steps where a program has a multiprocessor to itself and must keep the memory busy alone."""
-    size, small, r = x.element_size(), A.element_size(), _ranks(A, fused)
-    n = 64 if not fused else 16 if d_out <= 16 * device.sms else 32
-    deep = fused and ceil_div(d_out, n) <= device.sms and r <= 32 and config.aligned(x) and not device.hip
+    Tiles are narrow where wide ones would leave multiprocessors idle. Steps are deep where a program has a
+    multiprocessor to itself and must keep the memory busy alone. Beside x Wᵀ the block of ranks is at least 32: one
+    warp computes a tile of 16, and Triton then has all four warps compute the whole of both products.
+    """
+    size, small, r = x.element_size(), A.element_size(), pow2(len(A), 32 if with_weight else 16, 256)
+    n = 64 if not with_weight else 16 if d_out <= 16 * device.sms else 32
+    deep = with_weight and ceil_div(d_out, n) <= device.sms and r <= 32 and aligned(x) and not device.hip
     k = 128 if size == small == 2 and r <= 64 else 64 if size == 2 and r * small <= 256 else 32
     k *= 2 if deep else 1
-    stage = k * (size * (BLOCK_M + (n if fused else 0)) + small * r)
-    stages = config._stages(device, stage, config.DEEP_PROGRAM if deep else config.TWO_PROGRAMS)
-    return Tile(BLOCK_M, n, 4, stages if deep else min(stages, 3)), k
+    stage = k * (size * (BLOCK_M + (n if with_weight else 0)) + small * r)
+    stages = stages_within(device, stage, DEEP_PROGRAM if deep else TWO_PROGRAMS)
+    return Tile(BLOCK_M, n, 4, stages if deep else min(stages, 3)), k, r
 
 
-def plan(
-    device: Device, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
-    gate: Tensor, segments: Tensor | None, scaling: float, dropout_p: float,
-) -> tuple[Launch, Tensor, Tensor, bool] | None:  # fmt: skip
-    """(the launch, y, xa, whether y has x Wᵀ in it), or None where the ordinary launches are to run."""
-    if not decodes(x, A, dropout_p):
-        return None
-    (M, D), (D_OUT, R), (N, E) = x.shape, B.shape, gate.shape
-    weight = weight if (whole := weight is None or fuses(x, weight)) else None
-    dots, (tile, step) = config.dots(device, x.dtype, A.dtype), tile_of(device, x, D_OUT, A, weight is not None)
-    y, xa = x.new_empty(M, D_OUT), x.new_empty(M, R, dtype=torch.promote_types(x.dtype, A.dtype))
+def add_decode(
+    plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
+    gate: Gate, y: Tensor, xa: Tensor,
+) -> None:  # fmt: skip
+    """y and xa of at most ROWS rows; x Wᵀ is in y for up to BLOCK_M rows and a weight with a stride of 1."""
+    (M, D), (D_OUT, R) = x.shape, B.shape
+    plan.has_product = weight is None or (M <= BLOCK_M and 1 in weight.stride())
+    weight = weight if plan.has_product else None
+    tile, step, block_r = decode_tile(plan.device, x, D_OUT, A, weight is not None)
+    frozen = dots(plan.device, x.dtype, x.dtype)
     args = {
         "x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "base_ptr": base, "a_ptr": A, "b_ptr": B,
-        "gate_ptr": gate, "segments_ptr": segments, "y_ptr": y, "xa_ptr": xa,
-        "M": M, "N": N, "D_IN": D, "D_OUT": D_OUT,
-        "run": max(M // N, 1), "width": config.search_width(N), "scaling": scaling,
-        **_strides("x", x), **_strides("w", weight), **_strides("base", base), **_strides("a", A), **_strides("b", B),
-        **_strides("gate", gate), "R": R, "RANK": R // E, "DOT": dots.wide, "NARROW": dots.narrow,
-        "BASE_DOT": tl.float32 if device.interpret else config.TYPES[x.dtype], "PIECES": dots.pieces,
-        "PRECISION": dots.precision, "BASE_PRECISION": config.dots(device, x.dtype, x.dtype).precision,
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": step, "BLOCK_R": _ranks(A, whole and weight is not None),
+        "y_ptr": y, "xa_ptr": xa, "D_IN": D, "D_OUT": D_OUT, **gate.arguments(),
+        **strides("x", x), **strides("w", weight), **strides("base", base), **strides("a", A), **strides("b", B),
+        "R": R, "RANK": R // gate.gate.shape[1], **plan.dots.arguments(), "NARROW": plan.dots.narrow,
+        "BASE_DOT": frozen.wide if plan.device.interpret else TYPES[x.dtype], "BASE_PRECISION": frozen.precision,
+        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": step, "BLOCK_R": block_r,
     }  # fmt: skip
     grid = ceil_div(D_OUT, tile.n), ceil_div(M, tile.m)
-    return Launch(decode, grid, args, tile.warps, tile.stages, device.pdl), y, xa, whole
-
-
-def _ranks(A: Tensor, fused: bool) -> int:
-    """The block of ranks: beside x Wᵀ, where both products take x, 16 of them would be a tile that one warp computes,
-    and Triton then has all four warps compute the whole of both."""
-    return pow2(len(A), 32 if fused else 16, 256)
-
-
-def _strides(name: str, t: Tensor | None) -> dict[str, int]:
-    row, column = (0, 0) if t is None else t.stride()
-    return {f"{name}_row": row, f"{name}_col": column}
+    plan.launches.append(Launch(decode, grid, args, tile.warps, tile.stages))

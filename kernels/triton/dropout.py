@@ -1,6 +1,4 @@
-"""The dropout mask, recomputed wherever it is needed: a hash of (seed, row, column), never of the tile."""
-
-from __future__ import annotations
+"""The dropout mask: a hash of (seed, row, column). It is computed anew wherever it is needed and never stored."""
 
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ def _mix(v):
 
 @triton.jit
 def row_keys(seed_ptr, rows):
-    """Two uint32 keys for each row, from the int64 at seed_ptr: (k1, k2), each of rows' shape."""
+    """Two uint32 keys (k1, k2) for each row, each of rows' shape, from the int64 at seed_ptr."""
     seed = tl.load(seed_ptr)
     lo = seed.to(tl.uint32)
     hi = (seed >> 32).to(tl.uint32)
@@ -35,7 +33,7 @@ def row_keys(seed_ptr, rows):
 
 @triton.jit
 def keep(k1, k2, columns, threshold):
-    """True where (row, column) is kept: bool [rows, columns]. threshold: round(p · 2**32) in the bits of an int32."""
+    """bool [rows, columns], True where the element is kept. threshold: round(p · 2**32) in the bits of an int32."""
     v = k1[:, None] + (columns.to(tl.uint32) * GOLDEN)[None, :]
     v = (v ^ (v >> 16)) * MUL1
     v = ((v ^ (v >> 15)) + k2[:, None]) * MUL2
@@ -43,14 +41,14 @@ def keep(k1, k2, columns, threshold):
 
 
 class Mask(NamedTuple):
-    """seed: the int64 on the device; threshold: round(p · 2**32) in the bits of an int32; on: whether there is one."""
+    """seed: an int64 [1] on the device. threshold: round(p · 2**32) in the bits of an int32. on: whether p > 0."""
 
     seed: Tensor | None = None
     threshold: int = 0
     on: bool = False
 
 
-PLAIN = Mask()
+NO_MASK = Mask()
 
 
 def mask_of(dropout_p: float, seed: Tensor | None) -> Mask:

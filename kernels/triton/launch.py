@@ -1,121 +1,70 @@
-"""What a launch is, and the facts about the device that launches are cut to."""
+"""A kernel launch as data, and a plan: the launches of one call in order, with the tensors that they fill."""
 
-from __future__ import annotations
-
-import os
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import triton
-import triton.language as tl
-
-from .dropout import row_keys
-
-
-class Device(NamedTuple):
-    """sms: multiprocessors to fill; smem: bytes of shared memory a program may use; hip: an AMD GPU;
-    interpret: the kernels run on the CPU, where bfloat16 arithmetic is meaningless and float32 takes its place;
-    tma: the GPU copies tiles by tensor descriptor itself (sm_90 and later); name: what a table of measurements knows
-    it by; tmem: columns of its tensor memory, 0 where it has none; pdl: kernels are brought up while the one ahead
-    still runs (see Launch)."""
-
-    sms: int
-    smem: int
-    hip: bool = False
-    interpret: bool = False
-    tma: bool = False
-    name: str = ""
-    tmem: int = 0
-    pdl: bool = False
-
-
-# few multiprocessors: small tests split too
-INTERPRETER = Device(sms=4, smem=227 * 1024, interpret=True, tma=True, name="interpreter")
-
-
-@cache
-def _gpu(device: torch.device) -> Device:
-    facts = torch.cuda.get_device_properties(device)
-    hip = torch.version.hip is not None
-    smem = 64 * 1024 if hip else facts.shared_memory_per_block_optin
-    return Device(
-        facts.multi_processor_count,
-        smem,
-        hip,
-        tma=not hip and facts.major >= 9,
-        name=facts.name,
-        tmem=512 * (not hip and facts.major in (10, 11)),
-    )
-
-
-def device_of(x: Tensor) -> Device:
-    """The device x is on; raises where no Triton kernel can run."""
-    if not isinstance(row_keys, triton.JITFunction):  # TRITON_INTERPRET was set when the kernels were defined
-        return INTERPRETER
-    if x.device.type != "cuda":
-        raise ValueError(f"the triton backend needs a GPU (or TRITON_INTERPRET=1 before import), not {x.device}")
-    device = _gpu(x.device)
-    return device._replace(pdl=device.tma and os.environ.get("ILORA_PDL") == "1")
-
-
-@triton.jit
-def begin(PDL: tl.constexpr):
-    """What every kernel does first: waits until the one ahead has ended and its writes are seen, and only then lets the
-    one behind be brought up, which waits here in turn. So whoever is past this has all those ahead behind it."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+from .device import Device, dots
 
 
 class Launch(NamedTuple):
-    """One kernel launch: calling it launches; benchmarks/kernel_report.py compiles and counts it instead.
-
-    pdl: programmatic dependent launch. The kernel, whose last argument it is, may be brought up while the one ahead is
-    still running, and waits by itself (`begin`).
-    """
+    """One kernel launch. args: the kernel's arguments by name, constants included. Calling it launches the kernel."""
 
     kernel: Any
     grid: tuple[int, ...]
-    args: dict[str, Any]  # by name, constants included, all but PDL
+    args: dict[str, Any]
     warps: int = 4
     stages: int = 2
-    pdl: bool = False
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {**self.args, "PDL": self.pdl}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        chosen = {"num_warps": self.warps, "num_stages": self.stages}
-        return chosen | {"launch_pdl": True} if self.pdl else chosen
 
     def __call__(self) -> Any:
-        """Launches; returns Triton's compiled kernel, or None in the interpreter."""
-        compiled = self.kernel[self.grid](**self.arguments, **self.options)
+        """Launches the kernel. Returns Triton's compiled kernel, or None in the interpreter."""
+        compiled = self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
         return compiled.result() if hasattr(type(compiled), "result") else compiled  # under triton.AsyncCompileMode
 
     def values(self) -> list[Any]:
         """The arguments in the order of the kernel's signature."""
-        arguments = self.arguments
-        return [arguments[name] for name in self.kernel.arg_names]
+        return [self.args[name] for name in self.kernel.arg_names]
 
     def runner(self, compiled: Any) -> Callable[..., Any]:
-        """What launches the compiled kernel on other values like these: runner(*values, stream=None)."""
+        """What launches the compiled kernel, or in the interpreter the kernel, on other values of the same kinds."""
         if compiled is not None:
             return compiled[(*self.grid, 1, 1)[:3]]
-        # In the interpreter. Not of self, which holds the tensors.
-        kernel, grid, options = self.kernel, self.grid, self.options
-        return lambda *values, stream=None: kernel[grid](**dict(zip(kernel.arg_names, values, strict=True)), **options)
+        return partial(self.kernel[self.grid], num_warps=self.warps, num_stages=self.stages)
 
 
-def run(launches: list[Launch], device: torch.device) -> list[Any]:
-    """Launches in order on device's current stream; nothing here waits for it. Returns what the launches do."""
-    if device.type != "cuda":
+def run(launches: list[Launch], x: Tensor) -> list[Any]:
+    """Launches all in order on the current stream of x's device, without waiting. Returns what each launch returns."""
+    with torch.cuda.device_of(x):
         return [launch() for launch in launches]
-    with torch.cuda.device(device):
-        return [launch() for launch in launches]
+
+
+class Plan:
+    """The `add_…` functions beside the kernels append launches to it and return the tensors that these will fill.
+
+    Nothing runs meanwhile, so the tensors may be on the meta device and `device` a GPU that is not here. results: what
+    the call returns. has_product: whether the launches compute the frozen product too.
+    """
+
+    def __init__(self, device: Device, x: Tensor, A: Tensor) -> None:
+        """x: any of the activations. A: A or B."""
+        self.device, self.dots = device, dots(device, x.dtype, A.dtype)
+        self.rank_dtype = torch.promote_types(x.dtype, A.dtype)
+        self.launches: list[Launch] = []
+        self.results: tuple[Tensor | None, ...] = ()
+        self.has_product = False
+
+    def returning(self, *results: Tensor | None) -> "Plan":
+        self.results = results
+        return self
+
+    def new_ranks(self, x: Tensor, R: int) -> Tensor:
+        """An empty [M, R] for the M rows of x, in the dtype that ranks have between launches."""
+        return x.new_empty(len(x), R, dtype=self.rank_dtype)
+
+
+def new_parts(count: int, out: Tensor) -> Tensor:
+    """Room for `count` partial sums of `out`, [count, …] float32; or `out` itself where there is just one."""
+    return out if count == 1 else out.new_empty(count, *out.shape, dtype=torch.float32)

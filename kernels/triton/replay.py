@@ -1,11 +1,10 @@
-"""Plans that were made and compiled once, launched again on other tensors without planning them anew.
+"""Plans that were made once, kept, and run again on other tensors.
 
-Triton's `kernel[grid](…)` looks at every argument of every launch to find the compiled kernel, some 9 µs each time. All
-that it looks at, and all that a plan is made of, follows from shapes, strides, dtypes, alignment and a few settings: a
-plan is kept by those, with the place of every pointer in it, and `compiled[grid](…)` asks nothing.
+Triton's `kernel[grid](…)` inspects every argument of every launch to find the compiled kernel, about 9 µs each time.
+What it inspects, and what a plan is made from, follows from shapes, strides, dtypes, alignments and a few settings. So
+a plan is kept by those, together with its compiled kernels and the place of every pointer, and `compiled[grid](…)`
+inspects nothing.
 """
-
-from __future__ import annotations
 
 import os
 import threading
@@ -17,143 +16,137 @@ from torch import Tensor
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch, run
+from .device import device_of
+from .launch import Launch, Plan, run
 
-LIMIT = 4096  # plans kept: a training with rows of every length meets many, and each takes some ten kilobytes
-ALIGNED = 256  # bytes: buffers of a workspace begin at multiples of this, as tensors do
-
-Plan = tuple[list[Launch], tuple[Any, ...], bool]  # launches, results, whether the frozen product is in them
+LIMIT = 4096  # plans kept, about ten kilobytes each: training on rows of varying length makes many
+ALIGNMENT = 256  # bytes: where buffers begin in the workspace, as torch's tensors do
 
 
 class Step(NamedTuple):
-    """runner: takes the kernel's arguments in order. values: those, None where a pointer goes. pointers: (index, slot);
-    descriptors: (index, slot, what a tensor descriptor says of its tensor)."""
+    """One launch without its tensors. runner: takes the kernel's arguments in order. values: the arguments, None where
+    a tensor goes. tensors: (index of the argument, slot, None or the facts of a tensor descriptor)."""
 
     runner: Callable[..., Any]
     values: list[Any]
-    pointers: list[tuple[int, int]]
-    descriptors: list[tuple[int, int, tuple[Any, ...]]]
+    tensors: list[tuple[int, int, tuple[Any, ...] | None]]
 
 
-class Replay:
-    """A plan without its tensors: slots hold the inputs, then the buffers that it allocates.
+class KeptPlan:
+    """A plan without its tensors. Slots number the inputs and then the buffers that each run allocates.
 
-    buffers: (shape, dtype) each, contiguous. results: the slots of what it returns. fresh: the slots of buffers that
-    are tensors: results, what descriptors describe, or all in the interpreter. places: (slot, offset) of the others, in
-    one workspace of `work` bytes: compiled kernels take addresses, and the launcher then looks at no tensor.
+    buffers: (shape, dtype) of each, contiguous. results: the slots that a run returns. tensor_slots: the buffers that
+    must be tensors: results, those behind descriptors, and in the interpreter all. offsets: (slot, offset) of the other
+    buffers, which share one workspace of `work` bytes. Compiled kernels get addresses instead of tensors, so the
+    launcher has no tensor to inspect.
     """
 
     def __init__(self, inputs: Sequence[Tensor | None], plan: Plan, compiled: Sequence[Any]) -> None:
-        launches, results, self.fused = plan
+        self.has_product = plan.has_product
         self.buffers: list[tuple[torch.Size, torch.dtype]] = []
-        self._given = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor is not None}
+        self._input_memory = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor is not None}
         self._slots = {tensor.data_ptr(): slot for slot, tensor in enumerate(inputs) if tensor is not None}
         self._first = len(inputs)
-        self.results = [None if tensor is None else self._slot(tensor) for tensor in results]
-        self.steps = [self._step(launch, kernel) for launch, kernel in zip(launches, compiled, strict=True)]
-        del self._given, self._slots  # of tensors that are let go now
+        self.results = [None if tensor is None else self._slot(tensor) for tensor in plan.results]
+        self.steps = [self._step(launch, kernel) for launch, kernel in zip(plan.launches, compiled, strict=True)]
+        del self._input_memory, self._slots  # addresses of tensors that are freed now
         self.compiled = any(kernel is not None for kernel in compiled)
-        described = {slot for step in self.steps for _, slot, _ in step.descriptors}
-        self.fresh, self.places, self.work = list[int](), list[tuple[int, int]](), 0
+        described = {slot for step in self.steps for _, slot, facts in step.tensors if facts is not None}
+        self.tensor_slots, self.offsets, self.work = list[int](), list[tuple[int, int]](), 0
         for slot, (shape, dtype) in enumerate(self.buffers, self._first):
             if not self.compiled or slot in self.results or slot in described:
-                self.fresh.append(slot)
+                self.tensor_slots.append(slot)
             else:
-                self.places.append((slot, self.work))
-                self.work += -(-shape.numel() * dtype.itemsize // ALIGNED) * ALIGNED
+                self.offsets.append((slot, self.work))
+                self.work += -(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
     def _slot(self, tensor: Tensor) -> int:
-        """By its address, which a view that starts where its base does has too."""
+        """The slot of a tensor, by its address, which a view shares that starts where its base does."""
         if tensor.data_ptr() not in self._slots:
             memory = tensor.untyped_storage().data_ptr()
-            if memory in self._given or not tensor.is_contiguous() or tensor.data_ptr() != memory:
-                raise ValueError(f"no buffer of a plan's own: {tuple(tensor.shape)}, strides {tensor.stride()}")
+            if memory in self._input_memory or not tensor.is_contiguous() or tensor.data_ptr() != memory:
+                raise ValueError(f"neither an input nor a buffer: {tuple(tensor.shape)}, strides {tensor.stride()}")
             self._slots[tensor.data_ptr()] = self._first + len(self.buffers)
             self.buffers.append((tensor.shape, tensor.dtype))
         return self._slots[tensor.data_ptr()]
 
     def _step(self, launch: Launch, compiled: Any) -> Step:
-        step = Step(launch.runner(compiled), list(launch.values()), [], [])
+        step = Step(launch.runner(compiled), launch.values(), [])
         for index, value in enumerate(step.values):
             if isinstance(value, Tensor):
-                step.pointers.append((index, self._slot(value)))
+                step.tensors.append((index, self._slot(value), None))
             elif isinstance(value, TensorDescriptor):
-                said = (value.shape, value.strides, value.block_shape)
-                step.descriptors.append((index, self._slot(value.base), said))
-            else:
-                continue
+                facts = (value.shape, value.strides, value.block_shape)
+                step.tensors.append((index, self._slot(value.base), facts))
+        for index, _, _ in step.tensors:
             step.values[index] = None
         return step
 
-    def again(self, inputs: Sequence[Tensor | None], device: torch.device) -> tuple[Any, ...]:
-        """Launches it on other inputs, in new buffers; the results."""
+    def run(self, inputs: Sequence[Tensor | None], x: Tensor) -> tuple[Any, ...]:
+        """Launches the plan on other inputs, with new buffers, on x's device. Returns the results."""
         tensors: list[Any] = [*inputs, *[None] * len(self.buffers)]
-        for slot in self.fresh:
+        for slot in self.tensor_slots:
             shape, dtype = self.buffers[slot - self._first]
-            tensors[slot] = torch.empty(shape, dtype=dtype, device=device)
-        work = torch.empty(self.work, dtype=torch.uint8, device=device) if self.places else None
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._launch(tensors, work, {"stream": torch.cuda.current_stream(device).cuda_stream})
-        else:
-            self._launch(tensors, work, {})
+            tensors[slot] = torch.empty(shape, dtype=dtype, device=x.device)
+        work = torch.empty(self.work, dtype=torch.uint8, device=x.device) if self.offsets else None
+        with torch.cuda.device_of(x):
+            options = {"stream": torch.cuda.current_stream(x.device).cuda_stream} if x.is_cuda else {}
+            self._launch(tensors, work, options)
         return tuple(None if slot is None else tensors[slot] for slot in self.results)
 
     def _launch(self, tensors: list[Any], work: Tensor | None, options: dict[str, Any]) -> None:
-        slots = tensors
+        pointers = tensors
         if self.compiled:
-            slots = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
             start = 0 if work is None else work.data_ptr()
-            for slot, offset in self.places:
-                slots[slot] = start + offset
-        for runner, values, pointers, descriptors in self.steps:
+            for slot, offset in self.offsets:
+                pointers[slot] = start + offset
+        for runner, values, places in self.steps:
             values = values.copy()
-            for index, slot in pointers:
-                values[index] = slots[slot]
-            for index, slot, said in descriptors:
-                values[index] = TensorDescriptor(tensors[slot], *said)
+            for index, slot, facts in places:
+                values[index] = pointers[slot] if facts is None else TensorDescriptor(tensors[slot], *facts)
             runner(*values, **options)
 
 
-_KEPT: dict[tuple[Any, ...], Replay] = {}
-_CHANGING = threading.Lock()  # looking up takes none
+_KEPT: dict[tuple[Any, ...], KeptPlan] = {}
+_LOCK = threading.Lock()  # for changes; looking a plan up takes none
 
 
 def _facts(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """All that a plan may know of a tensor."""
+    """All that a plan may depend on of a tensor."""
     if tensor is None:
         return None
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16
 
 
-def planned(
-    name: str, settings: tuple[Any, ...], x: Tensor, inputs: Sequence[Tensor | None], make: Callable[[], Plan]
+def replay(
+    make: Callable[..., Plan], inputs: Sequence[Tensor | None], settings: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], bool]:
-    """(results, whether the frozen product is in them) of the plan `make` would make for these inputs, launched.
+    """Runs the plan make(device, *inputs, *settings). Returns its results and whether they have the frozen product.
 
-    A pure function of (name, settings), the inputs' facts and what ILORA_STRATEGY, ILORA_TABLE, ILORA_PDL and torch's
-    float32 precision say; Triton's own knobs are those of the first call (`forget` when they change). inputs: every
-    tensor of the caller's that a launch may point at, or None; x: on whose device it runs.
+    inputs: every tensor that a launch may read, the first not None. The plan may depend on nothing but their facts, the
+    settings, ILORA_STRATEGY and torch's float32 precision. Triton's own knobs are those of the first run: `forget` the
+    plans when they change.
     """
-    asked = (os.environ.get("ILORA_STRATEGY"), os.environ.get("ILORA_TABLE"), os.environ.get("ILORA_PDL"))
+    x = inputs[0]
     precision = torch.backends.cuda.matmul.fp32_precision
-    key = (name, settings, x.device, asked, precision, *map(_facts, inputs))
+    key = (make, settings, x.device, os.environ.get("ILORA_STRATEGY"), precision, *map(_facts, inputs))
     kept = _KEPT.get(key)
     if kept is not None:
-        return kept.again(inputs, x.device), kept.fused
-    plan = make()
-    compiled = run(plan[0], x.device)
-    places = [tensor.data_ptr() for tensor in inputs if tensor is not None]
-    if plan[0] and len(set(places)) == len(places):  # one address in two places does not tell which is meant
-        made = Replay(inputs, plan, compiled)
-        with _CHANGING:
+        return kept.run(inputs, x), kept.has_product
+    plan = make(device_of(x), *inputs, *settings)
+    compiled = run(plan.launches, x)
+    addresses = [tensor.data_ptr() for tensor in inputs if tensor is not None]
+    if plan.launches and len(set(addresses)) == len(addresses):  # else an address does not tell which input is meant
+        made = KeptPlan(inputs, plan, compiled)
+        with _LOCK:
             while len(_KEPT) >= LIMIT:
                 del _KEPT[next(iter(_KEPT))]
             _KEPT[key] = made
-    return plan[1], plan[2]
+    return plan.results, plan.has_product
 
 
 def forget() -> None:
-    """Lets go of all kept plans."""
-    with _CHANGING:
+    """Drops all kept plans."""
+    with _LOCK:
         _KEPT.clear()

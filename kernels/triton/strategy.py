@@ -1,128 +1,70 @@
-"""Which way the frozen product and the update meet, for a shape on a device.
+"""How the frozen product and the update meet: a pure function of the device, shapes, strides and dtypes.
 
-"beta": the update is written first and the frozen product is added on top (cuBLAS, beta = 1). "gemm": one kernel
-computes both, upon ranks that others have summed and gated (gemm.py). "whole": it gates the ranks and sums them too
-(whole.py), unless a mask stands before A or projections share them; where it finds them gated, for the dx of a shared
-input, it is "gemm".
-A choice is a pure function of shapes and of a table that is read once: nothing is tuned while a graph is captured, and
-results repeat. ILORA_STRATEGY=beta|gemm|whole|auto forces it.
+"beta": `expand` writes the update, and cuBLAS adds the frozen product to it (beta = 1). "fused": one kernel computes
+both (fused_layer.py). By a count of launches and bytes on an H100 (M = 4096, R = 16), a forward and backward takes
+2.47, 1.59, 1.25, 1.11 times as long as the frozen layer by "beta" and 1.54, 1.40, 1.29, 1.25 by "fused", at d = 1024,
+2048, 4096, 8192: for small layers launches decide, for large ones the speed of the product.
+ILORA_STRATEGY=beta or fused forces one, auto (the default) chooses. It is about `forward` and `backward`. The four
+primitives, where ranks are shared between projections or already gated, always take "beta".
 """
 
-from __future__ import annotations
-
-import math
 import os
-from functools import lru_cache
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .config import GemmTile, gemm_fits, gemm_tile, pow2, start
-from .gemm import rows_of
-from .launch import Device
-from .table import MEASURED, STRATEGIES, load_table
+from .device import Device
+from .fused_layer import MAX_RANK, by_rows
+from .tiles import misalignment
+
+LARGEST = 2048  # the most features, in and out, for which "fused" is faster by the count above
 
 
-class Choice(NamedTuple):
-    """strategy: one of STRATEGIES; tile: the one that its GEMM takes, None for "beta"."""
-
-    strategy: str
-    tile: GemmTile | None = None
-
-
-BETA = Choice("beta")
+def requested(strategy: str | None = None) -> str:
+    """The strategy that was given, or else ILORA_STRATEGY, or else "auto"; raises ValueError for an unknown name."""
+    name = strategy or os.environ.get("ILORA_STRATEGY") or "auto"
+    if name not in ("beta", "fused", "auto"):
+        raise ValueError(f"ILORA_STRATEGY={name!r}: expected beta, fused or auto")
+    return name
 
 
-@lru_cache(maxsize=4096)
-def choose(
-    device: Device, direction: str, M: int, d_in: int, d_out: int, R: int, dtype: torch.dtype,
-    table: str | None = None, dropout: bool = False, whole: bool = True,
-) -> Choice:  # fmt: skip
-    """What was measured for the nearest shape, if M, d_in, d_out and R are all within a factor of 2 of it; else "beta":
-    it costs one pass more, whereas a GEMM never timed on a device may cost anything.
+def fuses(name: str, device: Device, x: Tensor, weight: Tensor | None, A: Tensor, product_of_x: Tensor | None) -> bool:
+    """Whether y [M, D] = x [M, K] · weightᵀ + … is to be computed by "fused". name: what was `requested`.
 
-    Rows beyond the most that were measured count as those. table: a file whose rows go ahead of MEASURED. whole:
-    whether rows of "whole" count. The tile is the table's, or None where that does not fit or there is none.
+    weight: [D, K], or None. A: its dtype and its [R, K] or [R, D] count. product_of_x: the [R, K] matrix that x is
+    multiplied by too, or None. Raises ValueError if "fused" was requested and cannot run.
     """
-    near = []
-    for row in (load_table(table) if table else ()) + MEASURED:
-        if (row.device, row.direction, f"torch.{row.dtype}") != (device.name, direction, str(dtype)):
-            continue
-        if row.dropout not in (None, dropout) or (row.strategy == "whole" and not whole):
-            continue
-        apart = max(abs(math.log2(ratio)) for ratio in (row.d_in / d_in, row.d_out / d_out, row.R / R))
-        if apart <= 1.0:
-            near.append((apart, row))
-    most = max((row.M for _, row in near), default=M)
-    best, found = math.inf, BETA
-    for apart, row in near:
-        distance = max(apart, abs(math.log2(row.M / min(M, most))))
-        if distance <= 1.0 and distance < best:
-            like = row.strategy != "beta" and pow2(row.R, 16, 128) == pow2(R, 16, 128)  # else it has other registers
-            tile = row.tile if like and row.tile and gemm_fits(device, row.tile, R, row.strategy) else None
-            best, found = distance, Choice(row.strategy, tile)
-    return found
-
-
-def pick(
-    device: Device, direction: str, x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, asked: str | None,
-    ranks: Tensor | None, gated: bool, dropout: bool,
-) -> Choice:  # fmt: skip
-    """The way for y [M, D] = x · weight + …, with a tile where it is a GEMM.
-
-    ranks: the matrix [R, K] that "whole" would multiply x by too, None where it finds them summed; gated: it finds them
-    gated; dropout: there is a mask. asked: one of STRATEGIES or "auto"; None asks ILORA_STRATEGY. Raises ValueError for
-    a name unknown, and for one that cannot run, with the reason: a forced choice never falls back silently.
-    """
-    name = asked or os.environ.get("ILORA_STRATEGY") or "auto"
-    source = f"{'strategy' if asked else 'ILORA_STRATEGY'}={name!r}"
-    if name not in (*STRATEGIES, "auto"):
-        raise ValueError(f"{source}: expected one of {', '.join(STRATEGIES)}, auto")
-    M, (R, d_in), d_out = len(x), A.shape, len(B)
-    D = d_out if direction == "forward" else d_in
     if name == "beta":
-        return BETA
-    if name == "whole" and gated:
-        name = "gemm"
-    reason, refused = why_not(x, weight, D, A), "the ranks are gated" if gated else why_not_whole(device, A, ranks)
-    shape, table = (M, d_in, d_out, R, x.dtype), os.environ.get("ILORA_TABLE")
-    choice = choose(device, direction, *shape, table, dropout, whole=refused is None and name != "gemm")
-    if name == "auto":
-        name = "beta" if reason else choice.strategy
-    elif reason := reason or (refused if name == "whole" else None):
-        raise ValueError(f"{source} cannot run {direction}: {reason}")
-    if name == "beta":
-        return BETA
-    measured = choice.tile if name == choice.strategy else None
-    return Choice(name, measured or gemm_tile(device, M, D, R, name))
+        return False
+    reason = why_not_fused(device, x, weight, A, product_of_x)
+    if name == "fused" and reason is not None:
+        raise ValueError(f"ILORA_STRATEGY='fused' cannot run this layer: {reason}")
+    return name == "fused" or (reason is None and weight is not None and max(weight.shape) <= LARGEST)
 
 
-def why_not(x: Tensor, weight: Tensor | None, D: int, A: Tensor) -> str | None:
-    """None if y [M, D] = x · weight (either way round) can be one `gemm`, else the reason."""
+def why_not_fused(
+    device: Device, x: Tensor, weight: Tensor | None, A: Tensor, product_of_x: Tensor | None
+) -> str | None:
+    """None if "fused" can run, else the reason. Arguments as of `fuses`."""
+    if not device.tma:
+        return "the device does not load tiles by tensor descriptor, as sm_90 and later do"
     if weight is None:
         return "there is no weight to read: the base layer is opaque"
     if x.dtype.itemsize != 2:
         return f"it computes in float16 and bfloat16, not {x.dtype}"
     if not x.dtype == weight.dtype == A.dtype:
         return f"the activations are {x.dtype}, the weight {weight.dtype}, A and B {A.dtype}: they must be one dtype"
-    if len(A) > 128:
-        return f"rank {len(A)} is above 128"
-    if D % 8:
-        return f"rows of {D} outputs are not a multiple of 16 bytes"
-    return _why_not_read("the input", x) or _why_not_read("the weight", rows_of(weight)[0])
+    if len(A) > MAX_RANK:
+        return f"rank {len(A)} is above {MAX_RANK}"
+    if len(weight) % 8:
+        return f"rows of {len(weight)} outputs are not a multiple of 16 bytes"
+    reason = _why_not_described("the input", x) or _why_not_described("the weight", by_rows(weight)[0])
+    if reason is None and product_of_x is not None:
+        reason = _why_not_described("A or B", by_rows(product_of_x)[0])
+    return reason
 
 
-def why_not_whole(device: Device, A: Tensor, ranks: Tensor | None) -> str | None:
-    """None if that can be one `whole`, else the reason."""
-    if not device.tma:
-        return "the device loads no tiles by tensor descriptor, as sm_90 and later do"
-    if len(A) > 32:  # more are spilled
-        return f"rank {len(A)} is above 32"
-    return None if ranks is None else _why_not_read("A or B", rows_of(ranks)[0])
-
-
-def _why_not_read(name: str, matrix: Tensor) -> str | None:
+def _why_not_described(name: str, matrix: Tensor) -> str | None:
+    """None if a tensor descriptor can stand for the matrix."""
     if matrix.stride(1) != 1 or matrix.stride(0) * 2 % 16 or matrix.stride(0) < matrix.shape[1]:
         return f"{name}'s strides {tuple(matrix.stride())} are not those of rows a multiple of 16 bytes long"
-    return f"{name} does not start at a multiple of 16 bytes" if start(matrix) else None
+    return f"{name} does not start at a multiple of 16 bytes" if misalignment(matrix) else None

@@ -1,0 +1,135 @@
+"""The launches of each call of the backend.
+
+The arguments of every function here: the device, the tensors that the launches read (primitives.py says what they are),
+the settings. It returns a plan whose `results` are those of its namesake in primitives.py, before the frozen product is
+added to them, unless the plan has it.
+"""
+
+import torch
+from torch import Tensor
+
+from .decode import add_decode, decodes
+from .device import Device
+from .dropout import Mask, mask_of
+from .expand import add_expand
+from .fused_layer import add_fused_layer
+from .gates import Gate, add_gate_ranks
+from .grad_dy import add_grad_dy
+from .grad_weights import add_grad_weights
+from .launch import Plan
+from .shrink import add_shrink
+from .strategy import fuses, requested
+from .sums import add_sums
+
+
+def shrink_x(device: Device, x: Tensor, A: Tensor, seed: Tensor | None, dropout_p: float) -> Plan:
+    plan = Plan(device, x, A)
+    if len(x) == 0:
+        return plan.returning(x.new_empty(0, len(A), dtype=torch.float32))
+    parts = add_shrink(plan, x, A, mask_of(dropout_p, seed))
+    xa = parts if parts.dim() == 2 else parts.new_empty(parts.shape[1:])
+    add_sums(plan, (parts, xa))
+    return plan.returning(xa)
+
+
+def expand_xa(
+    device: Device, x: Tensor, xa: Tensor, bias: Tensor | None, B: Tensor, gate: Tensor, segments: Tensor | None,
+    scaling: float,
+) -> Plan:  # fmt: skip
+    plan = Plan(device, x, B)
+    y = x.new_empty(len(x), len(B))
+    if len(x):
+        h = plan.new_ranks(x, B.shape[1])
+        add_gate_ranks(plan, Gate(gate, segments, scaling, len(x)), xa, h)
+        add_expand(plan, y, h, B, bias=bias)
+    return plan.returning(y)
+
+
+def backward_dy(
+    device: Device, dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
+) -> Plan:
+    plan = Plan(device, dy, B)
+    dxa, dB, dgate, scores, parts = _backward_dy(plan, dy, xa, B, Gate(gate, segments, scaling, len(dy)))
+    add_sums(plan, (parts, dB), None, scores, segments, dgate)
+    return plan.returning(dxa, dB, dgate)
+
+
+def backward_x(
+    device: Device, x: Tensor, dxa: Tensor, A: Tensor, seed: Tensor | None, dropout_p: float, need_dx: bool
+) -> Plan:
+    plan, mask, dA = Plan(device, x, A), mask_of(dropout_p, seed), A.new_empty(A.shape)
+    if len(x) == 0:
+        return plan.returning(x.new_empty(x.shape) if need_dx else None, dA.zero_())
+    parts, _ = add_grad_weights(plan, x, dxa, dA, mask)
+    add_sums(plan, (parts, dA))
+    return plan.returning(_grad_x(plan, x, dxa, A, mask) if need_dx else None, dA)
+
+
+def forward(
+    device: Device, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
+    gate: Tensor, segments: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float,
+    strategy: str | None = None,
+) -> Plan:  # fmt: skip
+    plan, mask = Plan(device, x, A), mask_of(dropout_p, seed)
+    gating, name = Gate(gate, segments, scaling, len(x)), requested(strategy)
+    y, xa = x.new_empty(len(x), len(B)), plan.new_ranks(x, len(A))
+    if len(x) == 0:
+        return plan.returning(y, xa)
+    if name == "auto" and decodes(x, A, dropout_p):
+        add_decode(plan, x, weight, bias, base, A, B, gating, y, xa)
+    elif fuses(name, device, x, weight, A, None if mask.on else A):
+        factor, parts = (None, add_shrink(plan, x, A, mask)) if mask.on else (A, None)
+        add_fused_layer(plan, x, weight, y, gating, factor, B, parts, bias=bias, raw=xa)
+    else:
+        h = plan.new_ranks(x, len(A))
+        add_gate_ranks(plan, gating, add_shrink(plan, x, A, mask), h, raw=xa)
+        add_expand(plan, y, h, B, bias=bias, base=base)
+    return plan.returning(y, xa)
+
+
+def backward(
+    device: Device, dy: Tensor, x: Tensor, xa: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
+    segments: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float, need_dx: bool,
+    strategy: str | None = None,
+) -> Plan:  # fmt: skip
+    plan, mask, gating = Plan(device, x, A), mask_of(dropout_p, seed), Gate(gate, segments, scaling, len(x))
+    turned, dA = None if weight is None else weight.t(), A.new_empty(A.shape)
+    if need_dx and len(x) and fuses(requested(strategy), device, dy, turned, A, B.t()):
+        return _backward_fused(plan, dy, x, xa, turned, A, B, gating, mask)
+    dxa, dB, dgate, scores, db = _backward_dy(plan, dy, xa, B, gating)
+    if len(x) == 0:
+        return plan.returning(x.new_empty(x.shape) if need_dx else None, dA.zero_(), dB, dgate)
+    da, _ = add_grad_weights(plan, x, dxa, dA, mask)
+    add_sums(plan, (da, dA), (db, dB), scores, segments, dgate)
+    return plan.returning(_grad_x(plan, x, dxa, A, mask) if need_dx else None, dA, dB, dgate)
+
+
+def _backward_dy(plan: Plan, dy: Tensor, xa: Tensor, B: Tensor, gate: Gate) -> tuple[Tensor, ...]:
+    """(dxa, dB, dgate, scores, parts): dgate is still to be summed of the scores, and dB of the parts."""
+    dB, h, dxa = B.new_empty(B.shape), plan.new_ranks(dy, B.shape[1]), plan.new_ranks(dy, B.shape[1])
+    scores, dgate = gate.new_dgate()
+    if len(dy) == 0:
+        return dxa, dB.zero_(), dgate.zero_(), dgate, dB
+    add_gate_ranks(plan, gate, xa, h)
+    dh, parts = add_grad_dy(plan, dy, h, B, dB)
+    add_gate_ranks(plan, gate, dh, dxa, xa=xa, scores=scores)
+    return dxa, dB, dgate, scores, parts
+
+
+def _grad_x(plan: Plan, x: Tensor, dxa: Tensor, A: Tensor, mask: Mask) -> Tensor:
+    dx = x.new_empty(x.shape)
+    add_expand(plan, dx, dxa, A.t(), mask)
+    return dx
+
+
+def _backward_fused(
+    plan: Plan, dy: Tensor, x: Tensor, xa: Tensor, turned: Tensor | None, A: Tensor, B: Tensor, gate: Gate, mask: Mask
+) -> Plan:
+    """turned: weight.t()."""
+    R, dx, dA, dB = len(A), x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
+    h, dxa, dgate = plan.new_ranks(x, R), plan.new_ranks(x, R), gate.gate.new_empty(gate.gate.shape)
+    scores = x.new_empty(len(x), R, dtype=torch.float32)
+    add_fused_layer(plan, dy, turned, dx, gate, B.t(), A.t(), mask=mask, xa=xa, gated=dxa, h=h, scores=scores)
+    da, db = add_grad_weights(plan, x, dxa, dA, mask, dy, h, dB)
+    add_sums(plan, (da, dA), (db, dB), scores, gate.segments, dgate)
+    return plan.returning(dx, dA, dB, dgate)

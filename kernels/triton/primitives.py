@@ -1,0 +1,70 @@
+"""What ilora calls: the four primitives, `forward` and `backward`.
+
+Each runs its plan (see plans.py) and adds the frozen product by cuBLAS, unless the plan has it. Shapes: M rows, N gate
+rows, E experts, R ranks; x [M, d_in], weight [d_out, d_in], A [R, d_in], B [d_out, R], gate [N, E]; segments int32
+[N+1], or None for rows that the instances share equally; seed int64 [1], or None without dropout.
+"""
+
+from torch import Tensor
+
+from . import plans
+from .replay import replay
+
+
+def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """xa [M, R] = x̃ Aᵀ in float32. Only `expand_xa` rounds it, after the gate."""
+    (xa,), _ = replay(plans.shrink_x, (x, A, seed), (dropout_p,))
+    return xa
+
+
+def expand_xa(
+    x: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, gate: Tensor, segments: Tensor | None,
+    scaling: float,
+) -> Tensor:  # fmt: skip
+    """y [M, d_out] = x Wᵀ + bias + (γ ⊙ xa) Bᵀ."""
+    (y,), _ = replay(plans.expand_xa, (x, xa, bias, B, gate, segments), (scaling,))
+    return y.addmm_(x, weight.t()) if y.numel() else y
+
+
+def backward_dy(
+    dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dxa [M, R] = γ ⊙ (dy B), dB, dgate)."""
+    (dxa, dB, dgate), _ = replay(plans.backward_dy, (dy, xa, B, gate, segments), (scaling,))
+    return dxa, dB, dgate
+
+
+def backward_x(
+    dxa: Tensor, x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None, products: list[tuple[Tensor, Tensor]],
+    need_dx: bool,
+) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+    """(dx or None, dA): dx = keep ⊙ (dxa A) + Σ dy W over the (dy, weight) of `products`."""
+    (dx, dA), _ = replay(plans.backward_x, (x, dxa, A, seed), (dropout_p, need_dx))
+    for dy, weight in products if dx is not None and dx.numel() else ():
+        dx.addmm_(dy, weight)
+    return dx, dA
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
+    segments: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y [M, d_out], xa [M, R]): y = x Wᵀ + bias + (γ ⊙ xa) Bᵀ, or base + (γ ⊙ xa) Bᵀ without a weight."""
+    bias, base = (None, base) if weight is None else (bias, None)
+    inputs = (x, weight, bias, base, A, B, gate, segments, seed)
+    (y, xa), has_product = replay(plans.forward, inputs, (scaling, dropout_p))
+    if weight is not None and y.numel() and not has_product:
+        y.addmm_(x, weight.t())
+    return y, xa
+
+
+def backward(
+    dy: Tensor, x: Tensor, xa: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
+    segments: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None, need_dx: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx [M, d_in] or None, dA, dB, dgate): dx = dy W + keep ⊙ (dxa A), without a weight the second term alone."""
+    inputs = (dy, x, xa, weight, A, B, gate, segments, seed)
+    (dx, dA, dB, dgate), has_product = replay(plans.backward, inputs, (scaling, dropout_p, need_dx))
+    if dx is not None and weight is not None and dx.numel() and not has_product:
+        dx.addmm_(dy, weight)
+    return dx, dA, dB, dgate
