@@ -88,6 +88,15 @@ def test_sums_take_a_program_for_an_instance_or_for_many_rows():
     assert grid(dgate, None, dgate) == grid(None, None, dgate) == []
 
 
+def test_segments_that_nothing_checked_read_no_row_outside():
+    scores, dgate = torch.ones(40, 8, device=DEVICE), torch.full((3, 4), -1.0, device=DEVICE)
+    segments = torch.tensor([2**31 - 1, -(2**31), 7, 2**31 - 1], dtype=torch.int32, device=DEVICE)
+    plan = Plan(device.device_of(scores), scores, scores)
+    add_sums(plan, None, None, scores, segments, dgate)
+    run(plan.launches, scores)
+    assert dgate.tolist() == [[0] * 4, [14] * 4, [66] * 4]
+
+
 def cut(device, M, D, R, dtype=BF16):
     dy, h, B = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((M, D), (M, R), (D, R)))
     plan = Plan(device, dy, B)

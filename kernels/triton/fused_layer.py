@@ -1,7 +1,7 @@
 """The frozen product and the update in one kernel, for small layers.
 
-The ranks are summed in the loop of the frozen product, then gated and multiplied onto it. Where dropout stands between
-x and A, `shrink` has summed them before.
+The kernel computes x Aᵀ in the loop of the frozen product x Wᵀ, gates it, and adds its product with B. Where dropout
+acts on x before A, `shrink` computes x̃ Aᵀ first.
 """
 
 from typing import Any, NamedTuple
@@ -158,8 +158,7 @@ class FusedTile(NamedTuple):
         return self.shared_memory(R) <= device.smem and columns <= (device.tmem or columns)
 
 
-# How fast each shape computes compared with the largest: a guess, until it is measured. The smallest has 8 warps
-# because 4 spilled 40 words at R = 64 with dropout and odd sizes.
+# How fast each shape (m, n, k, warps) computes compared with the largest: a guess, until it is measured.
 RATES = {(128, 256, 64, 8): 1.0, (128, 128, 64, 8): 0.85, (64, 128, 64, 8): 0.65}
 
 

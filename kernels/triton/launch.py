@@ -29,7 +29,7 @@ class Launch(NamedTuple):
         return [self.args[name] for name in self.kernel.arg_names]
 
     def runner(self, compiled: Any) -> Callable[..., Any]:
-        """What launches the compiled kernel, or in the interpreter the kernel, on other values of the same kinds."""
+        """A function that launches the compiled kernel (or the interpreted one) on other values of the same kinds."""
         if compiled is not None:
             return compiled[(*self.grid, 1, 1)[:3]]
         return partial(self.kernel[self.grid], num_warps=self.warps, num_stages=self.stages)
@@ -42,10 +42,10 @@ def run(launches: list[Launch], x: Tensor) -> list[Any]:
 
 
 class Plan:
-    """The `add_…` functions beside the kernels append launches to it and return the tensors that these will fill.
+    """The launches of one call. The function `add_NAME` beside each kernel appends a launch of it.
 
-    Nothing runs meanwhile, so the tensors may be on the meta device and `device` a GPU that is not here. results: what
-    the call returns. has_product: whether the launches compute the frozen product too.
+    Listing launches runs nothing, so the tensors may be on the meta device, and `device` a GPU that is not here.
+    results: what the call returns. has_product: whether the launches compute the frozen product too.
     """
 
     def __init__(self, device: Device, x: Tensor, A: Tensor) -> None:

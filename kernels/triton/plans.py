@@ -1,8 +1,8 @@
-"""The launches of each call of the backend.
+"""Which kernels each call launches, on which tensors.
 
-The arguments of every function here: the device, the tensors that the launches read (primitives.py says what they are),
-the settings. It returns a plan whose `results` are those of its namesake in primitives.py, before the frozen product is
-added to them, unless the plan has it.
+Each function takes the device, the tensors that its launches read, and settings. It returns a plan with the results of
+the function of the same name in primitives.py, which says what the tensors are. Unless the plan `has_product`, the
+frozen product is still to be added to y or dx.
 """
 
 import torch
@@ -105,7 +105,7 @@ def backward(
 
 
 def _backward_dy(plan: Plan, dy: Tensor, xa: Tensor, B: Tensor, gate: Gate) -> tuple[Tensor, ...]:
-    """(dxa, dB, dgate, scores, parts): dgate is still to be summed of the scores, and dB of the parts."""
+    """(dxa, dB, dgate, scores, parts). `add_sums` has yet to compute dgate from the scores, and dB from the parts."""
     dB, h, dxa = B.new_empty(B.shape), plan.new_ranks(dy, B.shape[1]), plan.new_ranks(dy, B.shape[1])
     scores, dgate = gate.new_dgate()
     if len(dy) == 0:

@@ -28,10 +28,11 @@ def requested(strategy: str | None = None) -> str:
 
 
 def fuses(name: str, device: Device, x: Tensor, weight: Tensor | None, A: Tensor, product_of_x: Tensor | None) -> bool:
-    """Whether y [M, D] = x [M, K] · weightᵀ + … is to be computed by "fused". name: what was `requested`.
+    """Whether "fused" computes y [M, D] = x [M, K] weightᵀ + …, where backward has dx for y and dy for x.
 
-    weight: [D, K], or None. A: its dtype and its [R, K] or [R, D] count. product_of_x: the [R, K] matrix that x is
-    multiplied by too, or None. Raises ValueError if "fused" was requested and cannot run.
+    name: what `requested` returned. weight: [D, K], or None. A: for its rank and dtype. product_of_x: the [R, K] matrix
+    that the kernel multiplies x by to get the ranks, or None if it finds them summed. Raises ValueError if "fused" was
+    requested and cannot run.
     """
     if name == "beta":
         return False

@@ -1,7 +1,7 @@
-"""Sums in a fixed order: of the partial sums that split matrix products leave, and of dgate over its rows.
+"""Sums in a fixed order: of the partial sums that split matrix products leave, and of the rows of an instance.
 
-Small launches cost the time of their start and of waiting for loads, not of their bytes. So one launch adds up several
-things, and programs keep four loads on their way at once.
+A small launch costs the time to start and to wait for its loads, whatever its bytes. So one launch computes several
+sums, and each program has four loads under way at once.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def _part(parts_ptr, at, end, mask):
 
 @triton.jit
 def sum_in_order(total, parts_ptr, S, step, at, end, mask):
-    """total + parts[at] + parts[at + step] + …, one after another: S terms, of which those from `end` on count as 0."""
+    """total + parts[at] + parts[at + step] + … in this order: S terms, where elements from `end` on count as 0."""
     for s in range(0, S, 4):
         first = at + s * step
         a, b = _part(parts_ptr, first, end, mask), _part(parts_ptr, first + step, end, mask)
@@ -47,13 +47,14 @@ def _dgate_block(
     block, scores_ptr, segments_ptr, dgate_ptr, M, run, E: tl.constexpr, RANK: tl.constexpr, EACH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """dgate of the block-th instance, zeros where it has no rows; or of BLOCK_M rows if EACH of them is an instance."""
+    """dgate of the block-th instance, zeros if it has no rows; or of BLOCK_M rows, if EACH row is an instance."""
     if EACH:
         first, last = block * BLOCK_M, M
     elif segments_ptr is None:
         first, last = block * run, tl.minimum(block * run + run, M)
-    else:  # nothing checks them on a GPU: whatever their values, only rows in [0, M) are touched
-        first, last = tl.maximum(tl.load(segments_ptr + block), 0), tl.minimum(tl.load(segments_ptr + block + 1), M)
+    else:  # nothing checks them on a GPU: whatever their values, only rows in [0, M) are read
+        first = tl.maximum(tl.load(segments_ptr + block), 0)
+        last = tl.maximum(tl.minimum(tl.load(segments_ptr + block + 1), M), first)
     rows, experts, within = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_J)
     at = rows.to(tl.int64)[:, None, None] * (E * RANK) + (experts[:, None] * RANK + within[None, :])[None, :, :]
     each = ((experts < E)[:, None] & (within < RANK)[None, :])[None, :, :]
@@ -64,8 +65,8 @@ def _dgate_block(
         tl.store(dgate_ptr + out, dgate, mask=(rows < M)[:, None] & (experts < E)[None, :])
     else:
         total = tl.zeros([BLOCK_M, BLOCK_E, BLOCK_J], tl.float32)
-        count = tl.cdiv(last - first, BLOCK_M)
-        total = sum_in_order(total, scores_ptr, count, BLOCK_M * E * RANK, at, end, each)
+        step = tl.cast(BLOCK_M * E * RANK, tl.int64)
+        total = sum_in_order(total, scores_ptr, tl.cdiv(last - first, BLOCK_M), step, at, end, each)
         dgate = tl.sum(tl.sum(total, axis=2), axis=0)
         tl.store(dgate_ptr + block.to(tl.int64) * E + experts, dgate, mask=experts < E)
 
@@ -79,12 +80,12 @@ def sums(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dgate[i, e] = Σ_{m in i} Σ_j scores[m, e, j], first_sum = Σ_g first[g] and second_sum = Σ_g second[g], each in
-    order; a pointer that is None leaves its sum out.
+    order. A sum whose pointer is None is left out.
 
     Reads scores [M, E, RANK] float32, segments [N+1] or None (runs of `run` rows), first and second [parts, size]
     float32, each once. Writes dgate [N, E], contiguous, and the two sums [size] in their own dtypes.
-    Work: `blocks` programs compute dgate, one for each instance, or one for each BLOCK_M rows if EACH of them is an
-    instance. The programs up to `first_end` then compute BLOCK elements of the first sum each, the rest the second.
+    Work: the first `blocks` programs compute dgate, one for each instance, or one for each BLOCK_M rows if EACH row is
+    an instance. The programs up to `first_end` compute BLOCK elements of the first sum each, the others of the second.
     """
     block = tl.program_id(0)
     if block < blocks:
@@ -97,7 +98,7 @@ def sums(
         sum_block(block - first_end, second_ptr, second_sum_ptr, second_size, second_parts, BLOCK)
 
 
-Partial = tuple[Tensor, Tensor]  # the partial sums [G, …], and their sum; or one tensor twice, with nothing to add up
+Partial = tuple[Tensor, Tensor]  # the partial sums [G, …] and their sum; or the same tensor twice: nothing to add up
 
 
 def _sum_arguments(name: str, partial: Partial | None) -> tuple[dict[str, Any], int]:
@@ -113,8 +114,8 @@ def add_sums(
     plan: Plan, first: Partial | None, second: Partial | None = None, scores: Tensor | None = None,
     segments: Tensor | None = None, dgate: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """One launch, or none where there is nothing to add up. scores: what dgate [N, E] is to be summed of, [M, E], or
-    [M, R], a number for each rank; or dgate itself."""
+    """One launch, or none if there is nothing to add up. scores: the terms of dgate [N, E], one for each row and expert
+    [M, E] or for each row and rank [M, R]; or dgate itself."""
     if scores is None or dgate is None or scores is dgate:
         scores, segments, dgate, M, N, E, rank, each, blocks = None, None, None, 0, 1, 1, 1, False, 0
     else:

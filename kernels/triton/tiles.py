@@ -68,7 +68,7 @@ def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
     heavy = dot.pieces > 1 and r > 64  # three pieces of so many ranks need registers, as unaligned addresses do
     full = 32 if (heavy and r == 256) or (size == 4 and r > 32) else 64 if r <= 64 or heavy or not aligned(x) else 128
     m = pow2(len(x), 16, full)
-    pieces = dot.pieces > 1 and r > 32  # beside dB, steps of 64 columns spilled on sm_80
+    pieces = dot.pieces > 1 and r > 32  # steps of 64 columns spilled in grad_dy on sm_80
     n = (256 if r <= 32 else 128) // size // (2 if pieces or not aligned(x) else 1)
     budget = ONE_PROGRAM if r > 32 else TWO_PROGRAMS
     warps = 4 if r <= 32 and aligned(x) else 8
