@@ -89,10 +89,11 @@ def decode_tile(device: Device, x: Tensor, d_out: int, A: Tensor, with_weight: b
 
 def add_decode(
     plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
-    gate: Gate, y: Tensor, xa: Tensor,
-) -> None:  # fmt: skip
-    """y and xa of at most ROWS rows; x Wᵀ is in y for up to BLOCK_M rows and a weight with a stride of 1."""
+    gate: Gate, xa: Tensor,
+) -> Tensor:  # fmt: skip
+    """y of at most ROWS rows, with x Wᵀ in it for up to BLOCK_M rows and a weight with a stride of 1. Fills xa too."""
     (M, D), (D_OUT, R) = x.shape, B.shape
+    y = plan.new_wide(M, D_OUT)
     plan.has_product = weight is None or (M <= BLOCK_M and 1 in weight.stride())
     weight = weight if plan.has_product else None
     tile, step, block_r = decode_tile(plan.device, x, D_OUT, A, weight is not None)
@@ -107,3 +108,4 @@ def add_decode(
     }  # fmt: skip
     grid = ceil_div(D_OUT, tile.n), ceil_div(M, tile.m)
     plan.launches.append(Launch(decode, grid, args, tile.warps, tile.stages))
+    return y

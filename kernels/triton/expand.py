@@ -49,12 +49,11 @@ def expand(
 
 
 def add_expand(
-    plan: Plan, y: Tensor, h: Tensor, B: Tensor, mask: Mask = NO_MASK, bias: Tensor | None = None,
-    base: Tensor | None = None,
-) -> None:  # fmt: skip
-    """y [M, D] from h [M, R] and B [D, R], which is A.t() where y is dx."""
-    (M, D), R, dot = y.shape, h.shape[1], plan.dots
-    tile = expand_tile(M, R, dot)
+    plan: Plan, h: Tensor, B: Tensor, mask: Mask = NO_MASK, bias: Tensor | None = None, base: Tensor | None = None
+) -> Tensor:
+    """y [M, D]; or dx, from dxa as h and A.t() as B."""
+    (M, R), D, dot = h.shape, len(B), plan.dots
+    y, tile = plan.new_wide(M, D), expand_tile(M, R, dot)
     args = {
         "h_ptr": h, "b_ptr": B, "bias_ptr": bias, "base_ptr": base, "seed_ptr": mask.seed, "y_ptr": y,
         "M": M, "D": D, "threshold": mask.threshold, **strides("b", B), **strides("base", base),
@@ -63,3 +62,4 @@ def add_expand(
     }  # fmt: skip
     grid = (ceil_div(M, tile.m) * ceil_div(D, tile.n),)
     plan.launches.append(Launch(expand, grid, args, tile.warps, tile.stages))
+    return y

@@ -190,15 +190,16 @@ def _describe(matrix: Tensor, n: int, k: int) -> tuple[TensorDescriptor, bool]:
 
 
 def add_fused_layer(
-    plan: Plan, x: Tensor, weight: Tensor, y: Tensor, gate: Gate, A: Tensor | None, B: Tensor,
+    plan: Plan, x: Tensor, weight: Tensor, gate: Gate, A: Tensor | None, B: Tensor,
     parts: Tensor | None = None, mask: Mask = NO_MASK, bias: Tensor | None = None,
     xa: Tensor | None = None, raw: Tensor | None = None, gated: Tensor | None = None, h: Tensor | None = None,
     scores: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """y [M, D] from x [M, K], weight [D, K], B [D, R], and A [R, K] or else the partial sums [S, M, R] or [M, R] of
-    x Aᵀ; the rest as of `fused_layer`, whose h and scores need xa. For dx, pass dy, weight.t(), B.t() and A.t()."""
-    (M, D), (K, R), E = y.shape, (x.shape[1], B.shape[1]), gate.gate.shape[1]
-    tile, block_r = fused_tile(plan.device, M, D, R), pow2(R, 16, MAX_RANK)
+    x Aᵀ. Fills those of raw, gated, h and scores that are given; h and scores need xa. For dx, pass dy, weight.t(),
+    B.t() and A.t()."""
+    (M, K), (D, R), E = x.shape, B.shape, gate.gate.shape[1]
+    y, tile, block_r = plan.new_wide(M, D), fused_tile(plan.device, M, D, R), pow2(R, 16, MAX_RANK)
     (x_tiles, _), (y_tiles, _) = _describe(x, tile.m, tile.k), _describe(y, tile.m, tile.n // 4)
     w, w_by_rows = _describe(weight, tile.n, tile.k)
     a, a_by_rows = (None, False) if A is None else _describe(A, block_r, tile.k)
@@ -216,3 +217,4 @@ def add_fused_layer(
     programs = min(each * plan.device.sms, ceil_div(M, tile.m) * ceil_div(D, tile.n))
     plan.launches.append(Launch(fused_layer, (programs,), args, tile.warps, tile.stages))
     plan.has_product = True
+    return y

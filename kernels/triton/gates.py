@@ -113,11 +113,12 @@ class Gate(NamedTuple):
 
 
 def add_gate_ranks(
-    plan: Plan, gate: Gate, parts: Tensor, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
+    plan: Plan, gate: Gate, parts: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
     scores: Tensor | None = None,
-) -> None:  # fmt: skip
-    """parts: [S, M, R] or [M, R]. xa and scores go together."""
-    (M, R), E = gated.shape, gate.gate.shape[1]
+) -> Tensor:  # fmt: skip
+    """gated [M, R]. parts: [S, M, R] or [M, R]. raw and scores are filled too, if given; scores need xa."""
+    (M, R), E = parts.shape[-2:], gate.gate.shape[1]
+    gated = plan.new_ranks(M, R)
     block_e, block_j = pow2(E, 1, 256), pow2(R // E, 1, 256)
     block_m = max(1, 512 // (block_e * block_j))  # many programs: each waits for its loads more than it computes
     args = {
@@ -126,3 +127,4 @@ def add_gate_ranks(
         "E": E, "RANK": R // E, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j,
     }  # fmt: skip
     plan.launches.append(Launch(gate_ranks, (ceil_div(M, block_m),), args))
+    return gated

@@ -42,7 +42,7 @@ def run(launches: list[Launch], x: Tensor) -> list[Any]:
 
 
 class Plan:
-    """The launches of one call. The function `add_NAME` beside each kernel appends a launch of it.
+    """The launches of one call. `add_NAME` beside each kernel appends a launch of it and returns what it will fill.
 
     Listing launches runs nothing, so the tensors may be on the meta device, and `device` a GPU that is not here.
     results: what the call returns. has_product: whether the launches compute the frozen product too.
@@ -51,7 +51,7 @@ class Plan:
     def __init__(self, device: Device, x: Tensor, A: Tensor) -> None:
         """x: any of the activations. A: A or B."""
         self.device, self.dots = device, dots(device, x.dtype, A.dtype)
-        self.rank_dtype = torch.promote_types(x.dtype, A.dtype)
+        self._x, self._rank_dtype = x, torch.promote_types(x.dtype, A.dtype)
         self.launches: list[Launch] = []
         self.results: tuple[Tensor | None, ...] = ()
         self.has_product = False
@@ -60,9 +60,13 @@ class Plan:
         self.results = results
         return self
 
-    def new_ranks(self, x: Tensor, R: int) -> Tensor:
-        """An empty [M, R] for the M rows of x, in the dtype that ranks have between launches."""
-        return x.new_empty(len(x), R, dtype=self.rank_dtype)
+    def new_wide(self, M: int, D: int) -> Tensor:
+        """An empty [M, D] in the dtype of the activations."""
+        return self._x.new_empty(M, D)
+
+    def new_ranks(self, M: int, R: int) -> Tensor:
+        """An empty [M, R] in the dtype that ranks have between launches."""
+        return self._x.new_empty(M, R, dtype=self._rank_dtype)
 
 
 def new_parts(count: int, out: Tensor) -> Tensor:

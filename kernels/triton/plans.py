@@ -37,12 +37,10 @@ def expand_xa(
     scaling: float,
 ) -> Plan:  # fmt: skip
     plan = Plan(device, x, B)
-    y = x.new_empty(len(x), len(B))
-    if len(x):
-        h = plan.new_ranks(x, B.shape[1])
-        add_gate_ranks(plan, Gate(gate, segments, scaling, len(x)), xa, h)
-        add_expand(plan, y, h, B, bias=bias)
-    return plan.returning(y)
+    if len(x) == 0:
+        return plan.returning(plan.new_wide(0, len(B)))
+    h = add_gate_ranks(plan, Gate(gate, segments, scaling, len(x)), xa)
+    return plan.returning(add_expand(plan, h, B, bias=bias))
 
 
 def backward_dy(
@@ -62,7 +60,7 @@ def backward_x(
         return plan.returning(x.new_empty(x.shape) if need_dx else None, dA.zero_())
     parts, _ = add_grad_weights(plan, x, dxa, dA, mask)
     add_sums(plan, (parts, dA))
-    return plan.returning(_grad_x(plan, x, dxa, A, mask) if need_dx else None, dA)
+    return plan.returning(add_expand(plan, dxa, A.t(), mask) if need_dx else None, dA)
 
 
 def forward(
@@ -70,20 +68,18 @@ def forward(
     gate: Tensor, segments: Tensor | None, seed: Tensor | None, scaling: float, dropout_p: float,
     strategy: str | None = None,
 ) -> Plan:  # fmt: skip
-    plan, mask = Plan(device, x, A), mask_of(dropout_p, seed)
-    gating, name = Gate(gate, segments, scaling, len(x)), requested(strategy)
-    y, xa = x.new_empty(len(x), len(B)), plan.new_ranks(x, len(A))
-    if len(x) == 0:
-        return plan.returning(y, xa)
-    if name == "auto" and decodes(x, A, dropout_p):
-        add_decode(plan, x, weight, bias, base, A, B, gating, y, xa)
+    plan, mask, (M, R), name = Plan(device, x, A), mask_of(dropout_p, seed), (len(x), len(A)), requested(strategy)
+    xa, gating = plan.new_ranks(M, R), Gate(gate, segments, scaling, M)
+    if M == 0:
+        y = plan.new_wide(0, len(B))
+    elif name == "auto" and decodes(x, A, dropout_p):
+        y = add_decode(plan, x, weight, bias, base, A, B, gating, xa)
     elif fuses(name, device, x, weight, A, None if mask.on else A):
         factor, parts = (None, add_shrink(plan, x, A, mask)) if mask.on else (A, None)
-        add_fused_layer(plan, x, weight, y, gating, factor, B, parts, bias=bias, raw=xa)
+        y = add_fused_layer(plan, x, weight, gating, factor, B, parts, bias=bias, raw=xa)
     else:
-        h = plan.new_ranks(x, len(A))
-        add_gate_ranks(plan, gating, add_shrink(plan, x, A, mask), h, raw=xa)
-        add_expand(plan, y, h, B, bias=bias, base=base)
+        h = add_gate_ranks(plan, gating, add_shrink(plan, x, A, mask), raw=xa)
+        y = add_expand(plan, h, B, bias=bias, base=base)
     return plan.returning(y, xa)
 
 
@@ -101,35 +97,28 @@ def backward(
         return plan.returning(x.new_empty(x.shape) if need_dx else None, dA.zero_(), dB, dgate)
     da, _ = add_grad_weights(plan, x, dxa, dA, mask)
     add_sums(plan, (da, dA), (db, dB), scores, segments, dgate)
-    return plan.returning(_grad_x(plan, x, dxa, A, mask) if need_dx else None, dA, dB, dgate)
+    return plan.returning(add_expand(plan, dxa, A.t(), mask) if need_dx else None, dA, dB, dgate)
 
 
 def _backward_dy(plan: Plan, dy: Tensor, xa: Tensor, B: Tensor, gate: Gate) -> tuple[Tensor, ...]:
     """(dxa, dB, dgate, scores, parts). `add_sums` has yet to compute dgate from the scores, and dB from the parts."""
-    dB, h, dxa = B.new_empty(B.shape), plan.new_ranks(dy, B.shape[1]), plan.new_ranks(dy, B.shape[1])
-    scores, dgate = gate.new_dgate()
+    dB, (scores, dgate) = B.new_empty(B.shape), gate.new_dgate()
     if len(dy) == 0:
-        return dxa, dB.zero_(), dgate.zero_(), dgate, dB
-    add_gate_ranks(plan, gate, xa, h)
+        return plan.new_ranks(0, B.shape[1]), dB.zero_(), dgate.zero_(), dgate, dB
+    h = add_gate_ranks(plan, gate, xa)
     dh, parts = add_grad_dy(plan, dy, h, B, dB)
-    add_gate_ranks(plan, gate, dh, dxa, xa=xa, scores=scores)
+    dxa = add_gate_ranks(plan, gate, dh, xa=xa, scores=scores)
     return dxa, dB, dgate, scores, parts
-
-
-def _grad_x(plan: Plan, x: Tensor, dxa: Tensor, A: Tensor, mask: Mask) -> Tensor:
-    dx = x.new_empty(x.shape)
-    add_expand(plan, dx, dxa, A.t(), mask)
-    return dx
 
 
 def _backward_fused(
     plan: Plan, dy: Tensor, x: Tensor, xa: Tensor, turned: Tensor | None, A: Tensor, B: Tensor, gate: Gate, mask: Mask
 ) -> Plan:
     """turned: weight.t()."""
-    R, dx, dA, dB = len(A), x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
-    h, dxa, dgate = plan.new_ranks(x, R), plan.new_ranks(x, R), gate.gate.new_empty(gate.gate.shape)
-    scores = x.new_empty(len(x), R, dtype=torch.float32)
-    add_fused_layer(plan, dy, turned, dx, gate, B.t(), A.t(), mask=mask, xa=xa, gated=dxa, h=h, scores=scores)
+    dA, dB, dgate = A.new_empty(A.shape), B.new_empty(B.shape), gate.gate.new_empty(gate.gate.shape)
+    h, dxa = (plan.new_ranks(len(x), len(A)) for _ in range(2))
+    scores = x.new_empty(len(x), len(A), dtype=torch.float32)
+    dx = add_fused_layer(plan, dy, turned, gate, B.t(), A.t(), mask=mask, xa=xa, gated=dxa, h=h, scores=scores)
     da, db = add_grad_weights(plan, x, dxa, dA, mask, dy, h, dB)
     add_sums(plan, (da, dA), (db, dB), scores, gate.segments, dgate)
     return plan.returning(dx, dA, dB, dgate)
