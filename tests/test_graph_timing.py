@@ -1,7 +1,6 @@
-"""CUDA graphs as the benchmarks capture, check and time them, with stand-ins for the device."""
+"""How the benchmarks capture, check and time CUDA graphs, with stand-ins for the device."""
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import checking
 import measure
@@ -10,7 +9,6 @@ import torch
 
 
 def test_graphs_are_captured_after_warm_up_part_by_part_from_one_pool(monkeypatch):
-    """By a stand-in for torch's graph interface, which a machine without CUDA lacks."""
     events = []
 
     class Graph:
@@ -37,16 +35,15 @@ def test_graphs_are_captured_after_warm_up_part_by_part_from_one_pool(monkeypatc
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
 
-    class Two:
-        sets, queued, outputs = 3, False, [torch.ones(2)]
-        parts = [lambda: events.append("forward"), lambda: events.append("backward")]
+    outputs = [torch.ones(2)]
+    two = measure.Program([lambda: events.append("forward"), lambda: events.append("backward")], outputs, 3)
 
     def replay(graph):
         events.append(("replay", graph))
-        Two.outputs[0].fill_(1.0)  # as the graph would
+        outputs[0].fill_(1.0)  # as the graph would
 
     monkeypatch.setattr(Graph, "replay", replay)
-    graphed = measure.Graphed(Two())
+    graphed = measure.graphed(two)
     assert events[:10] == ["wait", *["forward", "backward"] * 3, "forward", "forward", "wait"]
     (first, _), forward, (checked, _), (second, pool), backward = events[10:]
     assert (first, forward, checked, second, backward) == ("capture", "forward", "replay", "capture", "backward")
@@ -105,11 +102,8 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
         if len(calls) == 6:
             raise RuntimeError("not permitted while capturing")
 
-    class One:
-        sets, queued, parts, outputs = 1, False, [part], [torch.ones(1)]
-
     with pytest.raises(RuntimeError, match="while capturing"):
-        measure.Graphed(One())
+        measure.graphed(measure.Program([part], [torch.ones(1)], 1))
     assert streams == [mine]
 
 
@@ -130,6 +124,6 @@ def test_graphs_are_queued_before_the_first_begins(queued, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append("sleep"))
-    program = SimpleNamespace(sets=3, queued=queued, outputs=[], parts=[lambda: events.append("part")])
+    program = measure.Program([lambda: events.append("part")], [], 3, queued)
     assert measure.time_once(program, torch.device("cuda")) == (2.0,)
     assert events == ["synchronize", *["sleep"] * queued, "record", "part", "record", "synchronize"]
