@@ -35,8 +35,7 @@ from report import layer_markdown, load, write_json, write_text
 
 import ilora
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("correct", "profile", "layer", "decode", "model", "sanitizer")
 CHECKS = ("correct", "sanitizer")  # these run even after a failure
 SAME = ("device", "torch", "triton", "git_commit", "git_changed")  # what all jobs of one report have in common
@@ -69,7 +68,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", metavar="PART", choices=PARTS, default=PARTS, help=f"some of {', '.join(PARTS)}")
-    add("--out", type=Path, default=HERE / "results", help="where the report's folder goes (benchmarks/results)")
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="where the report's folder goes (benchmarks/results)",
+    )
     add("--minutes", type=arguments.number, default=8.5, help="to end after; jobs are cut to it (default 8.5)")
     add("--again", action="store_true", help="also run the jobs that are done already")
     add("--force", action="store_true", help="time even after a failure in correct")
@@ -83,10 +87,10 @@ def jobs(device: str, processes: int) -> list[Job]:
     """All jobs in the order they run: within a part the most important first."""
     fused = device == "cpu" or torch.cuda.get_device_capability()[0] >= 9
     strategies = ("beta", "fused") if fused else ("beta",)
-    repeats = [*PYTEST, str(ROOT / "tests" / "test_kernel_repeats.py")]
+    repeats = [*PYTEST, "tests/test_kernel_repeats.py"]
     if device == "cpu":
         timed = [*_dry_jobs(), *profile_jobs(strategies, widths=(64,))]
-        tests = [*PYTEST, "-m", "gpu or not gpu", "--collect-only", str(ROOT / "tests" / "test_decode.py")]
+        tests = [*PYTEST, "--collect-only", "-qq", "tests/test_decode.py"]
     else:
         timed = [*profile_jobs(strategies), *layer_jobs(strategies), *decode_jobs(), *model_jobs()]
         tests = [*PYTEST, "-m", "gpu", "-n", str(processes)]
@@ -154,12 +158,13 @@ def _dry_jobs() -> list[Job]:
 
 
 def _python(script: str, *options: str) -> list[str]:
-    return [sys.executable, str(HERE / script), *options]
+    return [sys.executable, f"benchmarks/{script}", *options]
 
 
 def run(job: Job, device: str, seconds: float) -> dict[str, Any]:
     """Runs the job for at most so many seconds. Its status is "ok", or says what happened."""
-    found: dict[str, Any] = {"part": job.part, "command": " ".join(job.command), "environment": job.environment}
+    found: dict[str, Any] = {"part": job.part, "environment": job.environment}
+    found["command"] = " ".join(job.command).replace(sys.executable, "python")
     if shutil.which(job.command[0]) is None:
         return {**found, "status": f"not run: {job.command[0]} is not on the PATH", "seconds": 0.0, "printed": ""}
     environment = {**os.environ, "KINETO_LOG_LEVEL": "99", **job.environment}
