@@ -145,75 +145,59 @@ def training_step(model: Any, ids: Tensor, **more: Tensor) -> Step:
 
 def measure_steps(options: argparse.Namespace, base: Any, dropout: float) -> list[dict[str, Any]]:
     """A row for each model's training step, all in the same rounds over the weights of `base`."""
-    rows: dict[str, dict[str, Any]] = {}
-    programs: dict[str, Program] = {}
     vocabulary = base.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (options.batch, options.length), device=options.device)
-    for name in MODELS:
-        rows[name] = row = {"step": name, "dropout": dropout}
-        program = attempt(row, "error", partial(_prepare_step, name, options, base, dropout, ids, row))
-        if program is not None:
-            programs[name] = program
-    _time(rows, programs, options)
-    for row in rows.values():
+
+    def prepare(name: str, row: dict[str, Any]) -> Program:
+        model = MODELS[name](share_weights(base, options), options, dropout)
+        row |= {"dropout": dropout, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        more = gate_inputs(name, options.batch, options.device)
+        step = frozen_step(model, ids) if name == BASELINE else training_step(model, ids, **more)
+        step()
+        row["peak_bytes"] = peak_bytes(step, options.device)
+        return calls([step])
+
+    rows = _measure(prepare, options, graphs=True)
+    for row in rows:
         if "seconds" in row:
             row["tokens_per_second"] = options.batch * options.length / row["seconds"]
-    return list(rows.values())
-
-
-def _prepare_step(
-    name: str, options: argparse.Namespace, base: Any, dropout: float, ids: Tensor, row: dict[str, Any]
-) -> Program:
-    tidy(options.device)
-    model = MODELS[name](share_weights(base, options), options, dropout)
-    row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    more = gate_inputs(name, options.batch, options.device)
-    step = frozen_step(model, ids) if name == BASELINE else training_step(model, ids, **more)
-    step()
-    row["peak_bytes"] = peak_bytes(step, options.device)
-    return calls([step])
+    return rows
 
 
 @torch.no_grad()
 def measure_generation(options: argparse.Namespace, base: Any) -> list[dict[str, Any]]:
-    """A row for each model that generates `options.tokens` tokens from one prompt."""
-    rows: dict[str, dict[str, Any]] = {}
-    programs: dict[str, Program] = {}
+    """A row for each model that generates `options.tokens` tokens from one prompt; its seconds are of one token."""
     vocabulary = base.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, options.prompt), device=options.device)
-    for name in MODELS:
-        rows[name] = {"step": name, "prompt": options.prompt, "tokens": options.tokens}
-        program = attempt(rows[name], "error", partial(_prepare_generation, name, options, base, ids))
+    length = {"min_new_tokens": options.tokens, "max_new_tokens": options.tokens, "do_sample": False}
+
+    def prepare(name: str, row: dict[str, Any]) -> Program:
+        model = MODELS[name](share_weights(base, options), options, 0.0).eval()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **gate_inputs(name, 1, options.device)}
+        generate = partial(model.generate, **inputs, **length)
+        if (made := generate().shape[1] - options.prompt) != options.tokens:
+            raise ValueError(f"{name} generated {made} tokens, expected {options.tokens}")
+        return calls([generate], per_call=options.tokens)
+
+    return _measure(prepare, options, graphs=False)
+
+
+def _measure(
+    prepare: Callable[[str, dict[str, Any]], Program], options: argparse.Namespace, graphs: bool
+) -> list[dict[str, Any]]:
+    """A row for each model: seconds, ratio to the frozen model and its quartiles; those of graphs under "graph"."""
+    rows: dict[str, dict[str, Any]] = {name: {"step": name} for name in MODELS}
+    programs: dict[str, Program] = {}
+    for name, row in rows.items():
+        tidy(options.device)
+        program = attempt(row, "error", partial(prepare, name, row))
         if program is not None:
             programs[name] = program
-    _time(rows, programs, options, graphs=False)
+    time_rows(rows, programs, options.device, math.inf, options.rounds, graphs=graphs)
+    for row in rows.values():
+        row |= _in_seconds(row.pop("eager")) if "eager" in row else {}
+        row |= {"graph": _in_seconds(row["graph"])} if "graph" in row else {}
     return list(rows.values())
-
-
-def _prepare_generation(name: str, options: argparse.Namespace, base: Any, ids: Tensor) -> Program:
-    tidy(options.device)
-    model = MODELS[name](share_weights(base, options), options, 0.0).eval()
-    length = {"min_new_tokens": options.tokens, "max_new_tokens": options.tokens, "do_sample": False}
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **gate_inputs(name, 1, options.device)}
-    found = model.generate(**inputs, **length)
-    if found.shape[1] != options.prompt + options.tokens:
-        raise ValueError(f"{name} generated {found.shape[1] - options.prompt} tokens, expected {options.tokens}")
-    return calls([partial(model.generate, **inputs, **length)], per_call=options.tokens)
-
-
-def _time(
-    rows: dict[str, dict[str, Any]], programs: dict[str, Program], options: argparse.Namespace, graphs: bool = True
-) -> None:
-    """Writes seconds, the ratio and its quartiles into the rows; on CUDA those of graphs too, under "graph"."""
-    if BASELINE not in programs:
-        return
-    times: dict[str, dict[str, Any]] = {name: {} for name in programs}
-    time_rows(times, programs, options.device, math.inf, options.rounds, graphs=graphs)
-    for name, timed in times.items():
-        rows[name] |= _in_seconds(timed.pop("eager"))
-        if "graph" in timed:
-            timed["graph"] = _in_seconds(timed["graph"])
-        rows[name] |= timed
 
 
 def _in_seconds(variant: dict[str, Any]) -> dict[str, float]:

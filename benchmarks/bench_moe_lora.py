@@ -165,9 +165,8 @@ def _measure(
         program = attempt(rows[name], "error", partial(prepare, build, inputs, rows[name]))
         if program is not None:
             programs[name] = program
-    if BASELINE in programs:
-        with torch.set_grad_enabled(not inference):
-            time_rows(rows, programs, settings.device, seconds, repeats, say)
+    with torch.set_grad_enabled(not inference):
+        time_rows(rows, programs, settings.device, seconds, repeats, say)
     return list(rows.values())
 
 

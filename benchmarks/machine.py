@@ -13,13 +13,14 @@ import torch
 
 import ilora
 
+STATE = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
 PACKAGES = ("torch", "triton", "peft", "transformers")
 LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # read before this program does any work
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The device, the processor, the versions and the commit, for the JSON file."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    changes = _run("git", "status", "--porcelain", "--untracked-files=no")
     known = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "cpu": _cpu(),
@@ -30,15 +31,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "ilora": ilora.__version__,
         **{package: _version(package) for package in PACKAGES},
-        "git_commit": _git("rev-parse", "--verify", "HEAD"),
+        "git_commit": _run("git", "rev-parse", "--verify", "HEAD"),
         "git_changed": None if changes is None else bool(changes),
     }
     if device.type == "cuda":
         known |= {"cuda": torch.version.cuda, "state": _run("nvidia-smi", f"--query-gpu={STATE}", "--format=csv")}
     return known
-
-
-STATE = "driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
 
 
 def heading(machine: dict[str, Any]) -> str:
@@ -72,12 +70,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """git's answer, or None without git, a checkout or a commit."""
-    return _run("git", *arguments)
-
-
 def _run(*command: str) -> str | None:
+    """What the command prints in this folder, or None if it is not there or fails."""
     try:
         folder = Path(__file__).parent
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=20)

@@ -136,34 +136,23 @@ def time_rows(
 ) -> None:
     """Times all programs and writes their times into their rows: under "eager" and, on CUDA, also under "graph".
 
-    A program whose graph cannot be captured gets "graph_error" instead. The frozen program must be among them.
+    A program whose graph cannot be captured gets "graph_error" instead. Without the frozen program nothing is timed.
     graphs: False leaves graphs out, for what waits for the device in between, as generating text does.
     """
-    _time_variant(rows, programs, "eager", device, seconds, repeats, say)
-    if device.type != "cuda" or not graphs:
-        return
-    captured = {name: attempt(rows[name], "graph_error", partial(graphed, each)) for name, each in programs.items()}
-    working = {name: program for name, program in captured.items() if program is not None}
-    if BASELINE in working:
-        _time_variant(rows, working, "graph", device, seconds, repeats, say)
-
-
-def _time_variant(
-    rows: Rows,
-    programs: Mapping[str, Program],
-    variant: str,
-    device: torch.device,
-    seconds: float,
-    repeats: int,
-    say: Callable[[str], None],
-) -> None:
-    if device.type == "cuda":
-        _raise_clocks(device)
-    for program in programs.values():
-        time_once(program, device)
-    times = interleave(programs, device, seconds, repeats, lambda number: say(f"{variant}, round {number}"))
-    for name, series in times.items():
-        rows[name][variant] = {"rounds": len(series), **summarise(series, times[BASELINE])}
+    for variant in ("eager", "graph") if graphs and device.type == "cuda" else ("eager",):
+        if variant == "graph":
+            captured = {name: attempt(rows[name], "graph_error", partial(graphed, programs[name])) for name in programs}
+            programs = {name: program for name, program in captured.items() if program is not None}
+        if BASELINE not in programs:
+            return
+        if device.type == "cuda":
+            _raise_clocks(device)
+        for program in programs.values():
+            time_once(program, device)
+        say(f"timing, {variant}")
+        times = interleave(programs, device, seconds, repeats)
+        for name, series in times.items():
+            rows[name][variant] = {"rounds": len(series), **summarise(series, times[BASELINE])}
 
 
 def _raise_clocks(device: torch.device, seconds: float = 0.05) -> None:
@@ -198,11 +187,7 @@ def time_once(program: Program, device: torch.device) -> tuple[float, ...]:
 
 
 def interleave(
-    programs: Mapping[str, Program],
-    device: torch.device,
-    seconds: float,
-    repeats: int,
-    progress: Callable[[int], None] = lambda round_number: None,
+    programs: Mapping[str, Program], device: torch.device, seconds: float, repeats: int
 ) -> dict[str, list[tuple[float, ...]]]:
     """Milliseconds of each part of each program, round by round, in a new random order each round.
 
@@ -221,7 +206,6 @@ def interleave(
             shuffle(order)
             for name in order:
                 times[name].append(time_once(programs[name], device))
-            progress(done + 1)
     finally:
         gc.unfreeze()
     return times
