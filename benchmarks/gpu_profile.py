@@ -96,6 +96,8 @@ def profile_part(program: Program, index: int, device: torch.device) -> list[dic
         total = event.self_device_time_total if cuda else event.self_cpu_time_total
         if total > 0:
             rows.append({"kernel": event.key[:60], "launches": event.count / passes, "us": total / passes})
+    if not rows:
+        raise RuntimeError("torch's profiler saw no kernel: does it find CUPTI here?")
     return sorted(rows, key=lambda row: -row["us"])
 
 
