@@ -31,12 +31,12 @@ Build = Callable[[Case], Peer]
 Say = Callable[[str], None]
 ALL_PEERS: dict[str, Build] = PEERS | INFERENCE_PEERS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LARGE = "1024x1024,2048x2048,4096x4096,4096x1024"
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # without such instructions most peers take minutes
 DEFAULTS = {  # by device, and whether --full was given: shapes, length, seconds, dtypes
     ("cpu", False): ("576x1536", "64", 0.3, "float32"),
-    ("cpu", True): ("576x576,576x1536,1024x1024,2048x2048", "256", 2.0, "float32,bfloat16"),
+    ("cpu", True): ("576x576,576x1536,1024x1024,2048x2048", "256", 2.0, "float32" + ",bfloat16" * HAS_BFLOAT16),
     ("cuda", False): ("1024x1024,4096x4096", "512", 0.2, "bfloat16"),
-    ("cuda", True): (LARGE, "512", 0.5, "bfloat16"),
+    ("cuda", True): ("1024x1024,2048x2048,4096x4096,4096x1024", "512", 0.5, "bfloat16"),
 }
 SMALL_CALLS = ((1, 64, 64), (16, 576, 576))  # rows, d_in, d_out of the layers whose calls are timed
 LONGER = "A longer run over more shapes, five to nine minutes on two CPU cores: add --full. All options: --help."
@@ -53,7 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--length", type=arguments.counts, help="rows of each instance (default 64; with --full 256; on cuda 512)")
     add("--ranks", type=arguments.counts, default="8", help="total ranks R (default 8)")
     add("--experts", type=arguments.counts, default="4", help="numbers of experts E (default 4)")
-    add("--dtypes", help=f"some of {', '.join(DTYPES)} (default float32, with --full bfloat16 too; on cuda bfloat16)")
+    add(
+        "--dtypes",
+        help=f"some of {', '.join(DTYPES)} (default float32, on cuda bfloat16)",
+    )
     add("--dropout", type=arguments.probabilities, help="dropout probabilities (default 0,0.1)")
     add("--peers", help=f"some of {', '.join(ALL_PEERS)}, besides frozen (default: all that run here)")
     add("--inference", action="store_true", help="time forward alone, without gradients and dropout")
@@ -88,19 +91,14 @@ def _complete(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     options.notes = []
-    options.dtypes = _dtypes(options, options.dtypes or dtypes)
+    options.dtypes = _dtypes(options.dtypes or dtypes)
     options.peers = {dtype: _peers(options, dtype) for dtype in options.dtypes}
 
 
-def _dtypes(options: argparse.Namespace, text: str) -> list[torch.dtype]:
+def _dtypes(text: str) -> list[torch.dtype]:
     names = text.split(",")
     if unknown := [name for name in names if name not in DTYPES]:
         raise ValueError(f"--dtypes {','.join(unknown)}: expected {', '.join(DTYPES)}")
-    if options.device.type == "cpu" and "bfloat16" in names and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        options.notes.append("this CPU has no bfloat16 instructions: most peers take many times as long as in float32")
-        if options.dtypes is None:
-            options.notes.append("bfloat16 is left out (--dtypes bfloat16 asks for it)")
-            names.remove("bfloat16")
     return [DTYPES[name] for name in names]
 
 

@@ -89,9 +89,9 @@ def layer_markdown(rows: list[Row]) -> str:
     """Forward plus backward (or forward alone, in inference) over the frozen layer's: a row for each peer, a column for
     each shape.
 
-    A cell holds one figure for each dropout probability, in order, or "wrong" where the check refused the peer. There
-    is a table for each dtype, number of rows, R and E, with a title where there are several. Of a GPU it shows the
-    times of graphs.
+    A cell holds one figure for each dropout probability, in order: "wrong" where the check refused the peer, "failed"
+    where it did not run. There is a table for each dtype, number of rows, R and E, with a title where there are
+    several. On a GPU the times are those of graphs.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -109,7 +109,7 @@ def _layer_frame(rows: list[Row]) -> pd.DataFrame:
             "peer": row["peer"],
             "shape": _shape(row),
             "dropout": row["dropout"],
-            "ratio": "wrong" if "error" in row else _with_quartiles(_last_part(row), quartiles=False),
+            "ratio": _ratio(row),
             "saved": f"{row['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in row and "error" not in row else MISSING,
         }
         for row in rows
@@ -121,6 +121,12 @@ def _layer_frame(rows: list[Row]) -> pd.DataFrame:
     if any("saved_bytes" in row for row in rows):
         table["saved for backward"] = cells["saved"].unstack(sort=False).iloc[:, -1] + " MB"  # of the last shape
     return table
+
+
+def _ratio(row: Row) -> str:
+    if "error" in row:
+        return "wrong" if "WrongPeer" in row["error"] else "failed"
+    return _with_quartiles(_last_part(row), quartiles=False)
 
 
 def _shape(row: Row) -> str:

@@ -299,19 +299,21 @@ def row_of(peer, ratio, d_in=24, dropout=0.0, dtype="float32", rank=4, experts=2
 
 
 def refused(peer, **about):
-    row = row_of(peer, 1.0, **about) | {"error": "y differs"}
+    row = row_of(peer, 1.0, **about) | {"error": "WrongPeer: y differs"}
     return {name: value for name, value in row.items() if name not in ("eager", "saved_bytes")}
 
 
 def test_a_refused_peer_is_wrong_in_the_table_and_what_is_not_there_is_a_dash():
     rows = [row_of("frozen", 1.0, dropout=p) for p in (0.0, 0.1)]
     rows += [row_of("eager", 1.25), refused("eager", dropout=0.1), row_of("loop", 1.5)]
+    rows.append(refused("peft") | {"error": "ImportError: no"})
     assert report.markdown({"rows": rows}).splitlines() == [
         "|        | 24→40        | saved for backward   |",
         "|:-------|:-------------|:---------------------|",
         "| frozen | 1.00 / 1.00  | 2.0 / 2.0 MB         |",
         "| eager  | 1.25 / wrong | 2.0 / – MB           |",
         "| loop   | 1.50 / –     | 2.0 / – MB           |",
+        "| peft   | failed / –   | – / – MB             |",
     ]
 
 
