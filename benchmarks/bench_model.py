@@ -3,11 +3,11 @@
 All adapt every linear layer but the head, with the same rank, alpha and dropout, and read the same tokens.
 
 A training step is forward, backward and AdamW over what is trained. The frozen model computes the gradient of its input
-embeddings and updates nothing; no adapted model can be faster. Peak memory is the most that one step allocates at once,
-gradients included; parameters and optimizer state come on top. Generating text is timed for one prompt, greedily; the
-time of a token includes its share of reading the prompt. Each × is the median over interleaved rounds of a time over
-the frozen model's in the same round. The default model has SmolLM2-135M's shape and random weights; --model FOLDER
-takes a model of your own.
+embeddings and updates nothing; no adapted model can be faster. All must have the same loss in their first step. Peak
+memory is the most that one step allocates at once, gradients included; parameters and optimizer state come on top.
+Generating text is timed for one prompt, greedily; the time of a token includes its share of reading the prompt. Each ×
+is the median over interleaved rounds of a time over the frozen model's in the same round. The default model has
+SmolLM2-135M's shape and random weights; --model FOLDER takes a model of your own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import arguments
 import torch
+from checking import TOLERANCE, WrongPeer
 from machine import busy, heading, machine
 from measure import BASELINE, Program, attempt, calls, tidy, time_rows
 from memory import peak_bytes
@@ -147,13 +148,16 @@ def measure_steps(options: argparse.Namespace, base: Any, dropout: float) -> lis
     """A row for each model's training step, all in the same rounds over the weights of `base`."""
     vocabulary = base.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (options.batch, options.length), device=options.device)
+    losses: list[float] = []
 
     def prepare(name: str, row: dict[str, Any]) -> Program:
         model = MODELS[name](share_weights(base, options), options, dropout)
         row |= {"dropout": dropout, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         more = gate_inputs(name, options.batch, options.device)
         step = frozen_step(model, ids) if name == BASELINE else training_step(model, ids, **more)
-        step()
+        losses.append(float(step()))
+        if not abs(losses[-1] - losses[0]) <= TOLERANCE[model.dtype] * losses[0]:  # a fresh adapter changes nothing
+            raise WrongPeer(f"its first loss is {losses[-1]:.6g}, the frozen model's {losses[0]:.6g}")
         row["peak_bytes"] = peak_bytes(step, options.device)
         return calls([step])
 

@@ -42,6 +42,20 @@ def test_one_part_alone_and_a_model_that_does_not_run(monkeypatch, capsys):
     assert "peft: error: ImportError: made for another transformers" in capsys.readouterr().out
 
 
+def test_a_model_that_computes_something_else_is_not_timed(monkeypatch):
+    def other(model, options, dropout):
+        model = bench_model.peft_model(model, options, dropout)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.ones_(parameter)
+        return model
+
+    monkeypatch.setitem(bench_model.MODELS, "peft", other)
+    results = bench_model.main([*TINY, "--only=steps"])
+    assert results["steps"][1]["error"].startswith("WrongPeer: its first loss is")
+    assert ["seconds" in row for row in results["steps"]] == [True, False, True]
+
+
 def test_all_start_from_the_same_model():
     options = bench_model.parse(TINY)
     first, second = (bench_model.make_model(options) for _ in range(2))
