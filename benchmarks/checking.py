@@ -1,4 +1,4 @@
-"""Checking a peer against the reference: y and the gradients of x and of all that it trains."""
+"""Checks a peer against the reference: y, and the gradients of x and of all tensors that it trains."""
 
 from __future__ import annotations
 
@@ -14,30 +14,36 @@ from torch import Tensor
 from ilora import reference
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-DROPPED = 100  # elements dropped and kept, at least, before their share is judged
-CALLS = 50  # at most, for that: a p that small is beyond what it could find
-
+DROPPED = 100  # so many elements must be dropped, and kept, before their share is judged
+CALLS = 50  # at most so many calls are made for that
 
 _passed: dict[tuple[Callable[[Case], Peer], Settings], float] = {}
 
 
 class WrongPeer(AssertionError):
-    """A peer does not compute what the reference computes; the message says which tensor is off and by how much."""
+    """A peer does not compute what the reference computes; the message names the tensor and the error."""
+
+
+def check_inference(peer: Peer, case: Case) -> float:
+    """Compares y alone, without gradients; see check."""
+    with torch.no_grad():
+        found = {"y": peer.call(case.x)}
+    return _judge([_compare(found, _expected(peer.gate, None, case))], case.x.dtype)
 
 
 def check(peer: Peer, build: Callable[[Case], Peer], case: Case) -> float:
     """Compares a peer, made by `build` from the case, with the reference: y and every gradient.
 
-    Returns the largest error over the largest value of its tensor; raises WrongPeer beyond the tolerance.
+    Returns the largest error, relative to the largest value of its tensor; raises WrongPeer beyond the tolerance.
     The reference runs in float32 (float64) on the same tensors. With dropout, a peer whose mask can be drawn again from
-    the same state of torch's generator is compared under that very mask. The one whose mask cannot (torch.compile) is
-    compared at p = 0, and then at p under the mask that its own gradient of x shows (see _check_dropout).
+    the same state of torch's generator is compared under that mask. A peer whose mask cannot be known (torch.compile)
+    is compared at p = 0, and then at p under the mask that its own gradient of x shows (see _check_dropout).
     """
     without = replace(case.settings, dropout=0.0)
     if case.settings == without or peer.mask is not None or not peer.trained:
         passed = _passed[build, case.settings] = _check_exactly(peer, case)
         return passed
-    if (build, without) not in _passed:  # compiling it again only for this would cost seconds
+    if (build, without) not in _passed:  # compiling again for this check would take seconds
         plain = replace(case, settings=without)
         _passed[build, without] = _check_exactly(build(plain), plain)
     return max(_passed[build, without], _check_dropout(build, case))
@@ -47,15 +53,15 @@ def _check_exactly(peer: Peer, case: Case) -> float:
     torch.manual_seed(1)
     mask = None if peer.mask is None else peer.mask()
     torch.manual_seed(1)
-    return _judge([_compare(_run(peer, case), _expected(peer.gate, mask, case))], case.x.dtype)
+    return _judge([_compare(run_peer(peer, case), _expected(peer.gate, mask, case))], case.x.dtype)
 
 
 def _check_dropout(build: Callable[[Case], Peer], case: Case) -> float:
-    """Reads the mask off the gradient of x, compares all else under it, and judges how much it drops.
+    """Reads the mask off the gradient of x, compares all other results under it, and checks the share that it keeps.
 
-    The update's part of that gradient is mask · (what it is at p = 0), element by element. A mask of other values than
-    0 and 1/(1-p), or another one in y or in the gradient of A, B or the gate, does not pass. The share of kept elements
-    must be within five standard errors of 1 - p.
+    The update's part of that gradient is the mask times its value at p = 0, element by element. The check fails for a
+    mask with values other than 0 and 1/(1-p), for another mask in y or in the gradients of A, B or the gate, and for a
+    share of kept elements more than five standard errors away from 1 - p.
     """
     case, p = _readable(case), case.settings.dropout
     peer = build(case)
@@ -66,7 +72,7 @@ def _check_dropout(build: Callable[[Case], Peer], case: Case) -> float:
     torch.manual_seed(1)
     compared, kept = [], 0
     for _ in range(calls):
-        found = _run(peer, case)
+        found = run_peer(peer, case)
         mask = ((found["x"] - through) / update > 0.5 / (1.0 - p)).to(update.dtype)
         compared.append(_compare(found, _expected(peer.gate, mask / (1.0 - p), case)))
         kept += int(mask.sum())
@@ -78,8 +84,8 @@ def _check_dropout(build: Callable[[Case], Peer], case: Case) -> float:
 
 
 def _readable(case: Case) -> Case:
-    """The case with A, B and dy positive, away from zero: no element of the update's dx is small then. dy is scaled
-    down, lest the sums, which no longer cancel, be too large for float16."""
+    """The case with A, B and dy positive and away from zero, so that no element of the update's dx is small. dy is
+    scaled down, because sums that no longer cancel would overflow float16."""
 
     def positive(tensor: Tensor) -> Tensor:
         return tensor.detach().abs() + tensor.detach().abs().mean()
@@ -87,8 +93,8 @@ def _readable(case: Case) -> Case:
     return replace(case, A=positive(case.A), B=positive(case.B), dy=positive(case.dy) * case.settings.d_out**-0.5)
 
 
-def _run(peer: Peer, case: Case) -> dict[str, Tensor]:
-    """y and the gradients of x and of all that the peer trains, by name."""
+def run_peer(peer: Peer, case: Case) -> dict[str, Tensor]:
+    """y and the gradients of x and of all tensors that the peer trains, by name."""
     y = peer.call(case.x)
     grads = iter(torch.autograd.grad(y, [case.x, *peer.parameters], case.dy))
     found = {"y": y.detach(), "x": next(grads)}
@@ -97,8 +103,9 @@ def _run(peer: Peer, case: Case) -> dict[str, Tensor]:
     return found
 
 
+@torch.enable_grad()
 def _expected(gate: Tensor, mask: Tensor | None, case: Case) -> dict[str, Tensor]:
-    """y and the gradients of x, A, B, gate by the reference, where the update sees x · mask."""
+    """y and the gradients of x, A, B and gate by the reference, whose update reads x · mask."""
     wide = torch.promote_types(case.x.dtype, torch.float32)
     x, A, B = (t.detach().to(wide).requires_grad_() for t in (case.x, case.A, case.B))
     weight, bias, gate = case.weight.to(wide), case.bias.to(wide), gate.detach().to(wide).requires_grad_()
@@ -110,7 +117,7 @@ def _expected(gate: Tensor, mask: Tensor | None, case: Case) -> dict[str, Tensor
 
 
 def _compare(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """For each tensor found its largest difference and the largest value wanted, [2]; WrongPeer for another shape."""
+    """[largest difference, largest wanted value] of each tensor; WrongPeer for another shape."""
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             raise WrongPeer(f"{_called(name)} has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}")
@@ -118,9 +125,9 @@ def _compare(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, T
 
 
 def _judge(calls: list[dict[str, Tensor]], dtype: torch.dtype, under: str = "") -> float:
-    """The worst of all tensors' largest differences over their largest values, over all calls, as _compare gives them.
+    """The worst ratio of a difference to a largest value, over all tensors and calls, as _compare gives them.
 
-    Raises WrongPeer, which begins with `under`, beyond the tolerance, and for nan.
+    Raises WrongPeer beyond the tolerance and for NaN; `under` begins its message.
     """
     errors = {}
     for name in calls[0]:

@@ -1,179 +1,279 @@
 #!/usr/bin/env python3
-"""Checks and times the GPU kernels, all of them, on the CUDA device that is here: `python benchmarks/gpu_report.py`.
+"""Checks and times everything on the GPU that is here: `python benchmarks/gpu_report.py`.
 
-Correctness first; where it fails nothing is timed without --force. Then, on random data that no cache holds, as eager
-calls and as CUDA-graph replays: what the device can do, our GEMMs' tiles (what wins is in force from there on, unless
-ILORA_TABLE names a table), adapted layers against the frozen layer and every peer, decoding, whole training steps, the
-host's cost of a call. The JSON is whole after every part, so that a run which is ended keeps what it has; a run with
---only adds its parts to the report that is there. OUT/gpu-DEVICE/ gets report.json, report.md, strategy-table.json (for
-ILORA_TABLE: which strategy won) and plots. --device cpu goes through every part on tiny tensors, to try the program
-itself: its figures mean nothing. Exit status: 0; 1 if something was wrong; 2 without a GPU, or for arguments that
-cannot be.
+The parts, in order: *correct* (every kernel 200 times on the same input, comparing bits; then all tests marked gpu),
+*profile* (each kernel's time, bytes and share of what the device reaches), *layer*, *decode*, *model* (the benchmarks
+of this folder), *sanitizer* (NVIDIA's memory checker, whose findings are advice). A part is made of jobs, each a
+process of its own with a time limit, so a hang or a lost device costs one job. The report is written whole after every
+job: its numbers to report.json, what the jobs print to report.md. A later call goes on where this one stopped and tries
+again what failed; --only names the parts to run. After a failure in *correct* nothing is timed without --force.
+
+Install the checkout first, as README.md says. `--device cpu` is a dry run on tiny tensors, whose figures mean nothing.
+Exit status: 0; 1 if something was wrong or there was no time for it; 2 for arguments that cannot be.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import gpu
+import arguments
 import torch
-from gpu import ceilings, correctness, decode, host, layer, model, plan, tune
-from gpu import results as files
-from gpu.budget import PARTS, Budget
-from gpu.machine import Machine, backend_of, facts, machine_of
-from gpu.markdown import summary
+from machine import heading, machine
+from report import layer_markdown, load, write_json, write_text
 
-MINUTES, QUICK_MINUTES = 8.0, 2.0
-Keep = Callable[[dict[str, Any]], None]
+import ilora
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("correct", "profile", "layer", "decode", "model", "sanitizer")
+CHECKS = ("correct", "sanitizer")  # these run even after a failure
+SAME = ("device", "torch", "triton", "git_commit", "git_changed")  # what all jobs of one report have in common
+SHORTEST = 20.0  # seconds; no job starts with less time left
+SQUARES = ("4096x4096", "1024x1024", "2048x2048", "8192x8192", "5120x5120")
+LLAMA = ("4096x1024", "4096x14336", "14336x4096")  # Llama-3-8B's
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+
+
+class Job(NamedTuple):
+    """A command of one part. limit: seconds that it may take. environment: variables to set for it."""
+
+    name: str
+    part: str
+    command: list[str]
+    limit: float
+    environment: dict[str, str] = {}
+
+    @property
+    def writes_json(self) -> bool:
+        return self.part not in CHECKS
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help=f"of {', '.join(PARTS)}")
-    add("--out", type=Path, default=gpu.ROOT / "benchmarks" / "results", help="folder (default benchmarks/results)")
-    add("--quick", action="store_true", help="fewer shapes, ranks and rounds")
-    add("--minutes", type=float, help=f"what to fit in, by leaving out (default {MINUTES:g}; quick {QUICK_MINUTES:g})")
-    add("--force", action="store_true", help="time even what is wrong")
-    add("--peer-path", type=Path, action="append", default=[], metavar="DIR", help="holds unsloth or lorafusion")
-    add("--processes", type=int, help="that check and compile side by side (default: cores less two, at most 12)")
-    add("--device", type=torch.device, default=torch.device("cuda"), help="cuda (default), or cpu for a dry run")
-    add("--commit", help="what was checked out, for the report, where there is no git to ask")
-    add("--render", type=Path, metavar="JSON", help="only write Markdown, table and plots of this report again")
-    options = parser.parse_args(argv)
-    options.only = [part for part in PARTS if part in options.only]  # in the order they run
-    options.minutes = (QUICK_MINUTES if options.quick else MINUTES) if options.minutes is None else options.minutes
-    if options.minutes <= 0 or (options.processes or 0) < 0:
-        parser.error("--minutes: expected more than 0, and --processes 0 or more")
-    for folder in options.peer_path:
-        if not folder.is_dir():
-            parser.error(f"--peer-path {folder}: no such folder")
-    if options.processes is None:
-        options.processes = 0 if options.device.type == "cpu" else min(max((os.cpu_count() or 1) - 2, 1), 12)
-    return options
+    add("--only", nargs="+", metavar="PART", choices=PARTS, default=PARTS, help=f"some of {', '.join(PARTS)}")
+    add("--out", type=Path, default=ROOT / "benchmarks/results", help="where its folder goes (benchmarks/results)")
+    add("--minutes", type=arguments.number, default=8.5, help="to end after; jobs are cut to it (default 8.5)")
+    add("--again", action="store_true", help="also run the jobs that are done already")
+    add("--force", action="store_true", help="time even after a failure in correct")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run")
+    cores = min(os.cpu_count() or 1, 8)
+    add("--processes", type=arguments.count, default=cores, help="for the tests (default: cores, at most 8)")
+    return parser.parse_args(argv)
 
 
-def parts_of(here: Machine, options: argparse.Namespace) -> dict[str, Callable[[Callable[[], float], Keep], Any]]:
-    """Each part as a function of (seconds left, what keeps it halfway)."""
-    dtype = torch.bfloat16
-    if here.dry:  # what the interpreter computes, or else the native kernels
-        dtype = torch.float16 if backend_of(here.device, torch.float16) == "triton" else torch.float32
-    sizes = plan.TINY if here.dry else plan.QUICK if options.quick else plan.FULL
-    quick, processes = options.quick, options.processes
-    return {
-        "correctness": lambda left, keep: correctness.measure(here, quick, processes, left),
-        "ceilings": lambda left, keep: ceilings.measure(here),
-        "tune": lambda left, keep: tune.measure(
-            here, plan.layers(sizes, dtype, here.device), quick, processes, left, keep
-        ),
-        "layer": lambda left, keep: layer.measure(here, plan.layers(sizes, dtype, here.device), processes, left, keep),
-        "decode": lambda left, keep: decode.measure(here, dtype, quick, left, keep),
-        "model": lambda left, keep: model.measure(here, quick, left, keep),
-        "host": lambda left, keep: host.measure(here, dtype),
-    }
+def jobs(device: str, processes: int) -> list[Job]:
+    """All jobs in the order they run: within a part the most important first."""
+    fused = device == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+    strategies = ("beta", "fused") if fused else ("beta",)
+    repeats = [*PYTEST, "tests/test_kernel_repeats.py"]
+    if device == "cpu":
+        timed = [*_dry_jobs(), *profile_jobs(strategies, widths=(64,))]
+        tests = [*PYTEST, "--collect-only", "-qq", "tests/test_decode.py"]
+    else:
+        timed = [*profile_jobs(strategies), *layer_jobs(strategies), *decode_jobs(), *model_jobs()]
+        tests = [*PYTEST, "-m", "gpu", "-n", str(processes), "--ignore=tests/test_kernel_repeats.py"]
+    checker = ["compute-sanitizer", "--report-api-errors", "no", "--tool"]
+    # torch's memory pool would hide writes beyond a tensor's end
+    watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "ILORA_TEST_REPEATS": "2"}
+    return [
+        Job("repeats", "correct", repeats, 200),
+        Job("tests", "correct", tests, 400),
+        *sorted(timed, key=lambda job: PARTS.index(job.part)),
+        Job("memcheck", "sanitizer", [*checker, "memcheck", *repeats, "-k", "small"], 200, watched),
+        Job("racecheck", "sanitizer", [*checker, "racecheck", *repeats, "-k", "small"], 200, watched),
+    ]
 
 
-def run(here: Machine, options: argparse.Namespace, results: dict[str, Any], folder: Path) -> bool:
-    """Fills results["parts"], saved after each; whether all went well."""
-    budget, functions = Budget(60.0 * options.minutes, options.only), parts_of(here, options)
-    well, own_table = True, bool(os.environ.get("ILORA_TABLE"))
-    for name in options.only:
-        if not own_table:
-            put_in_force(results, folder)
-        start = budget.spent()
+def profile_jobs(strategies: tuple[str, ...], widths: tuple[int, ...] = (1024, 4096)) -> Iterator[Job]:
+    for width in widths:
+        for each in strategies:
+            command = _python("gpu_profile.py", "--strategy", each, "--width", str(width))
+            yield Job(f"profile-{width}-{each}", "profile", command, 100)
 
-        def keep(part: dict[str, Any], name: str = name, start: float = start) -> None:
-            results["parts"][name] = {**part, "seconds": budget.spent() - start}
-            files.save(results, folder)
 
-        def left(name: str = name) -> float:
-            return budget.left(name)
+def layer_jobs(strategies: tuple[str, ...]) -> Iterator[Job]:
+    """M = 4096 and R = 16 against all peers; then each strategy, with a gate and without (E = 4, and E = 1, which is
+    plain LoRA of the same rank); then other M and R against PEFT."""
+    common = ("bench_moe_lora.py", "--full", "--dtypes", "bfloat16", "--seconds", "0.15", "--shapes")
+    main = ("--ranks", "16", "--length", "512", "--no-calls")
+    for shape in (*SQUARES, *LLAMA):
+        yield Job(f"layer-{shape}", "layer", _python(*common, shape, *main), 200)
+    for shape in SQUARES[:3]:
+        for each in strategies:
+            command = _python(*common, shape, *main, "--experts", "1,4", "--peers", "ilora[triton]")
+            yield Job(f"layer-{shape}-{each}", "layer", command, 60, {"ILORA_STRATEGY": each})
+    yield Job("calls", "layer", _python(*common, "64x64", "--length", "16", "--peers", "ilora[triton]"), 60)
+    for shape in (*SQUARES, *LLAMA):
+        more = ("--ranks", "16,64", "--length", "256,512,1024", "--peers", "peft,ilora[triton]", "--no-calls")
+        yield Job(f"layer-{shape}-more", "layer", _python(*common, shape, *more), 120)
 
-        print(f"{budget.spent():6.1f} s: {name}", flush=True)
-        checked = results["parts"].get("correctness", {})
-        doubt = "correctness" in options.only and name != "correctness" and not _well("correctness", checked)
-        if doubt and not options.force:
-            rows, failed = len(checked.get("rows", ())), checked.get("failed", 0)
-            found = checked.get("error") or f"{failed} findings in {rows} checks"
-            keep({"left_out": [f"correctness failed ({found}); --force measures all the same"]})
-            continue
+
+def decode_jobs() -> Iterator[Job]:
+    few = ("--ranks", "16", "--batch", "1,8,16,64", "--length", "1", "--seconds", "0.05")
+    for shape in ("4096x4096", "1024x1024", "4096x14336", "14336x4096"):
+        command = _python("bench_moe_lora.py", "--full", "--inference", "--shapes", shape, *few)
+        yield Job(f"decode-{shape}", "decode", command, 90)
+
+
+def model_jobs() -> Iterator[Job]:
+    common = ("bench_model.py", "--dtype", "bfloat16", "--rank", "16", "--model")
+    llama = (*common, "llama3-8b", "--batch", "1", "--length", "4096", "--rounds", "5", "--only", "steps")
+    yield Job("model-llama3-8b-checkpointing", "model", _python(*llama, "--checkpointing"), 240)
+    yield Job("model-llama3-8b", "model", _python(*llama), 240)
+    yield Job("model-smollm2", "model", _python(*common, "smollm2", "--length", "512"), 180)
+
+
+def _dry_jobs() -> list[Job]:
+    """The same programs on tiny shapes."""
+    sizes = ("--shapes", "24x40", "--seconds", "0", "--ranks", "4", "--experts", "2", "--dtypes", "float32")
+    peers = ("--no-calls", "--peers", "peft,published,loop,eager,ilora[reference]")
+    tiny = ("bench_moe_lora.py", "--full", *sizes, *peers)
+    model = ("bench_model.py", "--model", "tiny", "--batch", "2", "--length", "8", "--rounds", "2", "--tokens", "2")
+    return [
+        Job("layer-24x40", "layer", _python(*tiny, "--length", "8"), 100),
+        Job("decode-24x40", "decode", _python(*tiny, "--inference", "--batch", "1,2", "--length", "1"), 100),
+        Job("model-tiny", "model", _python(*model), 100),
+    ]
+
+
+def _python(script: str, *options: str) -> list[str]:
+    return [sys.executable, f"benchmarks/{script}", *options]
+
+
+def run(job: Job, device: str, seconds: float) -> dict[str, Any]:
+    """Runs the job for at most so many seconds. Its status is "ok", or says what happened."""
+    found: dict[str, Any] = {"part": job.part, "environment": job.environment}
+    found["command"] = " ".join(job.command).replace(sys.executable, "python")
+    if shutil.which(job.command[0]) is None:
+        return {**found, "status": f"not run: {job.command[0]} is not on the PATH", "seconds": 0.0, "printed": ""}
+    environment = {**os.environ, "KINETO_LOG_LEVEL": "99", **job.environment}
+    if device == "cpu" and job.part == "profile":
+        environment["TRITON_INTERPRET"] = "1"  # the tests see to it themselves
+    with tempfile.TemporaryDirectory() as folder:
+        file, printed, errors = (Path(folder) / name for name in ("result.json", "printed", "errors"))
+        command = [*job.command, "--json", str(file), "--device", device] if job.writes_json else job.command
+        start = time.monotonic()
+        found["status"] = _run(command, environment, printed, errors, seconds)
+        found["seconds"] = time.monotonic() - start
+        found["printed"] = printed.read_text(errors="replace").strip()
+        if found["status"] != "ok":
+            found["printed"] += "\n" + errors.read_text(errors="replace")[-3000:].strip()
+        if file.exists():
+            found["result"] = load(file)
+    return found
+
+
+def _run(command: list[str], environment: dict[str, str], printed: Path, errors: Path, seconds: float) -> str:
+    with printed.open("wb") as out, errors.open("wb") as err:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
         try:
-            here.tidy()
-            keep(functions[name](left, keep))
-        except Exception as error:  # the other parts may well run; this one's reason is in the report and shown here
-            traceback.print_exc()
-            keep({**results["parts"].get(name, {}), "error": f"{type(error).__name__}: {error}"[:1000]})
-        rendered = _rendered(results, folder, plots=False)
-        well = well and rendered is not None and _well(name, results["parts"][name])
-    return well
+            code = process.wait(timeout=seconds)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its children are in the session that was started for it
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"stopped after {seconds:.0f} s"
+            raise
+    return "ok" if code == 0 else f"exit status {code}"
 
 
-def put_in_force(results: dict[str, Any], folder: Path) -> None:
-    """The table of the tiles that won, once they were tried and it was written."""
-    file = folder / "strategy-table.json"
-    if results["parts"].get("tune", {}).get("rows") and not results["dry_run"] and file.exists():
-        os.environ["ILORA_TABLE"] = str(file.resolve())
+def earlier_jobs(file: Path, known: dict[str, Any]) -> dict[str, Any]:
+    """The jobs of a report that is there already; ValueError if it is of another device, commit or version."""
+    if not file.exists():
+        return {}
+    earlier = load(file)
+    if differing := [name for name in SAME if earlier["machine"].get(name) != known[name]]:
+        now = ", ".join(f"{name} {earlier['machine'].get(name)}, now {known[name]}" for name in differing)
+        raise ValueError(f"{file} is another report ({now}): move it away, or name another --out")
+    found: dict[str, Any] = earlier["jobs"]
+    return found
 
 
-def _rendered(results: dict[str, Any], folder: Path, plots: bool) -> list[str] | None:
-    """Names of the files made of the JSON; None if that failed, which must not end the measuring: --render remains."""
-    try:
-        return files.render(results, folder, plots)
-    except Exception:
-        traceback.print_exc()
-        return None
+def failed(found: dict[str, Any], parts: tuple[str, ...] = PARTS[:-1]) -> list[str]:
+    """Names of the jobs of these parts that failed; by default all but the sanitizer's, whose findings are advice."""
+    return [name for name, job in found.items() if job["part"] in parts and job["status"] != "ok"]
 
 
-def _well(name: str, part: dict[str, Any]) -> bool:
-    wrong = "error" in part or part.get("failed", 0) > 0
-    if name == "correctness" and not part.get("rows"):
-        wrong = True  # nothing was checked
-    if name == "tune":
-        return not wrong  # a tile that does not run is a finding
-    return not wrong and not any("error" in row or "graph_error" in row for row in part.get("rows", ()))
+def trouble(device: str) -> str | None:
+    """Why nothing can be measured here, or None."""
+    if not Path(ilora.__file__).is_relative_to(ROOT):
+        return f"ilora is imported from {ilora.__file__}, not from this checkout: install it, as README.md says"
+    if device == "cuda" and not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no GPU here; --device cpu makes a dry run, whose figures mean nothing"
+    if device == "cuda" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "TRITON_INTERPRET is set: the kernels would run in the interpreter; unset it"
+    return None
+
+
+def report_markdown(results: dict[str, Any]) -> str:
+    """The report as Markdown: how each job went, the main layers in one table, then what the jobs printed."""
+    known, found = results["machine"], results["jobs"]
+    texts = [f"# GPU report: {known['device']}", heading(known), f"Commit {known['git_commit']}."]
+    texts += ["**Changed since that commit.**"] * bool(known["git_changed"]) + [known.get("state") or ""]
+    texts += ["**A dry run on a CPU: every part was gone through, no figure means anything.**"] * results["dry_run"]
+    texts.append("\n".join(f"- {name}: {job['status']}, {job['seconds']:.0f} s" for name, job in found.items()))
+    main = [found[name] for name in (f"layer-{shape}" for shape in (*SQUARES, *LLAMA)) if name in found]
+    rows = [row for job in main if "result" in job for row in job["result"]["rows"]]
+    if timed := [row for row in rows if "graph" in row or "error" in row]:
+        texts += ["Forward plus backward, CUDA graphs, dropout 0 / 0.1:", layer_markdown(timed)]
+    for name, job in found.items():
+        texts += [f"## {name}", f"`{job['command']}` {job['environment'] or ''}", f"```\n{job['printed']}\n```"]
+    return "\n\n".join(text for text in texts if text) + "\n"
+
+
+def run_jobs(todo: list[Job], options: argparse.Namespace, results: dict[str, Any], folder: Path) -> list[str]:
+    """Runs the jobs and writes the report after each; names of those that were left out."""
+    end, left, found = time.monotonic() + 60.0 * options.minutes, [], results["jobs"]
+    for job in todo:
+        if found.get(job.name, {}).get("status") == "ok" and not options.again:
+            continue
+        doubtful = job.part not in CHECKS and bool(failed(found, ("correct",))) and not options.force
+        seconds = min(job.limit, end - time.monotonic())
+        if doubtful or seconds < SHORTEST:
+            reason = "a check failed; --force times it all the same" if doubtful else "no time; call again to go on"
+            print(f"{job.name}: left out: {reason}", flush=True)
+            left.append(job.name)
+            continue
+        print(f"{job.name} ...", end=" ", flush=True)
+        found[job.name] = run(job, options.device, seconds)
+        print(f"{found[job.name]['status']}, {found[job.name]['seconds']:.0f} s", flush=True)
+        write_json(results, folder / "report.json")
+        write_text(report_markdown(results), folder / "report.md")
+    return left
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    dry = options.device == "cpu"
     try:
-        if options.render:
-            results = files.load(options.render)
-            print(*files.render(results, options.render.parent), sep="\n")
-            return 0
-        here = machine_of(options.device)
-        sys.path[:0] = [str(folder.resolve()) for folder in options.peer_path]
-        results = {"kind": "gpu_report", "dry_run": here.dry, "machine": facts(here), "settings": _settings(options)}
-        if options.commit:
-            results["machine"]["git_commit"] = options.commit
-        results["started"] = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        folder = files.folder_of(options.out, results["machine"], here.dry)
-        results["parts"] = {} if here.dry else files.earlier_parts(folder / "report.json", results)
-        for part in options.only:
-            results["parts"].pop(part, None)
+        if reason := trouble(options.device):
+            raise ValueError(reason)
+        known = machine(torch.device(options.device))
+        name = "dry-run" if dry else "gpu-" + re.sub(r"[^a-z0-9]+", "-", known["device"].lower()).strip("-")
+        folder = options.out / name
+        found = {} if dry else earlier_jobs(folder / "report.json", known)
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"gpu_report.py: {error}", file=sys.stderr)
         return 2
-    files.save(results, folder)
-    well = run(here, options, results, folder)
-    rendered = _rendered(results, folder, plots=True)
-    written = ["report.json", *(rendered or ["nothing else: making the rest of it failed"])]
-    print(summary(results), f"{folder}: {', '.join(written)}", sep="\n")
-    if here.dry:
-        print("A dry run: every part was gone through, no figure means anything.")
-    return 0 if well and rendered is not None else 1
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("only", "quick", "minutes", "force", "processes")
-    return {"device": str(options.device), **{name: getattr(options, name) for name in names}}
+    results = {"kind": "gpu_report", "dry_run": dry, "machine": known, "jobs": found}
+    todo = [job for job in jobs(options.device, options.processes) if job.part in options.only]
+    left = run_jobs(todo, options, results, folder)
+    print(f"{folder}: report.json, report.md", *(f"failed: {name}" for name in failed(found)), sep="\n")
+    return int(bool(failed(found) or left))
 
 
 if __name__ == "__main__":

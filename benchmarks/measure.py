@@ -1,7 +1,9 @@
-"""Timing peers side by side.
+"""Timing programs side by side: the one way in which all benchmarks here measure.
 
-Forward is timed with gradients on, as in training. Backward computes the gradients of x and of all that the peer trains
-(for our layer and its peers A, B and the gate; PEFT has no gate; for the frozen layer x alone).
+On a CPU the calls themselves are timed. On CUDA they are timed twice: as plain calls, where the time that Python and
+the driver take to launch kernels counts, and as replays of CUDA graphs, which leave the device's time alone. Both go
+through more input sets than three L2 caches hold. Programs take turns in a new random order each round, and a ratio is
+taken within a round, so a slow moment of the machine hits all of them alike.
 """
 
 from __future__ import annotations
@@ -12,89 +14,95 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from checking import TOLERANCE, WrongPeer
 from peers import Case, Peer
 from torch import Tensor
 
+Result = TypeVar("Result")
+Rows = dict[str, dict[str, Any]]
 PARTS = ("forward", "backward", "both")
-AHEAD = 400_000  # cycles that the device waits while graphs are queued: 0.2 ms, a launch takes the host some 10 µs
+BASELINE = "frozen"  # the program that the ratios are taken to
+WAIT_CYCLES = 400_000  # the device waits so long (0.2 ms) while graphs are queued; launching one takes about 10 µs
+MAX_SETS = 96
 
 
-class Program(Protocol):
-    """What is timed: its parts in order (forward, backward), each over all its input sets.
+class Program:
+    """What is timed.
 
-    queued: whether a part does no more than queue work for the device. outputs: what the first part has left.
+    parts: called in order (forward, backward), each over all input sets. outputs: the tensors that the first part
+    makes. sets: how many input sets there are; times are divided by it. queued: whether a part only queues work for the
+    device and returns.
     """
 
-    sets: int
-    queued: bool
+    def __init__(
+        self, parts: Sequence[Callable[[], object]], outputs: list[Tensor], sets: int, queued: bool = False
+    ) -> None:
+        self.parts, self.outputs, self.sets, self.queued = parts, outputs, sets, queued
 
-    @property
-    def parts(self) -> Sequence[Callable[[], object]]: ...
-
-    @property
-    def outputs(self) -> list[Tensor]: ...
+    def run(self) -> None:
+        for part in self.parts:
+            part()
 
 
-class Eager:
-    """Plain calls: the host's launches count."""
+def calls(functions: Sequence[Callable[[], Tensor]], per_call: int = 1) -> Program:
+    """Functions called one after another, as one part. per_call: how many things (tokens, say) one call does."""
+    outputs: list[Tensor] = []
 
-    queued = False
+    def run() -> None:
+        outputs[:] = [function() for function in functions]  # all live until the next run
 
-    def __init__(self, peers: list[Peer], cases: list[Case]) -> None:
-        self.pairs, self.sets, self.outputs = list(zip(peers, cases, strict=True)), len(peers), list[Tensor]()
+    return Program([run], outputs, len(functions) * per_call)
 
-    @property
-    def parts(self) -> Sequence[Callable[[], object]]:
-        return self.forward, self.backward
 
-    def forward(self) -> None:
-        self.outputs = [peer.call(case.x) for peer, case in self.pairs]
+def training(peers: Sequence[Peer], cases: Sequence[Case]) -> Program:
+    """Forward and backward of a peer, once for each input set.
 
-    def backward(self) -> None:
-        kept = []  # lest every set's gradients be written to the same memory, which a cache holds
-        for (peer, case), y in zip(self.pairs, self.outputs, strict=True):
+    Forward runs with gradients on, as in training. Backward computes the gradients of x and of all that the peer trains
+    (A, B and the gate for our layer; A and B for PEFT, which has no gate; x alone for the frozen layer).
+    """
+    outputs: list[Tensor] = []
+
+    def forward() -> None:
+        outputs[:] = [peer.call(case.x) for peer, case in zip(peers, cases, strict=True)]
+
+    def backward() -> None:
+        kept = []  # otherwise all sets would write their gradients to the same memory, which a cache holds
+        for peer, case, y in zip(peers, cases, outputs, strict=True):
             kept.append(torch.autograd.grad(y, [case.x, *peer.parameters], case.dy))
-        self.outputs = []
+        outputs.clear()
 
-    def both(self) -> None:
-        self.forward()
-        self.backward()
+    return Program([forward, backward], outputs, len(peers))
 
 
-class Graphed:
-    """The same calls as CUDA graphs, one for each part: only the device's time is left.
+def graphed(program: Program) -> Program:
+    """The same program as CUDA graphs, one for each part.
 
-    Raises WrongPeer where a replay does not compute what the calls do; whatever a capture raises.
+    Raises WrongPeer where a replay does not compute what the calls compute, and whatever a capture raises.
     """
-
-    queued = True
-
-    def __init__(self, program: Program) -> None:
-        self.sets, self.outputs = program.sets, list[Tensor]()
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):  # lazy set-up (workspaces, autotuning) must not happen inside a capture
-            for part in [*program.parts] * 3:
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):  # workspaces and autotuning must be over before a capture begins
+        for _ in range(3):
+            program.run()
+        expected = [_first_output(program) for _ in range(2)]
+    current.wait_stream(stream)
+    graphs: list[torch.cuda.CUDAGraph] = []
+    try:
+        for part in program.parts:  # one memory pool: backward reads what forward left there
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
                 part()
-            expected = [_first_output(program) for _ in range(2)]
-        current.wait_stream(stream)
-        graphs: list[torch.cuda.CUDAGraph] = []
-        try:
-            for part in program.parts:  # one pool: a backward reads what its forward has left there
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
-                    part()
-                if not graphs:
-                    _check_replay(graph, program.outputs, *expected)
-                graphs.append(graph)
-        except BaseException:
-            torch.cuda.set_stream(current)  # a capture that fails leaves its own in force
-            raise
-        self.parts: Sequence[Callable[[], object]] = [graph.replay for graph in graphs]
+            if not graphs:
+                _check_replay(graph, program.outputs, *expected)
+            graphs.append(graph)
+    except BaseException:
+        torch.cuda.set_stream(current)  # a capture that fails would leave its own stream current
+        raise
+    return Program([graph.replay for graph in graphs], [], program.sets, queued=True)
 
 
 def _first_output(program: Program) -> Tensor:
@@ -103,7 +111,8 @@ def _first_output(program: Program) -> Tensor:
 
 
 def _check_replay(graph: torch.cuda.CUDAGraph, outputs: list[Tensor], first: Tensor, second: Tensor) -> None:
-    """A replay writes all outputs anew; and the first one's values, where two calls agree on them (no dropout)."""
+    """Fills the outputs with NaN, replays, and looks: every element must be written, with the values of the first call
+    where two calls agree (without dropout)."""
     outputs = [y.data for y in outputs if y.is_floating_point()]
     for y in outputs:
         y.fill_(math.nan)
@@ -114,6 +123,45 @@ def _check_replay(graph: torch.cuda.CUDAGraph, outputs: list[Tensor], first: Ten
         error = float((outputs[0].float() - first.float()).abs().max() / first.float().abs().max())
         if not error <= TOLERANCE[first.dtype]:
             raise WrongPeer(f"a replay of its graph differs from its call by {error:.2g} of y's largest value")
+
+
+def time_rows(
+    rows: Rows,
+    programs: Mapping[str, Program],
+    device: torch.device,
+    seconds: float,
+    repeats: int,
+    say: Callable[[str], None] = lambda what: None,
+    graphs: bool = True,
+) -> None:
+    """Times all programs and writes their times into their rows: under "eager" and, on CUDA, also under "graph".
+
+    A program whose graph cannot be captured gets "graph_error" instead. Without the frozen program nothing is timed.
+    graphs: False leaves graphs out, for what waits for the device in between, as generating text does.
+    """
+    for variant in ("eager", "graph") if graphs and device.type == "cuda" else ("eager",):
+        if variant == "graph":
+            captured = {name: attempt(rows[name], "graph_error", partial(graphed, programs[name])) for name in programs}
+            programs = {name: program for name, program in captured.items() if program is not None}
+        if BASELINE not in programs:
+            return
+        if device.type == "cuda":
+            _raise_clocks(device)
+        for program in programs.values():
+            time_once(program, device)
+        say(f"timing, {variant}")
+        times = interleave(programs, device, seconds, repeats)
+        for name, series in times.items():
+            rows[name][variant] = {"rounds": len(series), **summarise(series, times[BASELINE])}
+
+
+def _raise_clocks(device: torch.device, seconds: float = 0.05) -> None:
+    """Keeps the device busy: its clocks fall while Python prepares the next case."""
+    a = torch.randn(4096, 4096, generator=torch.Generator(device), device=device)  # a failed capture may break torch's
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        a @ a
+        torch.cuda.synchronize(device)
 
 
 def time_once(program: Program, device: torch.device) -> tuple[float, ...]:
@@ -127,8 +175,8 @@ def time_once(program: Program, device: torch.device) -> tuple[float, ...]:
     else:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(program.parts) + 1)]
         torch.cuda.synchronize(device)
-        if program.queued:  # or the first part's time would begin with the host's launch of it
-            torch.cuda._sleep(AHEAD)
+        if program.queued:  # otherwise the first part's time would include the launch of its graph
+            torch.cuda._sleep(WAIT_CYCLES)
         events[0].record()
         for part, event in zip(program.parts, events[1:], strict=True):
             part()
@@ -139,63 +187,65 @@ def time_once(program: Program, device: torch.device) -> tuple[float, ...]:
 
 
 def interleave(
-    programs: Mapping[str, Program],
-    device: torch.device,
-    seconds: float,
-    repeats: int,
-    progress: Callable[[int], None] = lambda round_number: None,
+    programs: Mapping[str, Program], device: torch.device, seconds: float, repeats: int
 ) -> dict[str, list[tuple[float, ...]]]:
-    """Rounds over all programs, each in a new random order, so that a slow moment of the machine hits all alike.
+    """Milliseconds of each part of each program, round by round, in a new random order each round.
 
-    Rounds end after `seconds` for each program or after `repeats`, but not before the third.
+    Rounds end after `seconds` for each program or after `repeats`, but not before the third unless `repeats` says so.
     """
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in programs}
     order, shuffle = list(programs), random.Random(0).shuffle
     gc.collect()
+    gc.freeze()  # what exists now stays, so that collecting between rounds takes no time
     deadline = time.perf_counter() + seconds * len(programs)
-    for done in range(max(repeats, 1)):
-        if done >= 3 and time.perf_counter() > deadline:
-            break
-        shuffle(order)
-        for name in order:
-            times[name].append(time_once(programs[name], device))
-        progress(done + 1)
+    try:
+        for done in range(repeats):
+            if done >= 3 and time.perf_counter() > deadline:
+                break
+            gc.collect()
+            shuffle(order)
+            for name in order:
+                times[name].append(time_once(programs[name], device))
+    finally:
+        gc.unfreeze()
     return times
 
 
-def summarise(times: list[tuple[float, ...]], frozen: list[tuple[float, ...]]) -> dict[str, dict[str, float]]:
-    """For forward, backward and both (forward alone, where that is all): the median in ms, and the ratio to the frozen
-    layer.
+def summarise(times: list[tuple[float, ...]], baseline: list[tuple[float, ...]]) -> dict[str, dict[str, float]]:
+    """The median in ms and the ratio to the baseline, for forward, backward and both (for forward alone where a program
+    has one part).
 
-    The ratio is taken within each round and its median reported, with the quartiles as low and high.
+    The ratio is taken within each round. Its median is reported, with its quartiles as low and high.
     """
     summary = {}
-    for i, part in enumerate(PARTS if len(frozen[0]) > 1 else PARTS[:1]):
-        mine, limit = ([sum(t) if i == 2 else t[i] for t in series] for series in (times, frozen))
+    for i, part in enumerate(PARTS if len(baseline[0]) > 1 else PARTS[:1]):
+        mine, limit = ([sum(t) if i == 2 else t[i] for t in series] for series in (times, baseline))
         ratios = [a / b for a, b in zip(mine, limit, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         summary[part] = {"ms": statistics.median(mine), "ratio": statistics.median(ratios), "low": low, "high": high}
     return summary
 
 
-def input_sets(case: Case) -> int:
-    """On a GPU enough sets of tensors that three L2 caches cannot hold them; on a CPU one."""
-    if case.x.device.type == "cpu":
+def input_sets(size: int, device: torch.device) -> int:
+    """How many input sets of `size` bytes three L2 caches of the GPU cannot hold, at most 96; on a CPU one."""
+    if device.type == "cpu":
         return 1
-    size = sum(t.nbytes for t in (case.x, case.dy, case.weight, case.A, case.B))
-    return math.ceil(3 * torch.cuda.get_device_properties(case.x.device).L2_cache_size / size)
+    return min(math.ceil(3 * torch.cuda.get_device_properties(device).L2_cache_size / size), MAX_SETS)
 
 
-def bf16_cost() -> float:
-    """Time of dy W in bfloat16 over float32, on one thread: some CPUs have no fast path for it."""
-    best, threads = {}, torch.get_num_threads()
-    torch.set_num_threads(1)  # beside other work two threads would mostly wait for each other
-    for dtype in (torch.float32, torch.bfloat16):
-        dy, weight = torch.randn(128, 576).to(dtype), torch.randn(576, 576).to(dtype)
-        best[dtype] = math.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.mm(dy, weight)
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return best[torch.bfloat16] / best[torch.float32]
+def attempt(row: dict[str, Any], key: str, function: Callable[[], Result]) -> Result | None:
+    """What the function returns. If it raises, None, with the reason in row[key]: one peer that does not run must not
+    cost the others their times."""
+    try:
+        return function()
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        row[key] = f"{type(error).__name__}: {first}"[:400]
+        return None
+
+
+def tidy(device: torch.device) -> None:
+    """Returns memory that earlier measurements held: their graphs keep it until they are collected."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """The most memory that is allocated at once while the function runs, above what was allocated before it.
 
-    On the CPU it counts what goes through torch's allocator, as torch's profiler records it.
+    On the CPU this counts what torch's allocator hands out, as torch's profiler records it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -52,7 +52,7 @@ def saved_bytes(call: Callable[[], Tensor], left_out: Iterable[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call()  # held until the sum is made, lest a freed storage's address come again
+        y = call()
     total = sum(kept.values())
-    del y
+    del y  # only now: while y lives, no kept storage is freed and its address cannot be used again
     return total

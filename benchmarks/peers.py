@@ -1,8 +1,8 @@
-"""The peers of `ilora_linear`: every way we know to compute an adapted linear layer, each a plain callable x -> y.
+"""The peers of `ilora_linear`: the ways to compute an adapted linear layer, each a plain callable x -> y.
 
-All are built from one `Case` (the same weight, bias, A, B and gate, B not zero), so that at p = 0 they compute the same
-function and can be checked against `ilora.reference` (see checking.check). PEFT's LoRA has no gate: its scaling alpha/r
-makes it the function whose gate is uniform, 1/E. The frozen layer is the one whose gate is zero.
+All are built from one `Case` (the same weight, bias, A, B and gate; B is not zero), so without dropout they compute the
+same function and can be checked against `ilora.reference` (see checking.py). PEFT's LoRA has no gate: its scaling
+alpha/r equals ours under the uniform gate 1/E. The frozen layer equals ours under a gate of zeros.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ilora.op.backends
+import ilora
+from ilora.op import backends, native
 from ilora.reference import as_seed, keep_mask
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One case of the sweep: M = batch · length rows, one gate row per batch entry."""
+    """The sizes of one case: M = batch · length rows, one row of the gate for each of the batch."""
 
     d_in: int
     d_out: int
@@ -61,7 +62,7 @@ class Case:
 
     @property
     def constants(self) -> list[Tensor]:
-        """What exists whether the layer runs or not."""
+        """The tensors that exist whether the layer runs or not."""
         return [self.weight, self.bias, self.A, self.B, self.gate]
 
 
@@ -92,10 +93,11 @@ class Peer:
     """A peer built for one case.
 
     call: x -> y.
-    gate: the gate of the ilora_linear that it must equal.
-    trained: what it trains besides x, named as in ilora_linear; a list is joined along the argument's rank dimension.
-    mask: draws, from torch's generator as the call would find it, the factor by which the call multiplies x before A;
-        None without dropout, or where it cannot be foretold.
+    gate: the gate under which ilora_linear must equal it.
+    trained: the tensors that it trains besides x, by their names in ilora_linear; where there are several, they are
+        joined along the rank dimension.
+    mask: draws the dropout mask (the factor on x before A) from torch's generator as the next call would draw it; None
+        without dropout, or where the mask cannot be known beforehand.
     """
 
     call: Callable[[Tensor], Tensor]
@@ -105,25 +107,23 @@ class Peer:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All that it trains besides x."""
+        """All tensors that it trains besides x."""
         return [tensor for tensors in self.trained.values() for tensor in tensors]
 
 
 def frozen(case: Case) -> Peer:
-    """The layer without an adapter: the limit. Its backward computes dx only."""
+    """The layer without an adapter, which no adapted layer can beat. Its backward computes dx only."""
     return Peer(lambda x: F.linear(x, case.weight, case.bias), torch.zeros_like(case.gate))
 
 
 def peft_lora(case: Case) -> Peer:
-    """PEFT's own LoRA layer, r = R, alpha such that alpha/r · B A is our update under the gate 1/E."""
+    """PEFT's own LoRA layer with r = R and the alpha for which it equals our layer under the uniform gate 1/E."""
     import peft
 
     s = case.settings
-    linear = nn.Linear(s.d_in, s.d_out, device="meta")
-    linear.weight, linear.bias = nn.Parameter(case.weight, False), nn.Parameter(case.bias, False)
     alpha = case.scaling * s.rank / s.experts
     config = peft.LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, target_modules=["0"])
-    model = peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)
+    model = peft.get_peft_model(nn.Sequential(_linear(case)), config, autocast_adapter_dtype=False)
     layer = model.base_model.model[0].to(case.x.device, s.dtype)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with torch.no_grad():
@@ -134,7 +134,7 @@ def peft_lora(case: Case) -> Peer:
 
 
 def published(case: Case) -> Peer:
-    """The published iLoRA arithmetic: every expert's output exists, [batch, length, E, d_out]; the gate weighs them."""
+    """The arithmetic of the published iLoRA code: it materialises every expert's output, [batch, length, E, d_out]."""
     s = case.settings
     A, B, gate = _leaves(case.A, case.B, case.gate)
 
@@ -148,7 +148,7 @@ def published(case: Case) -> Peer:
 
 
 def expert_loop(case: Case) -> Peer:
-    """A LoRA per expert, as PEFT would hold them, in a Python loop; the experts share the dropped-out x."""
+    """A Python loop over experts, each with an A and B of its own; they share the dropped-out x."""
     s = case.settings
     A, B = _leaves(*case.A.chunk(s.experts)), _leaves(*case.B.chunk(s.experts, dim=1))
     (gate,) = _leaves(case.gate)
@@ -171,7 +171,7 @@ def _algebraic(
 
 
 def eager(case: Case, function: Callable[..., Tensor] = _algebraic) -> Peer:
-    """The algebraic form, (x̃ Aᵀ ⊙ γ) Bᵀ, in eager torch: what a careful user writes without a kernel."""
+    """The algebraic form, (x̃ Aᵀ ⊙ γ) Bᵀ, in eager torch: what a careful user writes without our kernels."""
     A, B, gate = _leaves(case.A, case.B, case.gate)
     s, p = case.scaling, case.settings.dropout
 
@@ -183,11 +183,11 @@ def eager(case: Case, function: Callable[..., Tensor] = _algebraic) -> Peer:
 
 @cache
 def _compiled_algebraic() -> Callable[..., Tensor]:
-    return torch.compile(_algebraic, fullgraph=True, dynamic=False)  # fullgraph: past its limit of graphs it raises
+    return torch.compile(_algebraic, fullgraph=True, dynamic=False)  # fullgraph: too many recompilations raise
 
 
 def compiled(case: Case) -> Peer:
-    """The same function under torch.compile, whose dropout mask we cannot foretell."""
+    """The same function under torch.compile, whose dropout mask cannot be known beforehand."""
     peer = eager(case, _compiled_algebraic())
     if case.settings.dropout:
         peer.mask = None
@@ -195,7 +195,7 @@ def compiled(case: Case) -> Peer:
 
 
 def ours(case: Case, backend: str) -> Peer:
-    """ilora.ilora_linear on one backend; the seed of its dropout is drawn from torch's generator in each call."""
+    """ilora.ilora_linear on one backend; each call draws its dropout seed from torch's generator."""
     s, p = case.scaling, case.settings.dropout
     A, B, gate = _leaves(case.A, case.B, case.gate)
 
@@ -209,8 +209,46 @@ def ours(case: Case, backend: str) -> Peer:
     return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, mask if p else None)
 
 
+def module(case: Case) -> Peer:
+    """Our `ILoRALinear`, as a model calls it, without dropout."""
+    s = case.settings
+    layer = ilora.ILoRALinear(_linear(case), r=s.rank, num_experts=s.experts, lora_alpha=32.0)
+    with torch.no_grad():
+        layer.lora_A.copy_(case.A)
+        layer.lora_B.copy_(case.B)
+    (gate,) = _leaves(case.gate)
+    trained: dict[str, list[Tensor]] = {"A": [layer.lora_A], "B": [layer.lora_B], "gate": [gate]}
+    return Peer(lambda x: layer(x, gate=gate), case.gate, trained)
+
+
+def cuda_decode(case: Case) -> Peer:
+    """The CUDA library's kernel for few rows, without gradients. Up to 16 rows one launch computes the whole layer.
+
+    Its call raises ValueError for what the library does not take.
+    """
+
+    def call(x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        few = len(rows) <= native.DECODE_FUSED_ROWS
+        weight, bias = (case.weight, case.bias) if few else (None, None)
+        base = None if few else F.linear(rows, case.weight, case.bias)
+        result = native.decode(rows, weight, bias, base, case.A, case.B, case.gate, None, case.scaling)
+        if result is None:
+            raise ValueError(f"the CUDA library does not take x {list(x.shape)}, {x.dtype}, R = {len(case.A)}")
+        return result[0].view(*x.shape[:-1], -1)
+
+    return Peer(call, case.gate)
+
+
+def _linear(case: Case) -> nn.Linear:
+    """The frozen layer as a module."""
+    linear = nn.Linear(case.settings.d_in, case.settings.d_out, device="meta")
+    linear.weight, linear.bias = nn.Parameter(case.weight, False), nn.Parameter(case.bias, False)
+    return linear
+
+
 def _leaves(*tensors: Tensor) -> list[Tensor]:
-    """A trained copy of each."""
+    """A copy of each tensor, for training."""
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
@@ -232,42 +270,20 @@ PEERS: dict[str, Callable[[Case], Peer]] = {
 }
 
 
+INFERENCE_PEERS = {"ilora[cuda]": cuda_decode}  # these have no backward
+MODULES: dict[str, Callable[[Case], Peer]] = {  # what one call costs in a model
+    "frozen": lambda case: Peer(_linear(case), torch.zeros_like(case.gate)),
+    "peft": peft_lora,
+    "ilora": module,
+}
+
+
 def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this peer cannot run here, or None if it can."""
+    if name == "ilora[cuda]":
+        return "the CUDA library needs a GPU" if device.type == "cpu" else native.cuda_unavailable()
     if name == "ilora[triton]" and device.type == "cpu":
         return "Triton needs a GPU; its interpreter is not for timing"
     if name.startswith("ilora["):
-        return ilora.op.backends.why_not(name[6:-1], device.type, dtype)
-    if name == "peft":
-        return _peft_trouble()
-    return _compiler_trouble(device) if name == "compile" else None
-
-
-@cache
-def _peft_trouble() -> str | None:
-    """PEFT's import fails beside some versions of other packages, and so may making a layer; only trying tells."""
-    if importlib.util.find_spec("peft") is None:
-        return "peft is not installed"
-    try:
-        importlib.import_module("peft")
-    except Exception as error:  # whatever its import does
-        return f"peft does not import here: {_first_line(error)}"
-    try:
-        peft_lora(make_case(Settings(8, 8, 1, 1, 1, 1, 0.0, torch.float32, torch.device("cpu"))))
-    except ImportError as error:  # of what PEFT looks for when it makes a layer
-        return f"peft makes no layer here: {_first_line(error)}"
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-@cache
-def _compiler_trouble(device: torch.device) -> str | None:
-    """Inductor needs a C++ compiler on the CPU and Triton on a GPU; only trying tells."""
-    try:
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except (RuntimeError, ImportError) as error:
-        return f"torch.compile does not work here: {_first_line(error)}"
-    return None
+        return backends.why_not(name[6:-1], device.type, dtype)
+    return "peft is not installed" if name == "peft" and importlib.util.find_spec("peft") is None else None

@@ -1,140 +1,227 @@
-"""What a benchmark run shows and keeps: the machine it ran on, a table for each case, a JSON file.
+"""The tables, the plot and the files of a benchmark run.
 
-`python benchmarks/report.py RESULTS.json` prints the Markdown tables of a file that a benchmark wrote.
+`python benchmarks/report.py RESULTS.json` prints the Markdown tables of a file that a benchmark wrote with --json;
+`python benchmarks/report.py RESULTS.json PLOT.png` draws its plot as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from measure import PARTS
+import arguments
+import pandas as pd
+from measure import BASELINE, PARTS
+from tabulate import tabulate
 
-import ilora
-
-PACKAGES = ("torch", "triton", "peft", "transformers")
-LOAD_BEFORE = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # at import: before this program's own work
+Row = dict[str, Any]
+MISSING = "–"
 
 
-def table(title: object, rows: list[dict[str, Any]]) -> str:
-    """The rows of one case, one table for each way of timing; × is the ratio to the frozen layer."""
-    head = "".join(f"{part + ' ms':>13}{'×':>7}" for part in PARTS) + f"{'peak MB':>10}{'saved MB':>10}{'check':>9}"
-    lines = []
+def case_table(title: object, rows: list[Row]) -> str:
+    """The rows of one case for the terminal, one table for each way of timing.
+
+    × is the ratio to the frozen layer; the last of them has its quartiles.
+    """
+    texts = []
     for variant in ("eager", "graph"):
         timed = [row for row in rows if variant in row]
         if timed:
-            rounds = f"{timed[0][variant]['rounds']} rounds"
-            lines += ["", f"{title}; {variant}, {rounds}", f"{'':18}{head}"]
-        for row in timed:
-            times = "".join(f"{row[variant][part]['ms']:13.3f}{row[variant][part]['ratio']:7.2f}" for part in PARTS)
-            memory = f"{row['peak_bytes'] / 1e6:10.1f}{row['saved_bytes'] / 1e6:10.1f}"
-            lines.append(f"{row['peer']:18}{times}{memory}{row['error_of_check']:9.0e}")
-    lines += [f"{row['peer']:18}WRONG, not timed: {row['error']}" for row in rows if "error" in row]
-    return "\n".join(lines)
+            lines = pd.DataFrame([_case_line(row, variant) for row in timed]).fillna("")
+            texts.append(f"\n{title}; {variant}, {timed[0][variant]['rounds']} rounds\n{terminal_table(lines)}")
+    for key, what in (("error", "not timed"), ("graph_error", "no graph")):
+        texts += [f"{row['peer']}: {what}: {row[key]}" for row in rows if key in row]
+    return "\n".join(texts)
+
+
+def _case_line(row: Row, variant: str) -> Row:
+    line = {"": row["peer"]}
+    parts = [part for part in PARTS if part in row[variant]]
+    for part in parts:
+        times = row[variant][part]
+        line |= {f"{part} ms": f"{times['ms']:.3f}", f"{part} ×": _with_quartiles(times, part == parts[-1])}
+    if "peak_bytes" in row:
+        line |= {"peak MB": f"{row['peak_bytes'] / 1e6:.1f}", "saved MB": f"{row['saved_bytes'] / 1e6:.1f}"}
+    return line | {"error": f"{row['error_of_check']:.0e}"}
+
+
+def _with_quartiles(times: Row, quartiles: bool = True) -> str:
+    ratio = f"{times['ratio']:.2f}" if times["ratio"] >= 0.1 else f"{times['ratio']:.3f}"
+    return f"{ratio} ({times['low']:.2f}–{times['high']:.2f})" if quartiles else ratio
+
+
+def terminal_table(frame: pd.DataFrame) -> str:
+    align = ["left", *["right"] * (len(frame.columns) - 1)]
+    return tabulate(frame, headers="keys", showindex=False, disable_numparse=True, colalign=align)
+
+
+def calls_table(rows: list[Row]) -> str:
+    """What one call costs, for the terminal."""
+    title = "One call in one thread, µs (over the frozen layer's)"
+    errors = "".join(f"\n{row['peer']}: not timed: {row['error']}" for row in rows if "error" in row)
+    return f"\n{title}\n{terminal_table(_calls_frame(rows).reset_index(names=''))}{errors}"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Markdown of one run: a table for each dtype, rank and E, headed by them if there are several.
+    """Markdown of one run: what a layer takes, what a call costs, whole training steps, generating text.
 
-    Forward + backward over the frozen layer's: a row a peer, a column a shape. A cell holds one figure for each dropout
-    probability, in order, "wrong" where the check refused the peer; saved MB is that of the last shape. Of a GPU report
-    these are the rows of its main case, by the device's time alone. Raises ValueError for a dry run, and for a file
-    without rows.
+    Raises ValueError for a dry run of the GPU report, and for a file that has none of these.
     """
     if results.get("dry_run"):
         raise ValueError("this is a dry run of gpu_report.py on a CPU: its figures mean nothing, publish none of them")
-    if "parts" in results:
-        rows = results["parts"].get("layer", {}).get("rows", ())
-        results = {"rows": [row for row in rows if row["level"] == 0 and "graph" in row]}
-    if "steps" in results:
-        return _steps_markdown(results["steps"])
-    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for row in results.get("rows", ()):
-        groups.setdefault((row["dtype"], row["rank"], row["experts"]), []).append(row)
-    if not groups:
+    makers: dict[str, Callable[[list[Row]], str]] = {
+        "rows": layer_markdown,
+        "calls": lambda rows: _markdown(_calls_frame(rows)),
+        "steps": steps_markdown,
+        "generation": generation_markdown,
+    }
+    tables = [make(results[name]) for name, make in makers.items() if results.get(name)]
+    if not tables:
         raise ValueError("no rows of a layer and no steps of a model: there is no table to make")
-    if len(groups) == 1:
-        return _rows_markdown(*groups.values())
-    tables = (f"{dtype}, R = {R}, E = {E}:\n\n{_rows_markdown(rows)}" for (dtype, R, E), rows in groups.items())
     return "\n\n".join(tables)
 
 
-def _rows_markdown(rows: list[dict[str, Any]]) -> str:
-    """The table of rows of one dtype, rank and E."""
-    found = {(r["peer"], (r["d_in"], r["d_out"]), r["dropout"]): r for r in rows}
-    peers, shapes, dropouts = (list(dict.fromkeys(part)) for part in zip(*found, strict=True))
-    head = " | ".join(f"{d_in}→{d_out}" for d_in, d_out in shapes)
-    lines = [f"| | {head} | saved for backward |", "|---" * (len(shapes) + 2) + "|"]
-    for peer in peers:
-        cells = [peer]
-        for shape in shapes:
-            cells.append(" / ".join(_ratio(found.get((peer, shape, p))) for p in dropouts))
-        kept = (found.get((peer, shapes[-1], p)) for p in dropouts)
-        saved = " / ".join("–" if row is None or "error" in row else f"{row['saved_bytes'] / 1e6:.1f}" for row in kept)
-        lines.append(f"| {' | '.join(cells)} | {saved} MB |")
-    return "\n".join(lines)
+def layer_markdown(rows: list[Row]) -> str:
+    """Forward plus backward (or forward alone, in inference) over the frozen layer's: a row for each peer, a column for
+    each shape.
+
+    A cell holds one figure for each dropout probability, in order: "wrong" where the check refused the peer, "failed"
+    where it did not run. There is a table for each dtype, number of rows, R and E, with a title where there are
+    several. On a GPU the times are those of graphs.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in ("dtype", "batch", "length", "rank", "experts")), []).append(row)
+    tables = []
+    for (dtype, batch, length, rank, experts), group in groups.items():
+        title = f"{dtype}, {batch} × {length} rows, R = {rank}, E = {experts}:\n\n" if len(groups) > 1 else ""
+        tables.append(title + _markdown(_layer_frame(group)))
+    return "\n\n".join(tables)
 
 
-def _ratio(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "–"
+def _layer_frame(rows: list[Row]) -> pd.DataFrame:
+    lines = [
+        {
+            "peer": row["peer"],
+            "shape": _shape(row),
+            "dropout": row["dropout"],
+            "ratio": _ratio(row),
+            "saved": f"{row['saved_bytes'] / 1e6:.1f}" if "saved_bytes" in row and "error" not in row else MISSING,
+        }
+        for row in rows
+    ]
+    found = pd.DataFrame(lines).set_index(["peer", "shape", "dropout"])
+    every = pd.MultiIndex.from_product([found.index.unique(name) for name in found.index.names])
+    cells = found.reindex(every, fill_value=MISSING).groupby(level=["peer", "shape"], sort=False).agg(" / ".join)
+    table = cells["ratio"].unstack(sort=False)
+    if any("saved_bytes" in row for row in rows):
+        table["saved for backward"] = cells["saved"].unstack(sort=False).iloc[:, -1] + " MB"  # of the last shape
+    return table
+
+
+def _ratio(row: Row) -> str:
     if "error" in row:
-        return "wrong"
-    ratio = (row["graph"] if "graph" in row else row["eager"])["both"]["ratio"]
-    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.3f}"
+        return "wrong" if "WrongPeer" in row["error"] else "failed"
+    return _with_quartiles(_last_part(row), quartiles=False)
 
 
-def _steps_markdown(steps: list[dict[str, Any]]) -> str:
-    """Of whole training steps: a row a kind of step; a cell holds one figure for each dropout probability, in order."""
-    lines = ["| | step | over the frozen model | peak memory | trained parameters |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys(step["step"] for step in steps):
-        own = [step for step in steps if step["step"] == name]
-        seconds = " / ".join(f"{step['seconds']:.2f}" for step in own)
-        ratios = " / ".join(f"{step['ratio']:.2f}" for step in own)
-        peaks = " / ".join(f"{step['peak_bytes'] / 1e6:.0f}" for step in own)
-        lines.append(f"| {name} | {seconds} s | {ratios} | {peaks} MB | {own[0]['trained']:,} |")
-    return "\n".join(lines)
+def _shape(row: Row) -> str:
+    return f"{row['d_in']}→{row['d_out']}"
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
-    changes = _git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-        "cpu": _cpu(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load_before": LOAD_BEFORE,
-        "python": platform.python_version(),
-        "ilora": ilora.__version__,
-        **{package: _version(package) for package in PACKAGES},
-        "git_commit": _git("rev-parse", "--verify", "HEAD"),
-        "git_changed": None if changes is None else bool(changes),
+def _last_part(row: Row, variant: str = "graph") -> Row:
+    """Times of forward plus backward, or of forward where there is no backward."""
+    times: Row = row[variant] if variant in row else row["eager"]
+    last: Row = times["both" if "both" in times else "forward"]
+    return last
+
+
+def _calls_frame(rows: list[Row]) -> pd.DataFrame:
+    """µs of a call and the ratio to the frozen layer's; a row for each layer."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        times = MISSING
+        if "error" not in row:
+            part = _last_part(row, "eager")
+            times = f"{1e3 * part['ms']:.1f} ({part['ratio']:.2f})"
+        kind = "forward + backward" if "saved_bytes" in row else "inference"
+        cells.setdefault(f"{row['length']} × {_shape(row)}, {kind}", {})[row["peer"]] = times
+    return pd.DataFrame(cells).fillna(MISSING)
+
+
+def steps_markdown(steps: list[Row]) -> str:
+    """Whole training steps: a row for each model; a cell holds one figure for each dropout probability, in order."""
+    lines = {}
+    for name, own in _by_name(steps).items():
+        lines[name] = {
+            "step": _joined(own, lambda row: f"{row['seconds']:.{2 if row['seconds'] >= 1 else 4}f}") + " s",
+            "over the frozen model": _joined(own, lambda row: f"{row['ratio']:.2f}"),
+            "peak memory": _joined(own, lambda row: f"{row['peak_bytes'] / 1e6:.0f}") + " MB",
+            "trained parameters": f"{own[0]['trained']:,}",
+        }
+        if "tokens_per_second" in own[0]:
+            lines[name]["tokens a second"] = _joined(own, lambda row: f"{row['tokens_per_second']:,.0f}")
+    return _markdown(pd.DataFrame(lines).T)
+
+
+def generation_markdown(rows: list[Row]) -> str:
+    """Generating text: a row for each model."""
+    lines = {
+        name: {
+            "time per token": f"{1e3 * own[0]['seconds']:.1f} ms",
+            "over the frozen model": _with_quartiles(own[0]),
+        }
+        for name, own in _by_name(rows).items()
     }
+    return _markdown(pd.DataFrame(lines).T)
 
 
-def heading(machine: dict[str, Any]) -> str:
-    """The machine in one line."""
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("ilora", *PACKAGES))
-    return f"{machine['device']}, {machine['threads']} threads, {machine['cpu_capability']}; {versions}"
+def _by_name(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            found.setdefault(row["step"], []).append(row)
+    return found
 
 
-def busy(machine: dict[str, Any]) -> str | None:
-    """A warning where other work would spoil the times, else None."""
-    load, cores = machine["load_before"], machine["cores"]
-    if load is None or load <= cores / 2:
-        return None
-    return f"the machine was busy before the start (load {load:.1f} on {cores} cores): do not trust these times"
+def _joined(rows: list[Row], text: Callable[[Row], str]) -> str:
+    return " / ".join(map(text, rows))
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    """A Markdown table whose first column is the frame's index."""
+    return frame.rename_axis(None).rename_axis(None, axis=1).to_markdown(disable_numparse=True)
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Ratios to the frozen layer as bars: a panel for each dtype, rank, E and dropout, a group of bars for each shape,
+    a bar for each peer. Raises ValueError if no row was timed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in results.get("rows", ()) if "error" not in row and row["peer"] != BASELINE]
+    if not rows:
+        raise ValueError("no timed rows to plot")
+    frame = pd.DataFrame([{**row, "shape": _shape(row), "ratio": _last_part(row)["ratio"]} for row in rows])
+    panels = list(frame.groupby(["dtype", "batch", "length", "rank", "experts", "dropout"], sort=False))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 3.2 * len(panels)), squeeze=False, layout="constrained")
+    for axis, ((dtype, batch, length, rank, experts, dropout), panel) in zip(axes[:, 0], panels, strict=True):
+        bars = panel.pivot(index="shape", columns="peer", values="ratio")
+        bars = bars.reindex(index=panel["shape"].unique(), columns=panel["peer"].unique())
+        title = f"{dtype}, {batch} × {length} rows, R={rank}, E={experts}, p={dropout:g}"
+        bars.plot.bar(ax=axis, rot=0, width=0.8, xlabel="", ylabel="ratio", title=title)
+        axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axis.legend(fontsize=7, ncols=4)
+    figure.suptitle(f"forward + backward, time over the frozen layer's · {results['machine']['device']}", fontsize=11)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    plt.close(figure)
 
 
 def write_json(results: dict[str, Any], file: Path) -> None:
@@ -142,13 +229,13 @@ def write_json(results: dict[str, Any], file: Path) -> None:
 
 
 def write_text(text: str, file: Path) -> None:
-    with whole(file) as temporary:
+    with replacing(file) as temporary:
         temporary.write_text(text)
 
 
 @contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """A temporary file beside it, to write to; it takes the file's name in the end, or is removed if anything fails."""
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary file to write to. It replaces the file in the end, or is removed if anything fails."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         yield temporary
@@ -156,33 +243,6 @@ def whole(file: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _cpu() -> str:
-    """The processor's name as Linux gives it, or what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """The answer of git, or None: no git, no checkout, no commit yet."""
-    try:
-        folder = Path(__file__).parent
-        run = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return run.stdout.strip() if run.returncode == 0 else None
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -199,12 +259,15 @@ def load(file: Path) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="RESULTS.json", help="what a benchmark wrote with --json")
+    parser.add_argument("plot", type=arguments.plot_file, nargs="?", metavar="PLOT.png", help="a plot to draw as well")
     options = parser.parse_args(argv)
     try:
-        text = markdown(load(options.file))
+        results = load(options.file)
+        print(markdown(results))
+        if options.plot:
+            plot(results, options.plot)
     except ValueError as error:
         parser.error(str(error))
-    print(text)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""The benchmark: its peers compute one function, a wrong one is not timed, its files hold what they promise."""
+"""The layer benchmark: all peers compute one function, wrong ones are not timed, files are complete."""
 
 import itertools
 import json
-import sys
 from dataclasses import replace
 
 import bench_moe_lora as bench
 import checking
+import machine
 import measure
 import peers
-import plot
 import pytest
 import report
 import torch
@@ -18,7 +17,7 @@ from memory import peak_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 TINY = ["--device=cpu", "--shapes=24x40", "--batch=2", "--length=8", "--ranks=4", "--experts=2", "--dtypes=float32"]
-TINY += ["--seconds=0", "--repeats=4", "--threads=1"]
+TINY += ["--seconds=0", "--repeats=4", "--threads=1", "--no-calls"]
 
 
 def case_of(**changes):
@@ -26,14 +25,19 @@ def case_of(**changes):
     return peers.make_case(peers.Settings(**{**values, "dtype": torch.float32, "device": CPU, **changes}))
 
 
-@pytest.mark.parametrize("name", [name for name in peers.PEERS if name != "compile"])
+KNOWN = {**peers.PEERS, "ILoRALinear": peers.MODULES["ilora"], "nn.Linear": peers.MODULES["frozen"]}
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "compile"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_every_peer_equals_the_reference(name, dtype, dropout):
     if reason := peers.unavailable(name, CPU, dtype):
         pytest.skip(reason)
-    case = case_of(dropout=dropout, dtype=dtype)
-    assert checking.check(peers.PEERS[name](case), peers.PEERS[name], case) <= checking.TOLERANCE[dtype]
+    case = case_of(dropout=0.0 if name == "ILoRALinear" else dropout, dtype=dtype)
+    assert checking.check(KNOWN[name](case), KNOWN[name], case) <= checking.TOLERANCE[dtype]
+    if not case.settings.dropout:
+        assert checking.check_inference(KNOWN[name](case), case) <= checking.TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -62,7 +66,7 @@ def dropout_not_inverted(case):
 
 
 def dropped_by(drop):
-    """Builds a peer that a generator's state does not foretell: `drop(x, p)` is what its update sees."""
+    """Builds a peer whose mask cannot be known beforehand: its update reads `drop(x, p)`."""
 
     def build(case):
         peer = peers.eager(case, lambda x, weight, bias, A, B, gate, s, p: layer(x, weight, bias, A, B, gate, s, p))
@@ -86,7 +90,7 @@ class MaskForgotten(torch.autograd.Function):
 
 
 class OtherMaskForA(torch.autograd.Function):
-    """xa of x̃ whose mask is right in xa and in the gradient of x: the gradient of A is that of x without a mask."""
+    """x̃ Aᵀ whose mask is right in the result and in the gradient of x, but missing in the gradient of A."""
 
     @staticmethod
     def forward(ctx, x, A, p):
@@ -134,7 +138,7 @@ def gradient_of_nan(case):
     peer = peers.eager(case)
 
     def call(x):
-        return peer.call(x) + (peer.parameters[0].sum() * 0.0).sqrt()  # 0, of infinite slope times 0
+        return peer.call(x) + (peer.parameters[0].sum() * 0.0).sqrt()  # 0, whose gradient is infinity times 0
 
     return replace(peer, call=call)
 
@@ -173,7 +177,7 @@ def test_check_refuses_every_wrong_dropout(name, dtype):
             checking.check(wrong(case), wrong, case)
 
 
-def test_sweep_writes_rows_table_and_plot(tmp_path, capsys):
+def test_sweep_writes_rows_tables_and_plot(tmp_path, capsys):
     file, image = tmp_path / "rows.json", tmp_path / "plot.png"
     names = ["peft", "published", "loop", "eager", "ilora[reference]"]
     assert bench.main([*TINY, f"--peers={','.join(names)}", f"--json={file}", f"--plot={image}"]) == 0
@@ -195,34 +199,74 @@ def test_sweep_writes_rows_table_and_plot(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "rows.json"]
     shown = capsys.readouterr().out
     assert "24→40, R=4, E=2, p=0.1" in shown
-    assert all(name in shown for name in names)
+    assert all(name in shown for name in [*names, "add --full"])
 
 
-def test_sweep_does_not_time_a_wrong_peer(monkeypatch, capsys):
-    monkeypatch.setitem(peers.PEERS, "eager", wrong_scaling)
-    assert bench.main([*TINY, "--peers=eager", "--dropout=0"]) == 1
-    assert "WRONG, not timed: the gradient of" in capsys.readouterr().out
+def test_inference_times_forward_alone(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert bench.main([*TINY, "--inference", "--batch=1,2", "--length=1", "--peers=eager", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["batch"], row["peer"], row["dropout"]) for row in rows] == [
+        (batch, name, 0.0) for batch in (1, 2) for name in ("frozen", "eager")
+    ]
+    assert all(row["eager"].keys() == {"rounds", "forward"} for row in rows)
+    assert "float32, 2 × 1 rows, R = 4, E = 2:" in report.markdown({"rows": rows})
+
+
+def test_calls_of_small_layers_are_timed_in_one_thread(monkeypatch):
+    monkeypatch.setattr(bench, "SMALL_CALLS", ((1, 8, 8),))
+    threads = torch.get_num_threads()
+    rows = bench.call_costs(CPU)
+    assert torch.get_num_threads() == threads
+    assert [row["peer"] for row in rows] == ["frozen", "peft", "ilora"] * 2
+    assert [set(row["eager"]) - {"rounds"} for row in rows[2::3]] == [{"forward"}, set(measure.PARTS)]
+    us = 1e3 * rows[2]["eager"]["forward"]["ms"]
+    text = report.markdown({"calls": rows})
+    assert f"| ilora  | {us:.1f} ({rows[2]['eager']['forward']['ratio']:.2f})" in text
+    assert "1 × 8→8, forward + backward" in text
+
+
+def raises(case):
+    raise ImportError("another version of torchao is wanted\nand more")
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "status", "message"),
+    [
+        ("eager", wrong_scaling, 1, "eager: not timed: WrongPeer: the gradient of"),
+        ("peft", raises, 0, "peft: not timed: ImportError: another version of torchao is wanted\n"),
+        ("ilora[reference]", raises, 1, "ilora[reference]: not timed: ImportError"),
+        ("frozen", raises, 1, "frozen: not timed: ImportError"),
+    ],
+)
+def test_what_is_wrong_or_does_not_run_is_not_timed(name, build, status, message, monkeypatch, capsys):
+    monkeypatch.setitem(bench.ALL_PEERS, name, build)
+    assert bench.main([*TINY, f"--peers={name},loop", "--dropout=0"]) == status
+    shown = capsys.readouterr().out
+    assert message in shown
+    assert ("eager, 3 rounds" in shown) == (name != "frozen")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shapes=5x"], "--shapes 5x"),
+        (["--shapes=5x"], "'5x': expected d_in x d_out"),
         (["--ranks=6", "--experts=4"], "divide the rank"),
         (["--dropout=1"], "0 <= p < 1"),
         (["--dtypes=float64"], "float64"),
         (["--peers=nobody"], "nobody"),
         (["--peers=ilora[triton]", "--device=cpu"], "Triton needs a GPU"),
+        (["--peers=ilora[cuda]"], "ilora[cuda]: expected frozen"),
+        (["--inference", "--dropout=0.1"], "--inference has no dropout"),
         (["--device=tpu"], "tpu"),
-        (["--batch=0"], "--batch"),
+        (["--batch=0"], "--batch: '0': expected a whole number"),
         (["--json=/no/such/folder/x.json"], "does not exist"),
-        (["--json=."], "--json .: a folder"),
-        (["--plot=."], "--plot .: a folder"),
+        (["--json=."], "--json: .: a folder"),
         (["--plot=/no/such/folder/x.png"], "does not exist"),
-        (["--plot=x.txt"], "--plot x.txt: expected a name that ends in "),
+        (["--plot=x.txt"], "x.txt: expected a name that ends in .png"),
         (["--dropout=0,,0.1"], "--dropout: '' is not a number"),
         (["--seconds=nan"], "--seconds nan"),
-        (["--device=cuda:x"], "--device cuda:x: expected cpu or cuda"),
+        (["--device=cuda:x"], "--device: 'cuda:x': expected cpu or cuda"),
     ],
 )
 def test_unusable_arguments_are_refused(arguments, message, capsys):
@@ -231,102 +275,85 @@ def test_unusable_arguments_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_plot_without_matplotlib_is_refused_first(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+def test_a_package_that_is_not_installed_is_refused_or_left_out(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         bench.parse([*TINY, "--plot=x.png"])
-    assert "--plot: matplotlib" in capsys.readouterr().err
-
-
-@pytest.fixture
-def untried():
-    """What is known of PEFT and the compiler here is asked anew, and forgotten afterwards."""
-    peers._peft_trouble.cache_clear()
-    yield
-    peers._peft_trouble.cache_clear()
-
-
-def test_a_peft_that_does_not_import_is_left_out_and_named(untried, monkeypatch, tmp_path, capsys):
-    (tmp_path / "peft.py").write_text("raise RuntimeError('made for another transformers\\nand more')\n")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
+    assert "--plot: matplotlib is not installed" in capsys.readouterr().err
     options = bench.parse(TINY)
-    assert options.peers[torch.float32][:2] == ["frozen", "published"]
-    wanted = "peft does not import here: RuntimeError: made for another transformers"
-    assert f"peft is left out: {wanted}" in options.notes
-    with pytest.raises(SystemExit):
-        bench.parse([*TINY, "--peers=peft"])
-    assert f"--peers peft: {wanted}" in capsys.readouterr().err
+    assert "peft" not in options.peers[torch.float32]
+    assert "peft is left out: peft is not installed" in options.notes
 
 
-def test_a_peft_that_makes_no_layer_is_left_out_and_named(untried, monkeypatch):
-    pytest.importorskip("peft")
-
-    def fails(case):
-        raise ImportError("another version of torchao is wanted")
-
-    monkeypatch.setattr(peers, "peft_lora", fails)
-    reason = peers.unavailable("peft", CPU, torch.float32)
-    assert reason == "peft makes no layer here: ImportError: another version of torchao is wanted"
+def test_the_default_is_small_and_options_take_precedence():
+    options = bench.parse(["--device=cpu", "--length=7", "--peers=eager"])
+    assert (options.length, options.dtypes, options.shapes) == ([7], [torch.float32], [(576, 1536)])
+    full = bench.parse(["--device=cpu", "--full", "--length=7", "--peers=eager"])
+    assert (full.length, full.shapes[-1]) == ([7], (2048, 2048))
 
 
 def row_of(peer, ratio, d_in=24, dropout=0.0, dtype="float32", rank=4, experts=2):
     row = {"peer": peer, "d_in": d_in, "d_out": 40, "dropout": dropout, "dtype": dtype, "rank": rank}
-    row |= {"experts": experts, "saved_bytes": 2e6}
+    row |= {"experts": experts, "saved_bytes": 2e6, "batch": 2, "length": 8}
     return row | {"eager": {"both": {"ratio": ratio, "low": ratio, "high": ratio}}}
 
 
 def refused(peer, **about):
-    row = row_of(peer, 1.0, **about) | {"error": "y differs"}
+    row = row_of(peer, 1.0, **about) | {"error": "WrongPeer: y differs"}
     return {name: value for name, value in row.items() if name not in ("eager", "saved_bytes")}
 
 
-def test_a_refused_peer_is_wrong_in_the_table():
+def test_a_refused_peer_is_wrong_in_the_table_and_what_is_not_there_is_a_dash():
     rows = [row_of("frozen", 1.0, dropout=p) for p in (0.0, 0.1)]
-    rows += [row_of("eager", 1.25), refused("eager", dropout=0.1)]
+    rows += [row_of("eager", 1.25), refused("eager", dropout=0.1), row_of("loop", 1.5)]
+    rows.append(refused("peft") | {"error": "ImportError: no"})
     assert report.markdown({"rows": rows}).splitlines() == [
-        "| | 24→40 | saved for backward |",
-        "|---|---|---|",
-        "| frozen | 1.00 / 1.00 | 2.0 / 2.0 MB |",
-        "| eager | 1.25 / wrong | 2.0 / – MB |",
+        "|        | 24→40        | saved for backward   |",
+        "|:-------|:-------------|:---------------------|",
+        "| frozen | 1.00 / 1.00  | 2.0 / 2.0 MB         |",
+        "| eager  | 1.25 / wrong | 2.0 / – MB           |",
+        "| loop   | 1.50 / –     | 2.0 / – MB           |",
+        "| peft   | failed / –   | – / – MB             |",
     ]
 
 
 def test_every_dtype_rank_and_number_of_experts_has_its_table():
     about = [("float32", 4, 2), ("bfloat16", 4, 2), ("float32", 8, 2), ("float32", 8, 4)]
     rows = [row_of("eager", 1.0 + i / 10, 24, 0.0, *each) for i, each in enumerate(about)]
-    text = report.markdown({"rows": rows})
-    assert text.count("saved for backward") == len(about)
+    tables = report.markdown({"rows": rows}).split("saved for backward")
+    assert len(tables) == 1 + len(about)
     for i, (dtype, rank, experts) in enumerate(about):
-        heading = f"{dtype}, R = {rank}, E = {experts}:\n\n| | 24→40 | saved for backward |\n|---|---|---|\n"
-        assert f"{heading}| eager | {1.0 + i / 10:.2f} | 2.0 MB |" in text
+        assert tables[i].split("\n")[-3] == f"{dtype}, 2 × 8 rows, R = {rank}, E = {experts}:"
+        assert f"| eager | {1.0 + i / 10:.2f}    | 2.0 MB" in tables[i + 1]
 
 
-def test_a_file_without_rows_has_no_table():
-    with pytest.raises(ValueError, match="no rows"):
-        report.markdown({"rows": []})
+def test_the_time_of_a_graph_comes_first_in_tables():
+    row = row_of("eager", 2.0)
+    assert "1.25" in report.markdown({"rows": [row | {"graph": {"both": {"ratio": 1.25}}}]})
 
 
-def test_report_and_plot_say_how_they_are_called(tmp_path, capsys):
+@pytest.mark.parametrize(("results", "message"), [({"rows": []}, "no rows"), ({"dry_run": True}, "dry run")])
+def test_a_file_without_figures_has_no_table(results, message):
+    with pytest.raises(ValueError, match=message):
+        report.markdown(results)
+
+
+def test_report_prints_tables_and_draws(tmp_path, capsys):
     results, image = tmp_path / "rows.json", tmp_path / "plot.png"
     report.write_json({"machine": {"device": "a CPU"}, "rows": [row_of("frozen", 1.0), row_of("eager", 1.2)]}, results)
-    report.main([str(results)])
-    assert "| eager | 1.20 | 2.0 MB |" in capsys.readouterr().out
-    plot.main([str(results), str(image)])
+    report.main([str(results), str(image)])
+    assert "| eager  | 1.20    | 2.0 MB" in capsys.readouterr().out
     assert image.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "other.json").write_text("[1]")
-    for program, arguments, message in [
-        (report, ["--help"], "usage:"),
-        (plot, ["--help"], "usage:"),
-        (report, [], "usage:"),
-        (report, [str(tmp_path / "none.json")], "none.json cannot be read"),
-        (report, [str(tmp_path / "other.json")], "no file that a benchmark wrote"),
-        (plot, [str(results), str(tmp_path / "x.txt")], "x.txt: expected a name that ends in"),
+    for arguments, message in [
+        (["--help"], "usage:"),
+        ([], "usage:"),
+        ([str(tmp_path / "none.json")], "none.json cannot be read"),
+        ([str(tmp_path / "other.json")], "no file that a benchmark wrote"),
+        ([str(results), str(tmp_path / "x.txt")], "x.txt: expected a name that ends in"),
     ]:
         with pytest.raises(SystemExit):
-            program.main(arguments)
+            report.main(arguments)
         shown = capsys.readouterr()
         assert message in shown.out + shown.err
 
@@ -344,14 +371,8 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr(matplotlib.Figure, "savefig", fails)
     with pytest.raises(OSError, match="no space"):
-        plot.plot({"machine": {"device": "a CPU"}, "rows": [row_of("eager", 1.2)]}, tmp_path / "x.png")
+        report.plot({"machine": {"device": "a CPU"}, "rows": [row_of("eager", 1.2)]}, tmp_path / "x.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a folder"]
-
-
-def test_quick_is_small_and_options_still_rule():
-    options = bench.parse(["--device=cpu", "--quick", "--length=7", "--peers=eager"])
-    assert (options.length, options.dtypes) == (7, [torch.float32])
-    assert {case.d_in * case.d_out <= 576 * 1536 for case in bench.cases(options)} == {True}
 
 
 def test_peak_and_saved_bytes_of_a_known_function():
@@ -362,14 +383,14 @@ def test_peak_and_saved_bytes_of_a_known_function():
 
 
 def test_busy_machine_is_reported():
-    assert report.busy({"load_before": 0.3, "cores": 2}) is None
-    assert report.busy({"load_before": None, "cores": 2}) is None
-    assert "load 1.7 on 2 cores" in report.busy({"load_before": 1.7, "cores": 2})
+    assert machine.busy({"load_before": 0.3, "cores": 2}) is None
+    assert machine.busy({"load_before": None, "cores": 2}) is None
+    assert "load 1.7 on 2 cores" in machine.busy({"load_before": 1.7, "cores": 2})
 
 
 def test_interleave_stops_by_time_and_by_repeats():
     case = case_of()
-    programs = {"frozen": measure.Eager([peers.frozen(case)], [case])}
+    programs = {"frozen": measure.training([peers.frozen(case)], [case])}
     assert len(measure.interleave(programs, CPU, 0.0, 50)["frozen"]) == 3
     assert len(measure.interleave(programs, CPU, 60.0, 5)["frozen"]) == 5
     summary = measure.summarise([(2.0, 4.0), (2.0, 8.0), (1.0, 5.0)], [(1.0, 2.0), (2.0, 2.0), (1.0, 1.0)])

@@ -1,6 +1,6 @@
-"""CUDA graphs as the benchmarks capture, check and time them, with stand-ins for the device."""
+"""How the benchmarks capture, check and time CUDA graphs, with stand-ins for the device."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import checking
@@ -9,52 +9,94 @@ import pytest
 import torch
 
 
-def test_graphs_are_captured_after_warm_up_part_by_part_from_one_pool(monkeypatch):
-    """By a stand-in for torch's graph interface, which a machine without CUDA lacks."""
-    events = []
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch's graph interface without a device. cuda.events: what happens; cuda.current: the current stream."""
+    cuda = SimpleNamespace(events=[], current="mine")
 
     class Graph:
         def pool(self):
             return self
 
         def replay(self):
-            events.append(("replay", self))
-
-    @contextmanager
-    def capture(graph, pool=None):
-        events.append(("capture", pool))
-        yield
-
-    @contextmanager
-    def stream(which):
-        yield
+            cuda.events.append(("replay", self))
+            cuda.outputs[0].fill_(1.0)  # as the graph would
 
     class Stream:
         def wait_stream(self, other):
-            events.append("wait")
+            cuda.events.append("wait")
 
-    for name, value in (("CUDAGraph", Graph), ("graph", capture), ("stream", stream), ("Stream", Stream)):
+    @contextmanager
+    def capture(graph, pool=None):
+        cuda.events.append(("capture", pool))
+        cuda.current = "the capture's"
+        yield
+        cuda.current = "mine"
+
+    stand_ins = {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "stream": nullcontext,
+        "Stream": Stream,
+        "current_stream": Stream,
+    }
+    for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda which: setattr(cuda, "current", "mine"))
+    cuda.outputs = [torch.ones(2)]
+    return cuda
 
-    class Two:
-        sets, queued, outputs = 3, False, [torch.ones(2)]
-        parts = [lambda: events.append("forward"), lambda: events.append("backward")]
 
-    def replay(graph):
-        events.append(("replay", graph))
-        Two.outputs[0].fill_(1.0)  # as the graph would
-
-    monkeypatch.setattr(Graph, "replay", replay)
-    graphed = measure.Graphed(Two())
+def test_graphs_are_captured_after_warm_up_part_by_part_from_one_pool(cuda):
+    events = cuda.events
+    parts = [lambda: events.append("forward"), lambda: events.append("backward")]
+    graphed = measure.graphed(measure.Program(parts, cuda.outputs, 3))
     assert events[:10] == ["wait", *["forward", "backward"] * 3, "forward", "forward", "wait"]
     (first, _), forward, (checked, _), (second, pool), backward = events[10:]
     assert (first, forward, checked, second, backward) == ("capture", "forward", "replay", "capture", "backward")
     assert graphed.sets == 3
-    for part in graphed.parts:
-        part()
+    assert graphed.queued
+    graphed.run()
     assert events[-2] == ("replay", pool)
     assert events[-1][1] is not pool
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(cuda):
+    calls = []
+
+    def part():
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("not permitted while capturing")
+
+    with pytest.raises(RuntimeError, match="while capturing"):
+        measure.graphed(measure.Program([part], cuda.outputs, 1))
+    assert cuda.current == "mine"
+
+
+def test_a_program_that_cannot_be_captured_is_timed_as_calls_alone(monkeypatch):
+    def graphed(program):
+        if program.sets == 2:
+            raise RuntimeError("offset increment outside graph capture\nand more")
+        return measure.Program(program.parts, [], program.sets, queued=True)
+
+    monkeypatch.setattr(measure, "graphed", graphed)
+    monkeypatch.setattr(measure, "_raise_clocks", lambda device: None)
+    monkeypatch.setattr(measure, "time_once", lambda program, device: (2.0 - program.queued, 4.0))
+    programs = {name: measure.Program([], [], sets) for name, sets in (("frozen", 1), ("eager", 2), ("loop", 3))}
+    rows = {name: {} for name in programs}
+    measure.time_rows(rows, programs, torch.device("cuda"), 0.0, 9)
+    assert [list(row) for row in rows.values()] == [["eager", "graph"], ["eager", "graph_error"], ["eager", "graph"]]
+    assert rows["eager"]["graph_error"] == "RuntimeError: offset increment outside graph capture"
+    assert (rows["loop"]["eager"]["forward"]["ms"], rows["loop"]["graph"]["forward"]["ms"]) == (2.0, 1.0)
+    assert rows["loop"]["graph"]["both"] == {"ms": 5.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_inputs_are_more_than_three_caches_hold(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50e6))
+    cuda = torch.device("cuda")
+    assert [measure.input_sets(size, cuda) for size in (200e6, 100e6, 18e6, 1e3)] == [1, 2, 9, measure.MAX_SETS]
+    assert measure.input_sets(1e3, torch.device("cpu")) == 1
 
 
 class Replayed:
@@ -77,42 +119,6 @@ def test_a_replay_that_computes_something_else_is_found():
         measure._check_replay(Replayed(y, right + 1), [y], right, right)
 
 
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
-    streams = ["mine"]
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    @contextmanager
-    def stream(which):
-        yield
-
-    @contextmanager
-    def capture(graph, pool=None):
-        streams[0] = "the capture's"
-        yield
-
-    mine = Stream()
-    names = {"CUDAGraph": object, "graph": capture, "stream": stream, "Stream": Stream, "current_stream": lambda: mine}
-    for name, value in names.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda which: streams.__setitem__(0, which))
-    calls = []
-
-    def part():
-        calls.append(1)
-        if len(calls) == 6:
-            raise RuntimeError("not permitted while capturing")
-
-    class One:
-        sets, queued, parts, outputs = 1, False, [part], [torch.ones(1)]
-
-    with pytest.raises(RuntimeError, match="while capturing"):
-        measure.Graphed(One())
-    assert streams == [mine]
-
-
 @pytest.mark.parametrize("queued", [False, True])
 def test_graphs_are_queued_before_the_first_begins(queued, monkeypatch):
     events = []
@@ -130,6 +136,6 @@ def test_graphs_are_queued_before_the_first_begins(queued, monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append("sleep"))
-    program = SimpleNamespace(sets=3, queued=queued, outputs=[], parts=[lambda: events.append("part")])
+    program = measure.Program([lambda: events.append("part")], [], 3, queued)
     assert measure.time_once(program, torch.device("cuda")) == (2.0,)
     assert events == ["synchronize", *["sleep"] * queued, "record", "part", "record", "synchronize"]
