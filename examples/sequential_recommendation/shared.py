@@ -1,4 +1,4 @@
-"""What the arms of a comparison share, made once and kept beside its runs: sequence models, the tiny language model."""
+"""Makes the models that the arms of a comparison share, once: the sequence models and the tiny language model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .sequence_models import SequenceModel
 from .sequence_training import train_sequence_model
 from .tiny_model import pretrain, tiny_lm
 
-MARK = "fingerprint.txt"  # of the data, in the tiny model's folder
+MARK = "fingerprint.txt"  # the file in the tiny model's folder that holds the fingerprint of the data
 
 
 def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: int = 0) -> SequenceModel:
-    """A sequence model of an experiment: trained and kept in its folder, or read from there.
+    """The sequence model of an experiment. Trains it and saves it in the experiment's folder, or loads it from there.
 
-    Raises OtherData or ValueError where it was trained on other data.
+    Raises OtherData or ValueError if it was trained on other data.
     """
     path, fingerprint = experiment.sequence_file(kind), experiment.fingerprint(dataset)
     if not path.exists():
@@ -40,9 +40,9 @@ def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: in
 
 
 def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
-    """Makes the tiny language model and trains it for so many steps at most, if the experiment's folder has none.
+    """Makes the tiny language model and trains it for `steps` steps at most, unless the experiment's folder has one.
 
-    Raises OtherData where there is one that was made for other data.
+    Raises OtherData if the folder has one that was made for other data.
     """
     folder, fingerprint = experiment.lm_folder, experiment.fingerprint(dataset)
     if folder.exists():
@@ -62,7 +62,7 @@ def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
 
 
 def _check(experiment: Experiment, path: Path, kept: str, now: str) -> None:
-    """Warns where an older file does not say what it was made from."""
+    """Raises OtherData if the file was made from other data. Warns if it is an older file without a fingerprint."""
     if not kept:
-        print(f"{path}: does not say of which data it is; it is taken for these", file=sys.stderr, flush=True)
+        print(f"{path}: does not say of which data it is; using it with the present data", file=sys.stderr, flush=True)
     experiment.check_data(path, kept, now)
