@@ -38,9 +38,9 @@ def perform(run: Run) -> dict[str, Any]:
     Raises OtherData if the files of the run were made from other data, and whatever training and the files raise.
     """
     if run.file.exists():
-        kept = json.loads(run.file.read_text(encoding="utf-8"))
-        run.check_data(run.file, kept["run"])
-        return kept
+        result = json.loads(run.file.read_text(encoding="utf-8"))
+        run.check_data(run.file, result["run"])
+        return result
     start = time.perf_counter()
     dataset = run.experiment.dataset()
     parts, val, test = run.experiment.parts(dataset)

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     groups = [dataset.groups[example.user] for example in test] if dataset.groups else None
     drawn = draw(found, experiment.folder, len(parts.train) / settings.effective_batch, groups)
     pictures = f", with {', '.join(path.name for path in drawn)}" if drawn else ""
-    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; kept in {experiment.folder}{pictures}")
+    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; written to {experiment.folder}{pictures}")
     return found
 
 

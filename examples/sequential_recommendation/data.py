@@ -225,18 +225,18 @@ def frequent(dataset: Dataset, users: int = MIN_HISTORY + 1, items: int = 5) -> 
     """
     if dataset.given is not None:
         raise ValueError(f"{dataset.name}: it came with its own split, which filtering would change")
-    kept, before = dataset.users, -1
-    while before != (before := sum(map(len, kept.values()))):
+    remaining, before = dataset.users, -1
+    while before != (before := sum(map(len, remaining.values()))):
         counts = [0] * dataset.num_items
-        for sequence in kept.values():
+        for sequence in remaining.values():
             for item in sequence:
                 counts[item] += 1
-        kept = {user: [i for i in sequence if counts[i] >= items] for user, sequence in kept.items()}
-        kept = {user: sequence for user, sequence in kept.items() if len(sequence) >= users}
-    number = {item: new for new, item in enumerate(sorted({i for sequence in kept.values() for i in sequence}))}
+        remaining = {user: [i for i in sequence if counts[i] >= items] for user, sequence in remaining.items()}
+        remaining = {user: sequence for user, sequence in remaining.items() if len(sequence) >= users}
+    number = {item: new for new, item in enumerate(sorted({i for sequence in remaining.values() for i in sequence}))}
     return Dataset(
         dataset.name,
         [dataset.titles[item] for item in number],
-        {user: [number[item] for item in sequence] for user, sequence in kept.items()},
-        groups={user: group for user, group in dataset.groups.items() if user in kept},
+        {user: [number[item] for item in sequence] for user, sequence in remaining.items()},
+        groups={user: group for user, group in dataset.groups.items() if user in remaining},
     )

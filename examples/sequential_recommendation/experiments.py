@@ -101,21 +101,21 @@ class Experiment:
     def fingerprint(self, dataset: Dataset) -> str:
         """Sixteen hexadecimal digits: a hash of the titles, the users and all that decides their split.
 
-        The place of the files does not matter.
+        Where the files lie does not matter.
         """
         split_by = [dataset.given, self.protocol, self.evaluate, self.exclude, self.data_seed, self.tests]
         deciding = [dataset.titles, sorted(dataset.users.items()), split_by]
         return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
-    def check_data(self, path: Path, kept: str, now: str) -> None:
+    def check_data(self, path: Path, made_from: str, now: str) -> None:
         """Raises OtherData if the file at the path was made from other data: a model could be tested on training data.
 
-        kept: the fingerprint of the data that the file was made from. now: that of the present data. An empty
+        made_from: the fingerprint of the data that the file was made from. now: that of the present data. An empty
         fingerprint is unknown, and passes.
         """
-        if kept and now and kept != now:
+        if made_from and now and made_from != now:
             raise OtherData(
-                f"{path}: it was made from other data (fingerprint {kept}) than those of {self.data} now ({now}): "
+                f"{path}: it was made from other data (fingerprint {made_from}) than those of {self.data} now ({now}): "
                 f"give another --out, or remove {self.folder}"
             )
 

@@ -44,10 +44,10 @@ class KeptRun:
     def validation(self) -> float:
         """The hit ratio on the validation users, or -1 if the run has no file of results."""
         try:
-            kept = json.loads(self.folder.with_name(self.folder.name + ".json").read_text(encoding="utf-8"))
+            result = json.loads(self.folder.with_name(self.folder.name + ".json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return -1.0
-        return float(kept["validation"]["hit_ratio"])
+        return float(result["validation"]["hit_ratio"])
 
     def load(self, dataset: Dataset) -> tuple[Recommender, Prompts]:
         """The recommender in eval mode, on the GPU if there is one, and the `Prompts` that write its prompts.
@@ -97,15 +97,15 @@ def find_run(folder: Path, root: Path | None = None) -> KeptRun:
     users decides. Raises NoRun if no run is trained, or if the folder holds runs of several comparisons.
     """
     paths = sorted(path.parents[1] for path in folder.glob("**/recommender/recommender.json"))
-    kept = [read_run(path) for path in paths if (path / "run.json").exists()]  # checkpoints have no run.json
-    if not kept:
+    runs = [read_run(path) for path in paths if (path / "run.json").exists()]  # checkpoints have no run.json
+    if not runs:
         command = COMPARE if folder == FOLDER else f"{COMPARE} --out {folder}"
         raise NoRun(
             f"no trained recommender in {folder}. This makes some, for made-up users, in minutes:\n  {command}\n"
             "and its --help says how to train on MovieLens with SmolLM2."
         )
-    several = sorted({str(run.experiment.folder) for run in kept})
+    several = sorted({str(run.experiment.folder) for run in runs})
     if len(several) > 1:
         raise NoRun(f"{folder} holds runs of several comparisons, give one with --run:\n  " + "\n  ".join(several))
-    best = max(kept, key=lambda run: (run.arm.gate == "sequence", run.validation))
+    best = max(runs, key=lambda run: (run.arm.gate == "sequence", run.validation))
     return best if root is None else replace(best, experiment=replace(best.experiment, root=root))

@@ -227,8 +227,9 @@ def _name_users(lines: list[tuple[tuple[int, ...], int]], part: str, users: dict
 
 
 def plain_titles(dataset: Dataset) -> Dataset:
-    """The data set with shorter titles: "Godfather, The (1972)" becomes "The Godfather". MovieLens halves its tokens.
+    """The data set with shorter titles: "Godfather, The (1972)" becomes "The Godfather".
 
+    That halves the tokens of MovieLens.
     Items whose titles become equal stay different items, and are never candidates of one example.
     """
     found = [re.sub(r"\s*\(\d{4}\)$", "", title) or title for title in dataset.titles]

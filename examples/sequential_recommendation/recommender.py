@@ -177,8 +177,8 @@ class Recommender(nn.Module):
             stage.mkdir()
             ilora.save_adapter(self.lm, stage / _ADAPTER)
             sequence_models.save(self.encoder.model, stage / _SEQUENCE)
-            kept = {**self.projector.state_dict(), "z.mean": self.encoder.mean, "z.deviation": self.encoder.deviation}
-            save_file({name: tensor.detach().contiguous() for name, tensor in kept.items()}, stage / _PROJECTOR)
+            saved = {**self.projector.state_dict(), "z.mean": self.encoder.mean, "z.deviation": self.encoder.deviation}
+            save_file({name: tensor.detach().contiguous() for name, tensor in saved.items()}, stage / _PROJECTOR)
             (stage / _SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
             if not path.exists():
                 stage.rename(path)

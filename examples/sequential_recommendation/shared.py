@@ -29,14 +29,14 @@ def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: in
         train_sequence_model(model, parts.train, val, seed=seed)
         model.fingerprint = fingerprint
         sequence_models.save(model, path)
-    kept = sequence_models.load(path)
-    if kept.num_items != dataset.num_items:
+    model = sequence_models.load(path)
+    if model.num_items != dataset.num_items:
         raise ValueError(
-            f"{path}: it was trained on {kept.num_items} items, {dataset.name} has {dataset.num_items}: "
+            f"{path}: it was trained on {model.num_items} items, {dataset.name} has {dataset.num_items}: "
             f"give another --out, or remove {experiment.folder}"
         )
-    _check(experiment, path, kept.fingerprint, fingerprint)
-    return kept
+    _check(experiment, path, model.fingerprint, fingerprint)
+    return model
 
 
 def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
@@ -61,8 +61,8 @@ def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
     print(f"tiny language model: loss {losses[0]:.2f} -> {losses[-1]:.2f}, {spent}", flush=True)
 
 
-def _check(experiment: Experiment, path: Path, kept: str, now: str) -> None:
+def _check(experiment: Experiment, path: Path, made_from: str, now: str) -> None:
     """Raises OtherData if the file was made from other data. Warns if it is an older file without a fingerprint."""
-    if not kept:
+    if not made_from:
         print(f"{path}: does not say of which data it is; using it with the present data", file=sys.stderr, flush=True)
-    experiment.check_data(path, kept, now)
+    experiment.check_data(path, made_from, now)

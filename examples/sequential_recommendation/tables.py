@@ -53,7 +53,7 @@ def row(results: Sequence[dict[str, Any]]) -> str:
 
 
 def exchange_lines(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Lines with the hit ratios under somebody else's gate. They show whether a gate tells more than the user's group."""
+    """Lines with the hit ratios under somebody else's gate. They show whether a gate tells more than the group."""
     for name, results in found.items():
         given = [r["gate"]["with_gate_of"] for r in results if "with_gate_of" in r.get("gate", {})]
         if given:
