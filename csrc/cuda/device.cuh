@@ -1,5 +1,6 @@
-// What the kernels ask of the machine, a line of PTX each: conversions, loads, the tensor cores, barriers, clusters.
-// tests/cuda/emulator.h has the same functions for a CPU, so that the kernels' own source is tested without a GPU.
+// Wraps the GPU instructions that the kernels use, in a line or two of PTX each: conversions, loads, tensor cores,
+// barriers, clusters. tests/cuda/emulator.h defines the same functions for a CPU, so that the tests run the kernels'
+// own source without a GPU.
 #pragma once
 #include <cstdint>
 
@@ -35,7 +36,7 @@ ILORA_DEVICE void narrow(float v, f16& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h
 ILORA_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 ILORA_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// Global memory that no kernel in flight writes. `stream` is for what is read once: it leaves L1 alone.
+// Loads from global memory that no running kernel writes. STREAM is for data that is read once: it takes no room in L1.
 template <class T> ILORA_DEVICE T load(const T* at) { return *at; }
 template <bool STREAM> ILORA_DEVICE void load(const void* at, Words<4>& v) {
   if constexpr (STREAM)
@@ -50,7 +51,8 @@ template <bool STREAM> ILORA_DEVICE void load(const void* at, Words<2>& v) {
 }
 ILORA_DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// c [16, 8] += a [16, 16] b [16, 8]: lane 4g + t has a's rows g and g + 8, b's column g, c's columns 2t and 2t + 1.
+// c [16, 8] += a [16, 16] b [16, 8]. Lane 4g + t holds elements of rows g and g + 8 of a and of column g of b; its
+// c[2i + j] is row g + 8i, column 2t + j.
 ILORA_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
                       bf16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -66,7 +68,7 @@ ILORA_DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint
 
 ILORA_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 ILORA_DEVICE void block_sync() { __syncthreads(); }
-// Of the block's first `threads` threads alone.
+// A barrier for the block's first `threads` threads only.
 ILORA_DEVICE void group_sync(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -76,10 +78,10 @@ ILORA_DEVICE int cluster_rank() {
   return int(rank);
 }
 ILORA_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-// The same by a warp that has nothing for others to see: without a fence, which would hold up its loads.
+// Arrives without a memory fence, which would delay the warp's loads. For warps that wrote nothing that others read.
 ILORA_DEVICE void cluster_join() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 ILORA_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// What block `rank` of the cluster has at this place of its shared memory.
+// Reads the float that block `rank` of the cluster has at the same offset of its shared memory.
 ILORA_DEVICE float remote(const float* at, int rank) {
   const uint32_t here = uint32_t(__cvta_generic_to_shared(at));
   uint32_t there;

@@ -1,4 +1,5 @@
-// The ops of ilora_native on a GPU, for the few rows of decoding: checks and memory around decode.cu. No CUDA headers.
+// The ops of ilora_native on a GPU, for the few rows of a decoding step: they check the arguments, allocate the results
+// and call decode.cu. They include no CUDA headers.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,7 +27,7 @@ Element element(const char* name, ScalarType type) {
 
 int size(Element type) { return type == kFloat ? 4 : 2; }
 
-// A [rows, columns] tensor of one type on x's device, with columns of stride 1 unless any_stride.
+// Raises unless t is a [rows, columns] tensor of this type on x's device, with columns of stride 1 unless any_stride.
 void check(const char* name, const Tensor& t, const Tensor& x, int64_t rows, int64_t columns, ScalarType type,
            bool any_stride = false) {
   STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " is not on x's GPU");
@@ -44,7 +45,7 @@ void set_gate(Decode& d, const Tensor& x, const Tensor& gate, const MaybeTensor&
   STD_TORCH_CHECK(N > 0 && N <= std::numeric_limits<int>::max(), "rows without a gate");
   d.N = int(N), d.E = int(E), d.gate = gate.data_ptr(), d.gate_row = gate.stride(0), d.gate_col = gate.stride(1);
   d.gate_type = element("gate", gate.scalar_type());
-  if (segments) {  // its values stay unread: that would stop the stream
+  if (segments) {  // its values are not checked: to read them, the host would have to wait for the GPU
     STD_TORCH_CHECK(segments->is_cuda() && segments->get_device_index() == x.get_device_index() &&
                         segments->scalar_type() == ScalarType::Int && segments->is_contiguous() &&
                         segments->numel() == N + 1, "segments is not int32 [N + 1] on x's GPU");

@@ -1,13 +1,15 @@
-// Σ_k w[n, k] · x[m, k] for 16·CT rows of w and 8·NT of x, by one warp, in float32.
+// One warp computes Σ_k w[n, k] · x[m, k] in float32, for 16·CT rows of w and 8·NT rows of x.
 //
-// Both matrices lie along k, so every lane reads 16 bytes of its own rows straight into registers: no shared memory.
-// The result lies as the tensor cores leave it: lane 4g + t has c[ct][nt][2i + j] = row 16ct + g + 8i of w and row
-// 8nt + 2t + j of x. U steps are in flight at once; rows past the end repeat the last one and are not used.
+// In both matrices k is the contiguous dimension, so every lane reads 16 bytes of its own rows straight into registers
+// and needs no shared memory. The result has the layout of the tensor cores: in lane 4g + t, c[ct][nt][2i + j] belongs
+// to row 16ct + g + 8i of w and row 8nt + 2t + j of x. A lane loads w for U steps before it multiplies any. For rows
+// past the end it reads the last row again, and the caller ignores the results.
 #pragma once
 
 namespace ilora {
 
-// V elements of a row from k on, zeros from `end` on. FAST: aligned, and all of them are before `end`.
+// Reads V elements of a row starting at k, with zeros from `end` on. FAST: the caller knows that the address is aligned
+// and that all of the elements lie before `end`.
 template <bool FAST, bool STREAM, int V, class T>
 ILORA_DEVICE void fetch(const T* row, int k, int end, Words<V * int(sizeof(T)) / 4>& out) {
   if constexpr (FAST) {
@@ -33,8 +35,9 @@ template <class T> ILORA_DEVICE float element(const uint32_t* words, int i) {
   }
 }
 
-// 16-bit w and x, on the tensor cores. Of a step of 32 columns lane t has 8t to 8t + 7, in w and in x alike: which
-// column goes by which number inside the product does not matter.
+// 16-bit w and x, on the tensor cores. In a step of 32 columns lane 4g + t reads columns 8t to 8t + 7 of both w and x.
+// The instruction expects other columns in these registers, but any order of k gives the same sum of products, as long
+// as w and x use the same.
 template <class T, class P, int CT, int NT, int U, bool STREAM> struct Product {
   static_assert(sizeof(T) == 2 && sizeof(P) == 2);
   static constexpr int kStep = 32, kSteps = U;
@@ -77,7 +80,8 @@ template <class T, class P, int CT, int NT, int U, bool STREAM> struct Product {
   ILORA_DEVICE void finish() {}
 };
 
-// float32 w, x of any type, by fused multiply-adds. Of a step of 16 columns lane t has 4t to 4t + 3, for all rows of x.
+// float32 w and x of any type, by fused multiply-adds. In a step of 16 columns lane 4g + t reads columns 4t to 4t + 3,
+// and multiplies them with all rows of x. `finish` adds the sums of the four lanes with the same g.
 template <class T, int CT, int NT, int U, bool STREAM> struct Product<T, float, CT, NT, U, STREAM> {
   static constexpr int kStep = 16, kSteps = U;
   const float* w[CT][2];
@@ -130,7 +134,7 @@ template <class T, int CT, int NT, int U, bool STREAM> struct Product<T, float, 
   }
 };
 
-// The part-th of `parts` warps' share of columns [begin, end).
+// Multiplies columns [begin, end), split among `parts` warps, of which this one is number `part`.
 template <class Product>
 ILORA_DEVICE void sweep(Product& product, int begin, int end, int part, int parts, bool vec) {
   constexpr int kStep = Product::kStep, kChunk = kStep * Product::kSteps;
@@ -145,7 +149,7 @@ ILORA_DEVICE void sweep(Product& product, int begin, int end, int part, int part
   product.finish();
 }
 
-// out[m · m_step + n · n_step] = c[n, m], the whole tile.
+// Writes the whole tile: out[m · m_step + n · n_step] = c of row n of w and row m of x.
 template <int CT, int NT>
 ILORA_DEVICE void put(const float (&c)[CT][NT][4], float* out, int m_step, int n_step, int lane) {
   const int g = lane / 4, t = lane % 4;

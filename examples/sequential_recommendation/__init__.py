@@ -1,1 +1,1 @@
-"""A sequential recommender with instance-wise LoRA: data, sequence models, metrics."""
+"""A sequential recommender with instance-wise LoRA: data, sequence models, the recommender, training and metrics."""

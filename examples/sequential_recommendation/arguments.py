@@ -1,4 +1,4 @@
-"""Values of command lines, refused before any work: what was expected, and what came."""
+"""Checks the values of command-line options before any work. Errors say what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-MOST_SEED = 2**32 - 1  # numpy's, which the Trainer seeds too
+MOST_SEED = 2**32 - 1  # numpy's limit; the Trainer seeds numpy too
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an integer from `least` to `most`."""
+    """An argparse type: an integer from `least` to `most`, or from `least` on where most is None."""
     expected = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
 
     def read(text: str) -> int:
@@ -27,7 +27,7 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def real(zero: bool) -> Callable[[str], float]:
-    """An argparse type: a finite number above zero, or zero too."""
+    """An argparse type: a finite number above zero. zero: whether zero is allowed as well."""
 
     def read(text: str) -> float:
         try:
@@ -47,14 +47,14 @@ def device(text: str) -> str:
 
     try:
         torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without the device
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter if it was built without the device
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"expected a device that computes here, got {text!r}: {reason}") from error
     return text
 
 
 def refuse_repeats(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Iterable[str]) -> None:
-    """Ends the program where an option of several values has one twice: it would be counted twice."""
+    """Ends the program if an option that takes several values was given one of them twice: it would count twice."""
     for name in names:
         values = getattr(options, name) or []
         if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
@@ -62,14 +62,17 @@ def refuse_repeats(parser: argparse.ArgumentParser, options: argparse.Namespace,
 
 
 def refuse_idle(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Iterable[str], why: str) -> None:
-    """Ends the program where an option was given that would be ignored; its default is None or False."""
+    """Ends the program if one of these options was given, because it would be ignored. Their default is None or False.
+
+    why: the option that makes them meaningless.
+    """
     for name in names:
         if (value := getattr(options, name)) not in (None, False):
             parser.error(f"{_flag(name)}{'' if value is True else f' {value}'}: means nothing with {why}")
 
 
 def refuse_missing_folder(parser: argparse.ArgumentParser, model: str) -> None:
-    """Ends the program for a path, which no name on the Hub looks like, where there is no folder."""
+    """Ends the program if the model is a path where there is no folder. A name on the Hub does not look like a path."""
     looks = Path(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     if looks and not Path(model).is_dir():
         parser.error(f"--model {model}: expected the folder of a causal language model, there is none")

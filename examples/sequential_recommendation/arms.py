@@ -1,4 +1,4 @@
-"""One row of a comparison: an arm (which gate, how many experts) trained and tested with one seed."""
+"""Trains and tests one arm of a comparison (which gate, how many experts) with one seed."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from .recommender import Recommender
 from .scoring import gates, score, write
 from .training import train
 
-WATCHED, WATCHES = "validation_hit_ratio", 200  # so many validation examples are ranked on the way
+CURVE_KEY = "validation_hit_ratio"  # of the curve's values in the Trainer's log
+CURVE_EXAMPLES = 200  # validation examples that are ranked for a point of the curve
 
 
 def perform(run: Run) -> dict[str, Any]:
-    """Trains and tests; the result is JSON-able, and kept in run.file, from which it is read the next time.
+    """Trains and tests the arm. Returns the result, JSON-able, and writes it to run.file; the next call reads it there.
 
-    A run that was killed goes on from its last checkpoint, if settings.save_steps made it write some.
-    Raises OtherData where what is kept is of other data, and whatever training and the files raise.
+    A run that was killed resumes from its last checkpoint, if settings.save_steps made it write checkpoints.
+    Raises OtherData if the files of the run were made from other data, and whatever training and the files raise.
     """
     if run.file.exists():
-        kept = json.loads(run.file.read_text(encoding="utf-8"))
-        run.check_data(run.file, kept["run"])
-        return kept
+        result = json.loads(run.file.read_text(encoding="utf-8"))
+        run.check_data(run.file, result["run"])
+        return result
     start = time.perf_counter()
     dataset = run.experiment.dataset()
     parts, val, test = run.experiment.parts(dataset)
@@ -59,33 +60,37 @@ def perform(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"run": run.described(), "training_seconds": time.perf_counter() - start}
     found |= measure(model, prompts, val, test, run)
     found["losses"] = [entry["loss"] for entry in log if "loss" in entry]
-    found["curve"] = [(int(entry["step"]), entry[WATCHED]) for entry in log if WATCHED in entry]
+    found["curve"] = [(int(entry["step"]), entry[CURVE_KEY]) for entry in log if CURVE_KEY in entry]
     found["seconds"] = time.perf_counter() - start
     text = json.dumps(found, indent=1) + "\n"
     write_whole(run.file, text)
-    return json.loads(text)  # as the next time
+    return json.loads(text)  # exactly what the next call reads from the file
 
 
 def checkpoint_of(run: Run) -> Path | None:
-    """The last whole checkpoint of a run that was killed. Raises OtherData where it is of other data."""
+    """The last complete checkpoint of a run that was killed, or None. Raises OtherData if it is of other data."""
     described = run.folder / "run.json"
     if described.exists():
         run.check_data(described, json.loads(described.read_text(encoding="utf-8")))
     write_whole(described, json.dumps(run.described(), indent=1) + "\n")
-    whole = [path.parent for path in run.folder.glob("checkpoint-*/trainer_state.json")]  # the Trainer's last file
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    # The Trainer writes trainer_state.json last, so a checkpoint that has it is complete.
+    complete = [path.parent for path in run.folder.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 class Curve(TrainerCallback):
-    """Ranks validation examples on the way; the figures stand in the Trainer's log, and so in its checkpoints."""
+    """Ranks validation examples during training and writes the hit ratio to the Trainer's log.
+
+    The Trainer saves its log in every checkpoint, so a resumed run has the whole curve.
+    """
 
     def __init__(self, model: Recommender, prompts: Prompts, val: list[Example], run: Run) -> None:
-        self.model, self.prompts, self.val, self.run = model, prompts, val[:WATCHES], run
+        self.model, self.prompts, self.val, self.run = model, prompts, val[:CURVE_EXAMPLES], run
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.run.watch and state.global_step % self.run.watch == 0:
             _, rank = score(self.model, self.prompts, self.val, self.run.choice, 4 * self.run.settings.batch_size)
-            state.log_history.append({"step": state.global_step, WATCHED: hit_ratio(rank).value})
+            state.log_history.append({"step": state.global_step, CURVE_KEY: hit_ratio(rank).value})
 
 
 def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list[Example], run: Run) -> dict[str, Any]:
@@ -110,16 +115,16 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
         found["gate"] = {"entropy": stats.entropy, "usage": stats.usage, "weights": rounded(gate)}
         groups = [prompts.dataset.groups.get(example.user) for example in test]
         if None not in groups and len(set(groups)) > 1 and run.arm.gate == "sequence":
-            found["gate"] |= exchanged(model, prompts, test, choice, gate, groups, size)
+            found["gate"] |= exchange_gates(model, prompts, test, choice, gate, groups, size)
     return found
 
 
 def rounded(gate: Tensor) -> list[list[float]]:
-    """[N, E] with four places."""
+    """The gate [N, E] as lists, rounded to four decimals."""
     return [[round(weight, 4) for weight in row] for row in gate.tolist()]
 
 
-def exchanged(
+def exchange_gates(
     model: Recommender,
     prompts: Prompts,
     test: list[Example],
@@ -128,9 +133,9 @@ def exchanged(
     groups: Sequence[int | None],
     size: int,
 ) -> dict[str, Any]:
-    """What the gate tells the model: the hit ratios when each user is given the gate of somebody else.
+    """Measures what the gate tells the model: the hit ratios when each user gets the gate of somebody else.
 
-    groups: of the users, two or more of them.
+    groups: the group of each user; there are two groups or more.
     """
     draw, N = random.Random(0), range(len(test))
     same = [draw.choice([j for j in N if groups[j] == groups[i] and j != i] or [i]) for i in N]
@@ -148,7 +153,7 @@ def exchanged(
 
 
 def one_thread() -> None:
-    """A worker's first act: small models gain nothing from threads, and workers would fight for the cores."""
+    """Every worker calls this first. Small models gain nothing from threads, and workers would fight for the cores."""
     torch.set_num_threads(1)
     sys.stdout.flush()
 

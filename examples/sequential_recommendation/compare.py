@@ -1,12 +1,12 @@
-"""Compares iLoRA with LoRA of the same size, and with what guides its gate; prints a Markdown table.
+"""Compares iLoRA with LoRA of the same size and with sequence models alone; prints a Markdown table.
 
     python examples/sequential_recommendation/compare.py
     python examples/sequential_recommendation/compare.py --data ml-100k --root DIR --model smollm2 --epochs 5
 
-Without --data the users are made up (their groups follow conflicting rules) and the model is a small Llama, made and
-trained here: nothing is downloaded, and two CPU cores need some minutes. Everything is kept in the folder --out: an
-interrupted comparison goes on where it was. With several --lr each arm is trained with each, and has the one that is
-best on the validation users; its other seeds follow with that one.
+Without --data the users are made up (their groups follow conflicting rules), and the model is a small Llama that is
+made and trained here: nothing is downloaded, and two CPU cores need some minutes. All files go to the folder --out.
+If you start an interrupted comparison again, it resumes where it stopped. If you give several --lr, each arm trains
+with each of them and the first seed, and takes the one that is best on the validation users for its other seeds.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from .settings import LEARNING_RATES
 from .shared import tiny_model, train_sequence
 from .tables import described_ranks, table
 
-RATE = 3e-3  # of the tiny model; the better of 3e-3 and 1e-2 by the validation users (--lr tries several)
+RATE = 3e-3  # the tiny model's learning rate: on the validation users better than 1e-2 (--lr tries several)
 
 
 def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pretrain_steps: int) -> dict[str, Any]:
-    """Trains what all arms share and is not there yet. Returns the figures of the baselines."""
+    """Trains the models that all arms share, unless their files exist. Returns the figures of the baselines."""
     parts, _, test = experiment.parts(dataset)
     print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
     models = {}
@@ -67,16 +67,17 @@ def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pret
     }
 
 
-def performed(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
-    """The results in the order of the runs, so many of which go on at a time."""
+def perform_all(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
+    """Performs `jobs` runs at a time. Prints and yields the results in the order of the runs."""
     if jobs == 1:
-        yield from map(shown, map(perform, runs))
+        yield from map(print_result, map(perform, runs))
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), one_thread) as pool:
-        yield from map(shown, pool.map(perform, runs))
+        yield from map(print_result, pool.map(perform, runs))
 
 
-def shown(result: dict[str, Any]) -> dict[str, Any]:
+def print_result(result: dict[str, Any]) -> dict[str, Any]:
+    """Prints a line about the result and returns the result."""
     run = result["run"]
     print(
         f"  {run['arm']['name']}, lr {run['settings']['lr']:g}, seed {run['settings']['seed']}: "
@@ -87,13 +88,13 @@ def shown(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose_rates(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> list[float]:
-    """Each run's learning rate: of several that were given, its arm's best by validation HitRatio@1 (then NDCG) with
-    the first seed; else the one given, or the default."""
+    """The learning rate of each run. If several were given, trains with each of them and the first seed, and chooses
+    the best by validation HitRatio@1, then NDCG. Otherwise returns the one that was given, or the default."""
     rates, seed = options.lr or [], options.seed[0]
     if len(rates) < 2:
         default = RATE if options.model == TINY else LEARNING_RATES.get(options.data, 8e-4)
         return [rates[0] if rates else default] * len(runs)
-    tried = iter(performed([with_rate(run, lr, seed) for run in runs for lr in rates], jobs))
+    tried = iter(perform_all([with_rate(run, lr, seed) for run in runs for lr in rates], jobs))
     best = []
     for _ in runs:
         quality = {lr: tuple(next(tried)["validation"].values()) for lr in rates}
@@ -102,7 +103,7 @@ def choose_rates(runs: Sequence[Run], options: argparse.Namespace, jobs: int) ->
 
 
 def results_of(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> dict[str, list[dict[str, Any]]]:
-    """The results by arm, one for each seed; runs: one of each arm."""
+    """The results by arm, one for each seed. runs: one run for each arm."""
     trained = [run for run in runs if run.arm.gate is not None]
     best = dict(zip([run.arm for run in trained], choose_rates(trained, options, jobs), strict=True))
     wanted = [
@@ -111,18 +112,18 @@ def results_of(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> d
         for seed in (options.seed if run.arm.gate else options.seed[:1])
     ]
     found: dict[str, list[dict[str, Any]]] = {}
-    for result in performed(wanted, jobs):
+    for result in perform_all(wanted, jobs):
         found.setdefault(result["run"]["arm"]["name"], []).append(result)
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Returns the results by arm, one for each seed; they are in results.json as well, the table in results.md."""
+    """Returns the results by arm, one for each seed. Also writes them to results.json, and the table to results.md."""
     options, start = parse(argv, __doc__), time.perf_counter()
     experiment, settings = experiment_of(options), settings_of(options)
     jobs = options.jobs or (2 if options.model == TINY and not torch.cuda.is_available() else 1)
     if jobs > 1:
-        one_thread()  # here too: two threads on a busy machine are slower than one
+        one_thread()  # in this process too: on a busy machine two threads are slower than one
     try:
         dataset = experiment.dataset()
         baselines = prepare(experiment, dataset, options.sequence_models, options.pretrain_steps)
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     groups = [dataset.groups[example.user] for example in test] if dataset.groups else None
     drawn = draw(found, experiment.folder, len(parts.train) / settings.effective_batch, groups)
     pictures = f", with {', '.join(path.name for path in drawn)}" if drawn else ""
-    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; kept in {experiment.folder}{pictures}")
+    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; written to {experiment.folder}{pictures}")
     return found
 
 

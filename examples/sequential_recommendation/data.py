@@ -1,13 +1,14 @@
-"""The neutral form of a data set, its split, the windows and their candidates.
+"""Data sets, their split, the windows of a split and their candidates.
 
-A data set is a list of titles (an item's id is its index) and, for every user, distinct item ids in the order in which
-the user met them. Readers (`readers.py`) and the generator (`synthetic.py`) make it; all else starts from it:
+A `Dataset` is a list of titles (an item's id is its index) and, for every user, distinct item ids in the order in which
+the user met them. Readers (`readers.py`) and generators (`synthetic.py`, `tastes.py`) make it; all else starts from it:
 
     dataset = readers.movielens(Path("ml-100k"))
     parts = split(dataset, seed=0)                      # windows: history -> next item
     test = with_candidates(parts.test, dataset, seed=0) # the same, with 20 items to choose from
 
-Every random choice depends on the seed and on what is chosen for, never on order, worker or process.
+Every random choice depends on the seed and on the user or window that it is made for, never on order, worker or
+process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-MIN_HISTORY, MAX_HISTORY = 3, 10  # items of a window's history
+MIN_HISTORY, MAX_HISTORY = 3, 10  # items in a window's history
 NUM_CANDIDATES = 20
 
 
@@ -42,7 +43,7 @@ class Example(NamedTuple):
 
     @property
     def target_index(self) -> int:
-        """Where the target stands among the candidates."""
+        """The target's index among the candidates."""
         return self.candidates.index(self.target)
 
 
@@ -56,15 +57,16 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Titles and users, in the neutral form.
+    """The titles of all items, and every user's items in order of time.
 
     Args:
-        name: for tables and files.
-        titles: item id -> title. Two items may share one; an example never holds both.
+        name: appears in tables and file names.
+        titles: item id -> title. Two items may share a title; an example never holds both.
         users: user -> item ids in order of time, each once.
         given: a split that came with the data; the paper's protocol then uses it as it is.
-        groups: user -> planted group, where users were made up.
-    Raises ValueError, naming the user or item, for ids without a title, repeated items and empty titles.
+        groups: user -> group, for made-up users.
+    Raises ValueError, naming the user or item, for ids without a title, repeated items, and titles that are empty or
+    have several lines.
     """
 
     name: str
@@ -91,7 +93,7 @@ class Dataset:
 
     @cached_property
     def names(self) -> list[str]:
-        """The titles as `normal` makes them."""
+        """Every title as `normal` returns it."""
         return [normal(title) for title in self.titles]
 
     def __str__(self) -> str:
@@ -100,7 +102,7 @@ class Dataset:
 
 
 def normal(title: str) -> str:
-    """A title as it is compared: Unicode NFKC, case folded, runs of white space as one space."""
+    """The form in which titles are compared: Unicode NFKC, case folded, runs of white space as one space."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", title)).strip().casefold()
 
 
@@ -118,14 +120,15 @@ def split(
 ) -> Split:
     """Windows for training, validation and testing. Users with fewer than 4 items have no window and are left out.
 
-    protocol="paper": users are shuffled and split 8:1:1 (rounded down twice, the rest tests: 943 users -> 754, 94, 95).
-    Training takes every window of its users, validation and test one of each of theirs: evaluate="last", the one that
-    uses all that is known of the user; or "random", any of them, which is what the lengths of the published LastFM
-    windows suggest. No user is in two parts. A split that came with the data is returned as it is.
+    protocol="paper" shuffles the users and splits them 8:1:1. Two of the numbers are rounded down, and the rest of the
+    users are for testing: 943 users -> 754, 94, 95. Training takes every window of its users. Validation and testing
+    take one window of each of theirs: evaluate="last" takes the last one, which uses all that is known of the user;
+    "random" takes any of them, as the lengths of the published LastFM windows suggest that the paper did. No user is in
+    two parts. A split that came with the data is returned as it is.
 
-    protocol="leave-one-out": every user is tested on the last item, validated on the one before (users with 4 items
-    are not), and all earlier windows train. As many tests as users, so that differences stand out from noise.
-    Raises ValueError for other names and where a part would be empty.
+    protocol="leave-one-out" tests every user on the last item, validates on the one before (except users with 4 items),
+    and trains on all earlier windows. There are as many tests as users, so that differences stand out from noise.
+    Raises ValueError for another protocol or evaluate, and if a part would be empty.
     """
     if protocol not in ("paper", "leave-one-out") or evaluate not in ("last", "random"):
         raise ValueError(f"split: unknown protocol={protocol!r} or evaluate={evaluate!r}")
@@ -170,13 +173,13 @@ def with_candidates(
     exclude: Literal["user", "window"] = "window",
     count: int = NUM_CANDIDATES,
 ) -> list[Example]:
-    """The windows with their candidates: the target and count - 1 uniform negatives, shuffled.
+    """The windows with their candidates: the target and count - 1 uniformly drawn negatives, shuffled.
 
-    A window's draw depends on the seed and the window alone. Negatives are never in the window's history; with
-    exclude="user" they are nothing that the user is known to have met, later items included. That is an easier test
-    (popular items tend to be met already), and not the published one. No two candidates share a normalised title,
-    since an answer in words could not tell them apart.
-    Raises ValueError where fewer than count - 1 negatives are left, and for other names.
+    A window's candidates depend on the seed and the window alone. Negatives are never in the window's history. With
+    exclude="user" they are also none of the user's other items, not even later ones. That makes the test easier, since
+    users have met many of the popular items, and the paper does not do it. No two candidates have the same title as
+    `normal` returns it, since an answer in words could not tell them apart.
+    Raises ValueError if fewer than count - 1 negatives are left, and for another exclude.
     """
     if exclude not in ("user", "window"):
         raise ValueError(f"with_candidates: unknown exclude={exclude!r}")
@@ -186,7 +189,7 @@ def with_candidates(
 
 def _example(window: Window, names: list[str], known: frozenset[int], seed: int, count: int) -> Example:
     user, history, target = window
-    draw = random.Random(f"{seed}/{user}/{history}/{target}")  # a string: seeded alike in every process
+    draw = random.Random(f"{seed}/{user}/{history}/{target}")  # a string gives the same seed in every process
     taken, titles = {*history, *known, target}, {names[target]}
     candidates = [target]
     for item in _without_repeats(draw, len(names)):
@@ -202,7 +205,7 @@ def _example(window: Window, names: list[str], known: frozenset[int], seed: int,
 
 
 def _without_repeats(draw: random.Random, size: int) -> Iterator[int]:
-    """The numbers below size in random order; without shuffling them all where only the first few are taken."""
+    """Yields the numbers below size in random order, without shuffling all of them if the caller takes only a few."""
     seen: set[int] = set()
     while len(seen) < size // 2:
         number = draw.randrange(size)
@@ -215,25 +218,25 @@ def _without_repeats(draw: random.Random, size: int) -> Iterator[int]:
 
 
 def frequent(dataset: Dataset, users: int = MIN_HISTORY + 1, items: int = 5) -> Dataset:
-    """The data set without users of fewer than `users` items and items of fewer than `items` users, repeatedly.
+    """Drops users with fewer than `users` items and items with fewer than `items` users, until none are left to drop.
 
     Item ids are renumbered in their old order. For raw files with a long tail, such as Steam's reviews.
-    Raises ValueError for a data set with a given split, whose windows would change.
+    Raises ValueError for a data set that came with its own split, whose windows would change.
     """
     if dataset.given is not None:
         raise ValueError(f"{dataset.name}: it came with its own split, which filtering would change")
-    kept, before = dataset.users, -1
-    while before != (before := sum(map(len, kept.values()))):
+    remaining, before = dataset.users, -1
+    while before != (before := sum(map(len, remaining.values()))):
         counts = [0] * dataset.num_items
-        for sequence in kept.values():
+        for sequence in remaining.values():
             for item in sequence:
                 counts[item] += 1
-        kept = {user: [i for i in sequence if counts[i] >= items] for user, sequence in kept.items()}
-        kept = {user: sequence for user, sequence in kept.items() if len(sequence) >= users}
-    number = {item: new for new, item in enumerate(sorted({i for sequence in kept.values() for i in sequence}))}
+        remaining = {user: [i for i in sequence if counts[i] >= items] for user, sequence in remaining.items()}
+        remaining = {user: sequence for user, sequence in remaining.items() if len(sequence) >= users}
+    number = {item: new for new, item in enumerate(sorted({i for sequence in remaining.values() for i in sequence}))}
     return Dataset(
         dataset.name,
         [dataset.titles[item] for item in number],
-        {user: [number[item] for item in sequence] for user, sequence in kept.items()},
-        groups={user: group for user, group in dataset.groups.items() if user in kept},
+        {user: [number[item] for item in sequence] for user, sequence in remaining.items()},
+        groups={user: group for user, group in dataset.groups.items() if user in remaining},
     )

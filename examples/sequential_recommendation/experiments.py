@@ -1,6 +1,6 @@
-"""What a comparison is made of: its data and models, its rows, and where each is kept.
+"""What a comparison consists of: its data and models, its arms, and where their files are.
 
-Everything that a run needs is made again from an `Experiment`, so that runs can go to processes of their own.
+A run makes everything that it needs from its `Experiment`, so that each run can have a process of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .settings import RecommenderConfig, TrainingSettings
 from .synthetic import synthetic
 from .tastes import tastes
 
-if TYPE_CHECKING:  # a wrong title is answered before torch could be imported
+if TYPE_CHECKING:  # recommend.py reports a wrong title before it spends time on importing torch
     from .prompts import Choice
 
 PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
@@ -33,12 +33,12 @@ TINY, SMOLLM2 = "tiny", "smollm2"
 
 
 class OtherData(ValueError):
-    """What is kept was made from other data than there are now."""
+    """A file of an earlier run was made from other data than the data set has now."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table. gate: as in `RecommenderConfig`; None: the language model as it is, not trained."""
+    """A row of the table. gate: as in `RecommenderConfig`, or None for the language model without training."""
 
     name: str
     gate: str | None
@@ -47,11 +47,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all arms of a comparison share. folder holds the trained sequence model and the tiny language model.
+    """What all arms of a comparison share.
 
-    model: "tiny", "smollm2", or whatever transformers loads a causal language model from. users: how many are made up.
-    tests: how many of the validation and of the test examples, 0 for all. plain: titles as `readers.plain_titles` makes
-    them. guide: the kind of the sequence model whose z the gate sees and whose item embeddings stand in the prompts.
+    folder: holds the trained sequence models, the tiny language model and the runs. root: the folder of the raw files.
+    model: "tiny", "smollm2", or a name or folder from which transformers loads a causal language model.
+    users: how many users to make up. tests: how many of the validation and of the test examples to use, 0 for all.
+    plain: whether titles are shortened by `readers.plain_titles`.
+    guide: the kind of the sequence model that gives the gate its z and the prompts their item embeddings.
     """
 
     folder: Path
@@ -70,11 +72,11 @@ class Experiment:
 
     @classmethod
     def read(cls, described: dict[str, str], folder: Path) -> Experiment:
-        """From what `Run.described` says of it, now in this folder; what that lacks has its default.
+        """The experiment that `Run.described` wrote down, in this folder. Fields that are missing get their defaults.
 
-        Raises ValueError for values that are none of a field's, or another data set than there is.
+        Raises ValueError for a value that a field cannot have, and for an unknown data set.
         """
-        readers: dict[type, Callable[[str], Any]] = {bool: _truth, int: int, str: str, type(None): _path}
+        readers: dict[type, Callable[[str], Any]] = {bool: _bool, int: int, str: str, type(None): _path}
         given = {f.name: readers[type(f.default)](described[f.name]) for f in fields(cls)[1:] if f.name in described}
         if given.get("data") not in PROMPTS:
             raise ValueError(f"data: expected one of {', '.join(PROMPTS)}, got {given.get('data')!r}")
@@ -97,19 +99,23 @@ class Experiment:
         return parts, val[: self.tests or None], test[: self.tests or None]
 
     def fingerprint(self, dataset: Dataset) -> str:
-        """Sixteen digits of the titles, the users and all that decides their split; not of where the files are."""
+        """Sixteen hexadecimal digits: a hash of the titles, the users and all that decides their split.
+
+        Where the files lie does not matter.
+        """
         split_by = [dataset.given, self.protocol, self.evaluate, self.exclude, self.data_seed, self.tests]
         deciding = [dataset.titles, sorted(dataset.users.items()), split_by]
         return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
-    def check_data(self, path: Path, kept: str, now: str) -> None:
-        """What is kept at the path was made from the data of this fingerprint; "" is not known, and passes.
+    def check_data(self, path: Path, made_from: str, now: str) -> None:
+        """Raises OtherData if the file at the path was made from other data: a model could be tested on training data.
 
-        Raises OtherData: to go on would test a model on what it was trained on.
+        made_from: the fingerprint of the data that the file was made from. now: that of the present data. An empty
+        fingerprint is unknown, and passes.
         """
-        if kept and now and kept != now:
+        if made_from and now and made_from != now:
             raise OtherData(
-                f"{path}: it was made from other data (fingerprint {kept}) than those of {self.data} now ({now}): "
+                f"{path}: it was made from other data (fingerprint {made_from}) than those of {self.data} now ({now}): "
                 f"give another --out, or remove {self.folder}"
             )
 
@@ -125,7 +131,7 @@ class Experiment:
         return self.folder.parent / "smollm2"
 
     def language_model(self, dataset: Dataset) -> tuple[Any, Any]:
-        """(model, tokenizer), fresh, on the GPU where there is one. Raises OSError where the model is missing."""
+        """(model, tokenizer), newly loaded, on the GPU if there is one. Raises OSError if the model is missing."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -142,7 +148,7 @@ class Experiment:
         return lm.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
     def read_ahead(self) -> None:
-        """Asks the system to read the language model from the disk while Python still imports what will use it."""
+        """Asks the system to read the language model's files into memory while Python still imports torch."""
         folder = {TINY: self.lm_folder, SMOLLM2: self.smollm2_folder}.get(self.model, Path(self.model))
         if sys.platform == "linux":
             for path in folder.glob("*.safetensors"):
@@ -150,14 +156,14 @@ class Experiment:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def tokenizer(self, dataset: Dataset) -> Any:
-        """The tiny model's."""
+        """The tokenizer of the tiny model."""
         from .tiny_model import tiny_tokenizer
 
         return tiny_tokenizer(dataset, PROMPTS[self.data])
 
 
-def _truth(text: str) -> bool:
-    """Of what str makes of a bool; bool("False") would be true."""
+def _bool(text: str) -> bool:
+    """Reads "True" or "False"; bool("False") would be true."""
     if text not in ("True", "False"):
         raise ValueError(f"expected True or False, got {text!r}")
     return text == "True"
@@ -168,16 +174,18 @@ def _path(text: str) -> Path | None:
 
 
 def unpacked(folder: Path) -> Path:
-    """The folder with SmolLM2 in float32 as safetensors; made the first time, since GGUF takes half a minute to read.
-    It appears whole or not at all."""
+    """Returns the folder, after writing SmolLM2 to it in float32 as safetensors if it is not there.
+
+    GGUF takes half a minute to read, safetensors do not. The folder appears complete or not at all.
+    """
     if folder.is_dir():
         return folder
     from transformers import AutoModelForCausalLM
 
     print(f"unpacking SmolLM2 to {folder}, this once: half a gigabyte, about a minute", file=sys.stderr, flush=True)
-    packed, tokenizer = importlib.import_module("smollm2_text").load(None)  # the example beside this package
+    packed, tokenizer = importlib.import_module("smollm2_text").load(None)  # examples/smollm2_text.py
     config = deepcopy(packed.config)
-    del config.quantization_config  # transformers refuses to write a model that was quantised once
+    del config.quantization_config  # transformers refuses to save a model that was loaded from quantised weights
     lm = AutoModelForCausalLM.from_config(config, dtype=packed.dtype)
     lm.load_state_dict(packed.state_dict())
     stage = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
@@ -191,8 +199,11 @@ def unpacked(folder: Path) -> Path:
 
 
 class Run(NamedTuple):
-    """An arm with a seed and its settings, which hold the seed too. texts: whether answers are generated as well.
-    watch: the validation examples are ranked every so many steps, 0: only after the last. fingerprint: the data's."""
+    """An arm and the settings of its training, which include the seed.
+
+    texts: whether the model also generates answers. watch: the validation examples are ranked every `watch` steps,
+    or only after the last step if it is 0. fingerprint: of the data.
+    """
 
     experiment: Experiment
     arm: Arm
@@ -203,16 +214,17 @@ class Run(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """Where its result is kept, by everything that decides it: what another run has made is never in the way."""
+        """The file of the result. Its name depends on all that decides the result, so that two runs never share it."""
         arm = self.arm.name.lower().replace(",", "").replace(" ", "-")
         name = f"lr{self.settings.lr:g}-seed{self.settings.seed}-{self.key}.json"
         return self.experiment.folder / "runs" / arm / name
 
     @property
     def key(self) -> str:
-        """Eight digits of all that decides the result: not where it is kept, nor what goes on beside the training.
+        """Eight hexadecimal digits: a hash of all that decides the result.
 
-        The data stand in it by their root; `check_data` sees whether they are still the same.
+        It leaves out the folder of the result and settings that do not change it, such as logging. Of the data it
+        takes the root folder only; `check_data` checks whether their content is still the same.
         """
         deciding = self.described()
         del deciding["experiment"]["folder"], deciding["fingerprint"]
@@ -224,12 +236,12 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where its recommender is kept, and on the way its checkpoints."""
+        """The folder of the trained recommender and, during training, of the checkpoints."""
         return self.file.with_suffix("")
 
     @property
     def choice(self) -> Choice:
-        """How examples are put in its evaluation."""
+        """How the prompts of the evaluation are written."""
         from .prompts import Choice
 
         return Choice(0, hybrid=self.arm.gate is not None and self.settings.curriculum is not None)
@@ -239,18 +251,18 @@ class Run(NamedTuple):
         return RecommenderConfig(gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts)
 
     def described(self) -> dict[str, Any]:
-        """All that decides its result, JSON-able."""
+        """All that decides the result, JSON-able."""
         found = {name: asdict(getattr(self, name)) for name in ("arm", "recommender", "settings")}
         found["experiment"] = {key: str(value) for key, value in asdict(self.experiment).items()}
         return {**found, "texts": self.texts, "watch": self.watch, "fingerprint": self.fingerprint}
 
     def check_data(self, path: Path, described: dict[str, Any]) -> None:
-        """What is kept at the path is described like this. Raises OtherData."""
+        """Raises OtherData if the file at the path, described by `described`, was made from other data."""
         self.experiment.check_data(path, described.get("fingerprint", ""), self.fingerprint)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """The file appears with all of the content or not at all."""
+    """Writes the file, which appears with all of the content or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

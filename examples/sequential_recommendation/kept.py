@@ -1,4 +1,4 @@
-"""A trained recommender as `compare.py` keeps it: which run it is of, its data set, and its models."""
+"""Finds and loads the trained recommenders that `compare.py` has written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from .data import Dataset
 from .experiments import PROMPTS, Arm, Experiment, OtherData
 
-if TYPE_CHECKING:  # a wrong title is answered before torch could be imported
+if TYPE_CHECKING:  # recommend.py reports a wrong title before it spends time on importing torch
     from .prompts import Prompts
     from .recommender import Recommender
 
 COMPARE = "python examples/sequential_recommendation/compare.py"
-FOLDER = Path("recommender-comparison")  # where compare.py puts its runs
+FOLDER = Path("recommender-comparison")  # the default folder of compare.py
 
 
 class NoRun(ValueError):
@@ -24,10 +24,10 @@ class NoRun(ValueError):
 
 @dataclass(frozen=True)
 class KeptRun:
-    """What a run's `run.json` says that is needed to use its recommender.
+    """A trained run: the part of its `run.json` that is needed to use its recommender.
 
-    folder: holds run.json and the recommender. hybrid: whether item embeddings stand in the prompts. fingerprint: of
-    the data it was trained on, "" where run.json has none.
+    folder: holds run.json and the recommender. hybrid: whether the prompts hold item embeddings.
+    fingerprint: of the data that it was trained on, "" if run.json has none.
     """
 
     folder: Path
@@ -42,17 +42,18 @@ class KeptRun:
 
     @property
     def validation(self) -> float:
-        """The hit ratio on the validation users; -1 where none is kept."""
+        """The hit ratio on the validation users, or -1 if the run has no file of results."""
         try:
-            kept = json.loads(self.folder.with_name(self.folder.name + ".json").read_text(encoding="utf-8"))
+            result = json.loads(self.folder.with_name(self.folder.name + ".json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return -1.0
-        return float(kept["validation"]["hit_ratio"])
+        return float(result["validation"]["hit_ratio"])
 
     def load(self, dataset: Dataset) -> tuple[Recommender, Prompts]:
-        """The recommender in eval mode, on the GPU where there is one, and what writes its prompts.
+        """The recommender in eval mode, on the GPU if there is one, and the `Prompts` that write its prompts.
 
-        Raises FileNotFoundError or ValueError for a missing or damaged file, or one of another data set or model.
+        Raises FileNotFoundError or ValueError if a file is missing, is damaged, or belongs to another data set or
+        model.
         """
         from .prompts import Prompts
         from .recommender import load
@@ -67,13 +68,13 @@ class KeptRun:
             )
         lm, tokenizer = self.experiment.language_model(dataset)
         model = load(self.recommender, lm)
-        if (known := model.encoder.num_items) != dataset.num_items:  # a run that says no fingerprint
+        if (known := model.encoder.num_items) != dataset.num_items:  # checks runs that have no fingerprint
             raise OtherData(f"{self.recommender}: it knows {known} items, {source} has {dataset.num_items}: {remedy}")
         return model, Prompts(tokenizer, dataset, PROMPTS[self.experiment.data])
 
 
 def read_run(folder: Path) -> KeptRun:
-    """What <folder>/run.json says. Raises FileNotFoundError, or ValueError naming the file and what it lacks."""
+    """Reads <folder>/run.json. Raises FileNotFoundError, or ValueError naming the file and what it lacks."""
     folder = folder.resolve()
     path, above = folder / "run.json", folder.parents
     if len(above) < 3:
@@ -90,21 +91,21 @@ def read_run(folder: Path) -> KeptRun:
 
 
 def find_run(folder: Path, root: Path | None = None) -> KeptRun:
-    """The run in a folder, or the best of the runs of one comparison below it; root: instead of the run's own.
+    """The run in a folder, or the best run of the one comparison below it. root: replaces the run's own root.
 
-    The best has the sequence gate, if any has, and the highest hit ratio on the validation users.
-    Raises NoRun where none is trained, or where runs of several comparisons are there.
+    Runs with the sequence gate come first; among them, or else among all, the highest hit ratio on the validation
+    users decides. Raises NoRun if no run is trained, or if the folder holds runs of several comparisons.
     """
     paths = sorted(path.parents[1] for path in folder.glob("**/recommender/recommender.json"))
-    kept = [read_run(path) for path in paths if (path / "run.json").exists()]  # checkpoints have none
-    if not kept:
+    runs = [read_run(path) for path in paths if (path / "run.json").exists()]  # checkpoints have no run.json
+    if not runs:
         command = COMPARE if folder == FOLDER else f"{COMPARE} --out {folder}"
         raise NoRun(
             f"no trained recommender in {folder}. This makes some, for made-up users, in minutes:\n  {command}\n"
             "and its --help says how to train on MovieLens with SmolLM2."
         )
-    several = sorted({str(run.experiment.folder) for run in kept})
+    several = sorted({str(run.experiment.folder) for run in runs})
     if len(several) > 1:
         raise NoRun(f"{folder} holds runs of several comparisons, give one with --run:\n  " + "\n  ".join(several))
-    best = max(kept, key=lambda run: (run.arm.gate == "sequence", run.validation))
+    best = max(runs, key=lambda run: (run.arm.gate == "sequence", run.validation))
     return best if root is None else replace(best, experiment=replace(best.experiment, root=root))

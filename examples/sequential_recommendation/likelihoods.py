@@ -1,9 +1,10 @@
-"""How likely each candidate of an example is as the answer to its prompt.
+"""Computes how likely each candidate of an example is as the answer to its prompt.
 
-All candidates stand behind one prompt in one row, each seeing the prompt and itself only, so the prompt is computed
-once. Not every language model can be asked so: recurrences and convolutions mix whatever stands side by side, some
-positions cannot be given, windows count what stands between. The model's settings tell most of it, and the first row
-and every longer one is tried; if a model cannot, each candidate gets a row of its own.
+All candidates follow one prompt in one row, and a mask lets each see only the prompt and itself, so the prompt is
+computed once. Some language models cannot do this: recurrences and convolutions mix neighbouring tokens whatever the
+mask says, some models take no position ids, and an attention window counts the candidates that lie between. The
+model's settings show most of these cases. Besides, the first row and every row longer than those before are compared
+with a candidate that is computed alone. If the model fails, each candidate gets a row of its own.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from .recommender import Recommender
 
 
 class Candidates:
-    """The answers of a batch of examples behind their prompts, each seeing the prompt and itself only.
+    """The answers of a batch of examples, laid out for rows [prompt, answer, answer, ...], one row for each example.
 
-    prompts: what `Prompts.collate` made without answers, [B, P]; answers: for each example those of its candidates, as
-    many for each. The prompt is computed once for all of them: one row [prompt, answer, answer, ...] an example.
+    Each answer sees only the prompt and itself, so the prompt is computed once for all answers.
+    answers: for each example the answers of its candidates, equally many for every example.
 
-    tokens, own: int64 [B, Q], the answers one after another, then padding, and the number (from 0) of the candidate
-    that each belongs to, -1 for padding. first, positions: bool and int64 [B, Q]: where an answer begins, and how many
-    of its tokens stand before each.
+    tokens: int64 [B, Q], the answers one after another, then padding. own: int64 [B, Q], the number (from 0) of the
+    candidate that each token belongs to, -1 for padding. first: bool [B, Q], whether an answer begins at the token.
+    positions: int64 [B, Q], how many tokens of the same answer come before the token.
     """
 
     def __init__(self, answers: Sequence[Sequence[Sequence[int]]], pad: int, device: torch.device) -> None:
@@ -42,13 +43,14 @@ class Candidates:
         self.first = (self.positions == 0) & (self.own >= 0)
 
     def mask(self, prompt: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, 1, P+Q, P+Q]: 0 where a token (row) sees another (column), the lowest number elsewhere.
+        """[B, 1, P+Q, P+Q]: 0 where a token (row) sees another (column), the lowest number of the dtype elsewhere.
 
-        prompt: int64 [B, P], its attention mask. Padding sees itself alone: a row that sees nothing would be NaN.
+        prompt: int64 [B, P], the prompts' attention mask. A padding token sees itself, because the attention of a token
+        that sees nothing would be NaN.
         """
         B, P = prompt.shape
         L = P + self.tokens.shape[1]
-        owner = torch.cat([torch.where(prompt != 0, -2, -1), self.own], dim=1)  # -2: the prompt's, -1: padding
+        owner = torch.cat([torch.where(prompt != 0, -2, -1), self.own], dim=1)  # -2: the prompt, -1: padding
         same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == -2)
         same &= ((owner != -1)[:, :, None] & (owner != -1)[:, None, :]).tril()
         same |= torch.eye(L, dtype=torch.bool, device=prompt.device)
@@ -57,23 +59,24 @@ class Candidates:
         )
 
     def sums(self, logits: Tensor) -> Tensor:
-        """float32 [B, C]: the log-likelihoods of whole answers, from logits [B, 1+Q, vocabulary] of the prompt's last
-        token and of all answers' tokens."""
-        places = torch.arange(self.tokens.shape[1], device=logits.device).expand_as(self.tokens)
-        before = torch.where(self.first, 0, places)  # column 0 is the prompt's end; column j stands before token j
+        """float32 [B, C]: the log-likelihoods of whole answers. logits: [B, 1+Q, vocabulary], those of the prompt's
+        last token and of all answers' tokens."""
+        columns = torch.arange(self.tokens.shape[1], device=logits.device).expand_as(self.tokens)
+        # Column 0 of the logits predicts the first token of every answer, column j any other token j.
+        before = torch.where(self.first, 0, columns)
         normaliser = logits.float().logsumexp(-1).gather(1, before)
         rows = torch.arange(len(logits), device=logits.device)[:, None]
         found = logits[rows, before, self.tokens].float() - normaliser
-        sums = found.new_zeros(len(logits), self.count + 1)  # the last column takes the padding
+        sums = found.new_zeros(len(logits), self.count + 1)  # the last column collects the padding
         return sums.scatter_add(1, self.own % (self.count + 1), found)[:, : self.count]
 
 
 def candidate_likelihoods(
     model: Recommender, prompts: Prompts, examples: Sequence[Example], choice: Choice, gate: Tensor | None = None
 ) -> Tensor:
-    """float32 [B, C]: log-likelihood of each candidate's title and newline, after the example's prompt. On the CPU.
+    """float32 [B, C] on the CPU: the log-likelihood of each candidate's title and newline after the example's prompt.
 
-    gate [B, E] or [blocks, B, E]: instead of the model's own. Raises ValueError in training mode.
+    gate [B, E] or [blocks, B, E]: replaces the model's own. Raises ValueError in training mode.
     """
     if model.training:
         raise ValueError("candidate_likelihoods: model.eval() first, dropout would move the scores")
@@ -91,7 +94,7 @@ def candidate_likelihoods(
 def _packed(
     model: Recommender, pad: int, batch: dict[str, Tensor], answers: list[list[list[int]]], gate: Tensor
 ) -> Tensor | None:
-    """The log-likelihoods [B, C] from one row an example; None if this model cannot be asked so."""
+    """The log-likelihoods [B, C] from one row for each example, or None if this model cannot compute them so."""
     candidates = Candidates(answers, pad, model.device)
     mask = batch["attention_mask"]
     L = mask.shape[1] + candidates.tokens.shape[1]
@@ -102,14 +105,16 @@ def _packed(
     except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
         if model.tried or isinstance(error, torch.OutOfMemoryError):
             raise
-        model.reach = 0  # some take no such mask, or cut the row before a layer that is adapted; what else is wrong
-        return None  # is so with a row for each too, and raised there
+        # Some models take no such mask, or shorten the row before an adapted layer. If the error has another cause, it
+        # is raised again where each candidate has a row of its own.
+        model.reach = 0
+        return None
     if model.tried < L:
         longest = int((mask.sum(1) + (candidates.own >= 0).sum(1)).argmax())
         last = answers[longest][-1]
         alone, _, _ = _apart(model, pad, *_one(batch, gate, longest), [last])
-        places = (candidates.own[longest] == candidates.count - 1).nonzero()[:, 0] + 1
-        if not _alike(logits[longest, places[:-1]], alone[0, 1 : len(last)]):
+        columns = (candidates.own[longest] == candidates.count - 1).nonzero()[:, 0] + 1
+        if not _close(logits[longest, columns[:-1]], alone[0, 1 : len(last)]):
             model.reach = 0
             return None
         model.tried = L
@@ -117,7 +122,7 @@ def _packed(
 
 
 def _side_by_side(model: Recommender, batch: dict[str, Tensor], candidates: Candidates, gate: Tensor) -> Tensor:
-    """Logits [B, 1+Q, vocabulary] of the rows [prompt, answer, answer, …]."""
+    """Logits [B, 1+Q, vocabulary] of the rows [prompt, answer, answer, ...]."""
     mask, (B, Q) = batch["attention_mask"], candidates.tokens.shape
     L = mask.shape[1] + Q
     whole = dict(batch, input_ids=torch.cat([batch["input_ids"], candidates.tokens], 1))
@@ -133,9 +138,12 @@ def _side_by_side(model: Recommender, batch: dict[str, Tensor], candidates: Cand
     )
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
-    """Whether two logits [T, vocabulary] differ by no more than rounding does, over all of them: by 12 units of their
-    dtype's precision, or 1e-3. (SmolLM2 has 2e-6 in float32 and 0.05, 7 units, in bfloat16.)"""
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two logits [T, vocabulary] differ by rounding at most.
+
+    The norm of the difference over the norm of the centred logits may be 12 times the dtype's eps, or 1e-3 if that is
+    more. (SmolLM2 has 2e-6 in float32 and 0.05, 7 times eps, in bfloat16.)
+    """
     found, limit = found.float(), max(12 * torch.finfo(found.dtype).eps, 1e-3)
     expected = expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).norm()
@@ -143,7 +151,7 @@ def _alike(found: Tensor, expected: Tensor) -> bool:
 
 
 def _one(batch: dict[str, Tensor], gate: Tensor, row: int) -> tuple[dict[str, Tensor], Tensor]:
-    """One example of a batch without its padding, and its gate."""
+    """(one example of a batch without its padding, its gate)"""
     words = batch["attention_mask"][row] != 0
     ids = {name: batch[name][row : row + 1, words] for name in ("input_ids", "attention_mask", "item_ids")}
     return ids, gate[..., row : row + 1, :]
@@ -154,7 +162,7 @@ def _apart(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logits [C, K+1, vocabulary], tokens [C, K], mask [C, K]) of C answers to one prompt, each in a row of its own.
 
-    logits[:, k] predict tokens[:, k]; K is the longest answer's length, padding stands behind.
+    logits[:, k] predict tokens[:, k]. K is the length of the longest answer; padding follows the shorter ones.
     """
     C, K = len(answers), max(map(len, answers))
     tokens = torch.tensor([answer + [pad] * (K - len(answer)) for answer in answers], device=model.device)
@@ -166,7 +174,7 @@ def _apart(
 
 
 def _sums(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """float32 [C]: the log-likelihoods of whole answers, from what `_apart` returns."""
+    """float32 [C]: the log-likelihoods of whole answers. Takes what `_apart` returns."""
     found = logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     return (found * mask).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Hit ratios, their intervals, ranks from scores, and answers in words."""
+"""Hit ratios and their intervals, ranks from scores, and the judging of generated answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .data import Example, Window, normal
 
 @dataclass(frozen=True)
 class Ratio:
-    """hits of total, as a number with its Wilson interval. Raises ValueError unless 0 <= hits <= total, total >= 1."""
+    """The ratio hits / total and its Wilson interval. Raises ValueError unless 0 <= hits <= total and total >= 1."""
 
     hits: int
     total: int
@@ -29,12 +29,12 @@ class Ratio:
         return self.hits / self.total
 
     def interval(self, z: float = 1.959964) -> tuple[float, float]:
-        """The Wilson score interval: low, high (95% by default)."""
+        """The Wilson score interval (low, high) for a normal quantile z; the default covers 95%."""
         n, p = self.total, self.value
         middle = p + z * z / (2 * n)
         spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         low, high = (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-        # At no hits and at n, the ends are exactly 0 and 1: not what rounding makes of them.
+        # With no hits the low end is exactly 0, and with n hits the high end is exactly 1; rounding would move them.
         return low if self.hits else 0.0, high if self.hits < n else 1.0
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Seeds:
-    """The same figure from several seeds: mean and sample standard deviation (nan for a single seed)."""
+    """One figure over several seeds: its mean and sample standard deviation (nan for a single seed)."""
 
     mean: float
     deviation: float
@@ -55,7 +55,10 @@ class Seeds:
 
 
 def over_seeds(values: Sequence[float]) -> Seeds:
-    """Raises ValueError for no values. Seeds share their test users: their spread is not the interval of the figure."""
+    """The mean and deviation of the values, one for each seed. Raises ValueError for no values.
+
+    All seeds are tested on the same users, so the deviation is no confidence interval of the figure.
+    """
     if not values:
         raise ValueError("over_seeds: expected one value or more")
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -63,10 +66,11 @@ def over_seeds(values: Sequence[float]) -> Seeds:
 
 
 def ranks(scores: Tensor, target: Tensor) -> Tensor:
-    """int64 [N], from 1: how many candidates score at least as high as the target, which counts itself.
+    """The target's rank int64 [N], from 1: how many candidates, the target included, score at least as high as it.
 
-    scores [N, C], floating; target int64 [N], the target's column. A tie counts against the target, so that a model
-    that scores all alike is last, not first, and order never matters. Raises ValueError for NaN or shapes that differ.
+    scores [N, C], floating; target int64 [N], the target's column. A tie counts against the target: a model that gives
+    all candidates the same score gets the last rank, not the first, and the order of the candidates never matters.
+    Raises ValueError for NaN and for shapes that do not match.
     """
     if scores.ndim != 2 or target.shape != scores.shape[:1]:
         raise ValueError(f"ranks: expected [N, C] and [N], got {list(scores.shape)} and {list(target.shape)}")
@@ -76,26 +80,29 @@ def ranks(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def hit_ratio(rank: Tensor, k: int = 1) -> Ratio:
-    """How many of rank [N] are at most k."""
+    """The share of ranks [N] that are at most k."""
     return Ratio(int((rank <= k).sum()), len(rank))
 
 
 def ndcg(rank: Tensor, k: int) -> float:
-    """The mean of 1 / log2(1 + rank) over rank [N], 0 beyond k: NDCG@k with a single relevant item."""
+    """NDCG@k with a single relevant item: the mean over rank [N] of 1 / log2(1 + rank), or 0 for a rank beyond k.
+
+    Raises ValueError for no ranks.
+    """
     if not len(rank):
         raise ValueError("ndcg: expected one rank or more")
     return float(torch.where(rank <= k, 1 / torch.log2(1.0 + rank), 0.0).double().mean())
 
 
 def candidate_scores(scores: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """(scores of the candidates [N, C], target's column int64 [N]) from the scores of all items [N, items]."""
+    """(the candidates' scores [N, C], the target's column int64 [N]) from the scores of all items [N, items]."""
     candidates = torch.tensor([example.candidates for example in examples], device=scores.device)
     target = torch.tensor([example.target_index for example in examples], device=scores.device)
     return scores.gather(1, candidates), target
 
 
 def popularity(train: Iterable[Window], num_items: int) -> Tensor:
-    """float32 [num_items]: how many training windows have the item as target. The baseline's scores, for any user."""
+    """float32 [num_items]: how many training windows have the item as target. The popularity baseline scores so."""
     counts = [0] * num_items
     for window in train:
         counts[window.target] += 1
@@ -103,10 +110,10 @@ def popularity(train: Iterable[Window], num_items: int) -> Tensor:
 
 
 def match_title(text: str, titles: Sequence[str]) -> int | None:
-    """The index of the title that a generated text is, or None.
+    """The index of the title that a generated text names, or None.
 
-    The answer is the text's first line that is not empty; it must equal exactly one title, both as `data.normal` makes
-    them. So a longer title that contains another is no obstacle, and a title inside other words is no answer.
+    The answer is the text's first line that is not empty. It must equal exactly one title, after `data.normal` has been
+    applied to both. So it does not matter if one title contains another, and a title among other words is no answer.
     """
     answer = next((normal(line) for line in text.split("\n") if line.strip()), "")
     found = [index for index, title in enumerate(titles) if normal(title) == answer]
@@ -116,8 +123,8 @@ def match_title(text: str, titles: Sequence[str]) -> int | None:
 def text_ratios(texts: Sequence[str], examples: Sequence[Example], titles: Sequence[str]) -> tuple[Ratio, Ratio]:
     """(ValidRatio, HitRatio@1) of the texts generated for the examples; titles: item id -> title.
 
-    Valid texts are titles of the example's candidates. Hits count over all examples, so an invalid text is a miss.
-    Raises ValueError where texts and examples are not as many.
+    A text is valid if it is the title of one of the example's candidates. HitRatio@1 counts all examples, so an invalid
+    text is a miss. Raises ValueError unless there are as many texts as examples.
     """
     if len(texts) != len(examples):
         raise ValueError(f"text_ratios: {len(texts)} texts for {len(examples)} examples")

@@ -1,4 +1,4 @@
-"""The options of `compare.py`, and what they ask for: an experiment, the settings of its runs, its arms."""
+"""Reads the options of `compare.py` and makes the experiment, the settings and the arms that they ask for."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .experiments import MADE_UP, PROMPTS, SMOLLM2, TINY, Arm, Experiment
 from .sequence_models import KINDS
 from .settings import RecommenderConfig, TrainingSettings
 
-STEPS, BATCH, PRETRAINING = 300, 32, 800  # of the tiny model
+STEPS, BATCH, PRETRAINING = 300, 32, 800  # defaults for made-up users and the tiny model
 ARMS = ("untuned", "lora", "sequence", "random", "prompt")
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
-    """Ends the program with status 2 for options that are wrong, contradict each other or would be ignored."""
+    """The options. Ends the program with status 2 if any are wrong, contradict each other or would be ignored."""
     parser = made_parser(description)
     options = parser.parse_args(argv)
     made_up = options.data in MADE_UP
@@ -46,54 +46,55 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
 
 
 def made_parser(description: str | None) -> argparse.ArgumentParser:
-    """Options that may be refused where they mean nothing have the default None."""
+    """The parser. Its options that `parse` refuses together with certain others have the default None."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=tuple(PROMPTS), default="synthetic")
     add("--root", type=Path, help="folder of the raw files (readers.py says which)")
-    add("--plain", action="store_true", help="titles without year and with the article in front")
+    add("--plain", action="store_true", help="drop the year from titles and put the article in front")
     add("--min-users", type=whole(1), help="drop items that fewer users met (try 20 for Steam; default: 1)")
     add("--users", type=whole(1), help=f"how many to make up (default: {Experiment.users})")
     add("--protocol", choices=("paper", "leave-one-out"), help="default: leave-one-out for made-up users, else paper")
     add("--evaluate", choices=("last", "random"), default="last", help="which window of a validation or test user")
-    add("--tests", type=whole(0), default=0, help="validate and test on so many examples only (default: all)")
+    add("--tests", type=whole(0), default=0, help="number of validation and of test examples (default: all)")
     add("--model", default=TINY, help=f"{TINY}, {SMOLLM2}, or a folder or name for transformers")
-    add("--pretrain-steps", type=whole(1), help=f"of the tiny model, at most (default: {PRETRAINING})")
+    add("--pretrain-steps", type=whole(1), help=f"most steps to train the tiny model (default: {PRETRAINING})")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
-    add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="rows of their own")
+    add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="sequence models to compare")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    add("--experts", type=whole(1), nargs="+", default=[4], help="of the sequence gate; the others' is the first")
+    add("--experts", type=whole(1), nargs="+", default=[4], help="of the sequence gate; other gates take the first")
     add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0, 1, 2])
-    rates = "one for all arms, or several for each to choose from (see above)"
+    rates = "one learning rate for all arms, or several from which each arm chooses (see above)"
     add("--lr", nargs="+", type=real(zero=False), help=rates)
-    add("--gate-lr", type=real(zero=True), default=0.3, help="the gate's, as a factor")
+    add("--gate-lr", type=real(zero=True), default=0.3, help="the gate's learning rate over --lr")
     long = parser.add_mutually_exclusive_group().add_argument
     long("--epochs", type=real(zero=False), help=f"default: 5; for made-up users {STEPS} steps")
     long("--steps", type=whole(1), help="instead of epochs")
-    add("--batch-size", type=whole(1), help="examples at once")
-    add("--effective-batch", type=whole(1), help="examples of a step, a multiple of those at once")
+    add("--batch-size", type=whole(1), help="examples computed at once")
+    add("--effective-batch", type=whole(1), help="examples in a step, a multiple of --batch-size")
     hybrid = parser.add_mutually_exclusive_group().add_argument
-    hybrid("--curriculum", type=real(zero=True), help="part of the steps over which item embeddings come in")
+    hybrid("--curriculum", type=real(zero=True), help="share of the steps over which item embeddings come in")
     hybrid("--text-only", action="store_true", help="no item embeddings in the prompts")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    add("--workers", type=whole(0), default=0, help="of the data loader")
+    add("--workers", type=whole(0), default=0, help="worker processes of the data loader")
     add("--jobs", type=whole(1), help="runs at a time, each a process (default: 2 with the tiny model, else 1)")
-    add("--save-steps", type=whole(0), default=0, help="a checkpoint every so often, from which a killed run goes on")
-    add("--watch", type=whole(0), help="rank validation examples every so often (default: thrice, for made-up users)")
+    add("--save-steps", type=whole(0), default=0, help="steps between checkpoints, from which a killed run resumes")
+    watch = "steps between rankings of validation examples (default: three times in all for made-up users, else never)"
+    add("--watch", type=whole(0), help=watch)
     add("--no-texts", action="store_true", help="do not generate answers")
     add("--out", type=Path, default=Path("recommender-comparison"))
     return parser
 
 
 def batches_of(options: argparse.Namespace) -> tuple[int, int]:
-    """How many examples at once, and of a step."""
+    """(examples computed at once, examples in a step)"""
     tiny = options.model == TINY
     batch = options.batch_size or (BATCH if tiny else 8)
     return batch, options.effective_batch or (batch if tiny else 128)
 
 
 def model_of(options: argparse.Namespace) -> str:
-    """The language model; a relative folder is made absolute, so that its runs are of use from everywhere."""
+    """The language model. A relative folder is made absolute, so that its runs can be used from any folder."""
     name: str = options.model
     as_it_is = name in (TINY, SMOLLM2) or Path(name).is_absolute() or not Path(name).is_dir()
     return name if as_it_is else os.path.abspath(name)
@@ -111,7 +112,7 @@ def experiment_of(options: argparse.Namespace) -> Experiment:
         f"{options.pretrain_steps}-pretrained": options.model == TINY and options.pretrain_steps != PRETRAINING,
     }
     name = [options.data, protocol, Path(model_of(options)).name, *(mark for mark, differs in marks.items() if differs)]
-    folder = options.out / "-".join(name)  # by all that decides the models that its runs share
+    folder = options.out / "-".join(name)  # named for all that decides the models that its runs share
     given = {name: getattr(options, name) for name in names}
     root = options.root and options.root.resolve()
     return Experiment(folder, root=root, protocol=protocol, model=model_of(options), **given)
@@ -138,7 +139,7 @@ def settings_of(options: argparse.Namespace) -> TrainingSettings:
 
 
 def watch_of(options: argparse.Namespace, settings: TrainingSettings, windows: int) -> int:
-    """Every so many steps; windows: how many there are to train on."""
+    """The steps between two rankings of validation examples, 0 for none. windows: the number of training windows."""
     if options.watch is not None or options.data not in MADE_UP:
         return options.watch or 0
     total = settings.steps or math.ceil(settings.epochs * math.ceil(windows / settings.effective_batch))

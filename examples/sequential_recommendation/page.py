@@ -1,10 +1,10 @@
-"""A page on this machine for `recommend.py`: pick titles, see the ranking and the weights of the experts.
+"""Serves a page on this machine that recommends as `recommend.py` does: pick titles, see ranking and expert weights.
 
     pip install '.[page]'
     python examples/sequential_recommendation/page.py
     python examples/sequential_recommendation/page.py --run FOLDER --port 8000
 
-It listens on 127.0.0.1 alone, loads nothing from elsewhere and reports to nobody.
+The page listens on 127.0.0.1 alone, loads nothing from other machines and sends no usage reports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .recommend import loaded, opened, quiet, run_options
 from .service import Answer, Service
 
 HOST = "127.0.0.1"
-FONTS = (["system-ui", "sans-serif"], ["ui-monospace", "monospace"])  # the system's: the theme's own are fetched
+FONTS = (["system-ui", "sans-serif"], ["ui-monospace", "monospace"])  # the theme's own would be downloaded
 STYLE = """
 .answer {overflow-x: auto}
 .answer table {width: 100%; border-collapse: collapse; border: 0 !important; margin: .4rem 0 !important}
@@ -54,7 +54,7 @@ EMPTY = '<div class="answer"><p>The ranking appears here.</p></div>'
 
 
 def bar(share: float, text: str) -> str:
-    """A share of 1 as a bar with its number behind."""
+    """A bar for a share between 0 and 1, followed by the text."""
     return (
         f'<span class="track"><span class="bar" style="width:{100 * share:.1f}%"></span></span>'
         f'<span class="share">{text}</span>'
@@ -62,7 +62,7 @@ def bar(share: float, text: str) -> str:
 
 
 def table(head: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> str:
-    """head: (class, text) of each column; rows hold HTML."""
+    """An HTML table. head: (CSS class, text) of each column. rows: the columns' HTML."""
     columns = list(head)
     top = "".join(f'<th class="{kind}">{escape(text)}</th>' for kind, text in columns)
     body = "".join(
@@ -75,7 +75,7 @@ def table(head: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> str
 
 
 def ranking_html(answer: Answer, sequence_kind: str) -> str:
-    """All scored candidates, best first."""
+    """The scored candidates as HTML, best first."""
     rows = (
         (str(r.rank), escape(r.title), bar(r.probability, f"{r.probability:.1%}"), str(r.sequence_rank))
         for r in answer.ranked
@@ -97,7 +97,7 @@ def alert(message: str) -> str:
 
 
 def respond(service: Service, titles: Sequence[str] | None) -> tuple[str, str]:
-    """(ranking, gate) as HTML for the titles picked; what is wrong with them is said in the ranking's place."""
+    """(ranking, gate) as HTML for the titles picked. If something is wrong with them, an alert replaces the ranking."""
     try:
         answer = service.answer(titles or [])
     except ValueError as error:
@@ -106,7 +106,7 @@ def respond(service: Service, titles: Sequence[str] | None) -> tuple[str, str]:
 
 
 def build(service: Service) -> Any:
-    """The page, a gradio.Blocks."""
+    """Builds the page, a gradio.Blocks."""
     import gradio as gr
 
     with gr.Blocks(title="What comes next?", analytics_enabled=False, fill_width=True) as page:
@@ -139,7 +139,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it at import
     try:
         import gradio as gr
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, from the results of `arms.perform`."""
+"""Draws the pictures of a comparison from the results of `arms.perform`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Results = dict[str, list[dict[str, Any]]]  # by arm, one for each seed
 
 
 def draw(found: Results, folder: Path, epoch: float, groups: Sequence[int] | None = None) -> list[Path]:
-    """Writes gates.png, where an arm has a gate, and hit-ratio.png, where arms were watched; returns what it wrote.
+    """Writes gates.png if an arm has a gate, and hit-ratio.png if arms have curves. Returns the paths it wrote.
 
-    epoch: its steps. groups: of the test users, in their order; the heat map is sorted by them. Raises ImportError
-    without matplotlib. Each file appears whole or not at all.
+    epoch: the number of steps in an epoch. groups: the groups of the test users, in their order; the heat map is sorted
+    by them. Raises ImportError without matplotlib. Each file appears complete or not at all.
     """
     gated = {name: results for name, results in found.items() if results[0].get("gate", {}).get("weights")}
     watched = {name: results for name, results in found.items() if results[0].get("curve")}
@@ -36,12 +36,12 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _gates(gated: Results, groups: Sequence[int] | None) -> Any:
-    """For each arm's first seed the gates of the test users, and below them the experts' mean weights."""
+    """Draws, for each arm's first seed, the gates of the test users and below them the experts' mean weights."""
     figure = _figure(1.2 + 2.6 * len(gated), 5.4)
     axes = figure.subplots(2, len(gated), squeeze=False, height_ratios=[3, 1])
     for column, (name, results) in enumerate(gated.items()):
         weights, usage = results[0]["gate"]["weights"], results[0]["gate"]["usage"]
-        order = sorted(range(len(weights)), key=lambda i: _place(weights[i], groups[i] if groups else 0))
+        order = sorted(range(len(weights)), key=lambda i: _sort_key(weights[i], groups[i] if groups else 0))
         heat, bars = axes[:, column]
         image = heat.imshow([weights[i] for i in order], aspect="auto", interpolation="nearest", vmin=0, vmax=1)
         heat.set(title=name.replace(", ", "\n"), xticks=range(len(usage)))
@@ -59,19 +59,19 @@ def _gates(gated: Results, groups: Sequence[int] | None) -> Any:
     return figure
 
 
-def _place(weights: Sequence[float], group: int) -> tuple[int, int, float]:
-    """Where a user stands in a heat map: by group, largest expert and its weight."""
+def _sort_key(weights: Sequence[float], group: int) -> tuple[int, int, float]:
+    """Sorts the users of a heat map by group, then by their heaviest expert, then by its weight."""
     most = max(weights)
     return group, weights.index(most), -most
 
 
 def _curves(watched: Results, epoch: float) -> Any:
-    """Validation HitRatio@1 by epoch: the seeds' mean, and from the lowest to the highest."""
+    """Draws the validation HitRatio@1 by epoch: a line for the mean of the seeds, a band from lowest to highest."""
     figure = _figure(7, 4)
     axes = figure.subplots()
     for number, (name, results) in enumerate(watched.items()):
         steps = [step for step, _ in results[0]["curve"]]
-        values = [[result["curve"][place][1] for result in results] for place in range(len(steps))]
+        values = [[result["curve"][i][1] for result in results] for i in range(len(steps))]
         epochs, style = [step / epoch for step in steps], {"color": f"C{number}"}
         axes.plot(epochs, [over_seeds(each).mean for each in values], marker="o", label=name, **style)
         axes.fill_between(epochs, [min(each) for each in values], [max(each) for each in values], alpha=0.15, **style)

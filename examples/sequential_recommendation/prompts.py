@@ -1,7 +1,8 @@
-"""Prompts that hold a user's history and the candidates, in words and, behind each title, as an item embedding.
+"""Writes prompts with a user's history and the candidates: their titles and, after each title, its item embedding.
 
-A prompt's item positions carry the pad token's id, so that no vocabulary grows; `item_ids` says whose embedding takes
-its place. Nothing here is random: which words and whether with embeddings follow from (seed, example, step).
+At the position of an item embedding, `input_ids` has the pad token's id, so the vocabulary need not grow; `item_ids`
+says which item's embedding replaces that token's. Nothing here is random: (seed, example, step) decide which template
+a prompt has and whether it has item embeddings.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from .data import Dataset, Example
 from .sequence_models import pad_histories
 
-# before the history, between history and candidates, behind the candidates
+# (before the history, between history and candidates, after the candidates)
 TEMPLATES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "movies": (
         ("Films this viewer saw, oldest first:", ".\nFilms on offer:", ".\nThe viewer will see next:"),
@@ -44,37 +45,42 @@ NO_ITEM, NO_LABEL = -1, -100
 
 
 class Choice(NamedTuple):
-    """How an example is put: the number of its template, and whether item embeddings stand behind the titles."""
+    """How the prompt of an example is written: its template's number, and whether item embeddings follow the titles."""
 
     template: int
     hybrid: bool
 
 
 def choose(kind: str, example: Example, seed: int, step: int, hybrid_share: float) -> Choice:
-    """The choice for an example at a global step: the same in every process, whoever asks and in whatever order."""
+    """The choice for an example at a global step: the same in every process, and in any order of the examples."""
     draw = random.Random(f"{seed}/{step}/{example.user}/{example.history}/{example.target}")
     return Choice(draw.randrange(len(TEMPLATES[kind])), draw.random() < hybrid_share)
 
 
 def hybrid_share(step: int, total: int, curriculum: float) -> float:
-    """The share of hybrid prompts at a global step of `total`: it rises from 0 to 1 over the first `curriculum` of them
-    and stays there. 0 means hybrid prompts from the start."""
+    """The share of prompts with item embeddings at a global step of `total`.
+
+    It rises from 0 to 1 over the share `curriculum` of all steps and then stays 1. With a curriculum of 0 it is always
+    1.
+    """
     return 1.0 if curriculum <= 0 else min(1.0, step / max(1.0, curriculum * total))
 
 
 def user_number(user: str) -> int:
-    """A number below 2^63 for a user's name, the same in every process and run."""
+    """A number below 2^63 that a user's name decides, the same in every process and run."""
     return int.from_bytes(hashlib.sha256(user.encode()).digest()[:8], "big") >> 1
 
 
 class Prompts:
-    """Writes examples of one data set for one tokenizer.
+    """Writes the prompts of one data set for one tokenizer.
 
     Args:
-        tokenizer: any transformers tokenizer. Pieces (template words, titles) are tokenised apart and joined, so that a
-            title has the same tokens wherever it stands.
-        dataset: for its titles. kind: of TEMPLATES.
-    Raises: ValueError for another kind, a tokenizer without a pad or end token, or a title or newline without a token.
+        tokenizer: any transformers tokenizer. Template parts and titles are tokenised separately and then joined, so
+            that a title has the same tokens everywhere.
+        dataset: has the titles.
+        kind: a key of TEMPLATES.
+    Raises ValueError for another kind, for a tokenizer without a pad or end token, and for a title or newline that the
+    tokenizer turns into no token.
     """
 
     def __init__(self, tokenizer: Any, dataset: Dataset, kind: str = "neutral") -> None:
@@ -101,11 +107,11 @@ class Prompts:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def answer(self, item: int) -> list[int]:
-        """The tokens to be written: the item's title and a newline."""
+        """The tokens that the model is to write: the item's title and a newline."""
         return self.titles[item] + self.newline
 
     def prompt(self, example: Example, choice: Choice) -> tuple[list[int], list[int]]:
-        """(token ids, item ids), of one length; item ids are -1 but where an embedding goes."""
+        """(token ids, item ids), equally long. An item id is -1 except where an item embedding goes."""
         before, between, behind = self.words[choice.template]
         ids, items = [*self.start], [NO_ITEM] * len(self.start)
 
@@ -115,8 +121,8 @@ class Prompts:
 
         for words, listed in ((before, example.history), (between, example.candidates)):
             write(words)
-            for place, item in enumerate(listed):
-                write((self.comma if place else []) + self.titles[item])
+            for i, item in enumerate(listed):
+                write((self.comma if i else []) + self.titles[item])
                 if choice.hybrid:
                     ids.append(self.pad)
                     items.append(item)
@@ -126,11 +132,12 @@ class Prompts:
     def collate(
         self, examples: Sequence[Example], choices: Sequence[Choice], answers: bool = True
     ) -> dict[str, Tensor]:
-        """One batch of B examples, padded on the left to L; with answers, the target's follows each prompt.
+        """One batch of B examples, padded on the left to L tokens. answers: whether each prompt's answer follows it.
 
-        input_ids, attention_mask, item_ids: int64 [B, L]. history: int64 [B, 10], padded with the number of items.
-        users: int64 [B], `user_number`. With answers also labels int64 [B, K], K the longest answer: the tokens of the
-        last K columns where they are the answer, -100 elsewhere. All on the CPU. Raises ValueError for no examples.
+        Returns, on the CPU: input_ids, attention_mask, item_ids int64 [B, L]; history int64 [B, 10], padded with the
+        number of items; users int64 [B], from `user_number`. With answers also labels int64 [B, K], where K is the
+        length of the longest answer: the tokens of the last K columns if they belong to the answer, -100 otherwise.
+        Raises ValueError for no examples.
         """
         if not examples:
             raise ValueError("collate: expected one example or more")
@@ -152,11 +159,11 @@ class Prompts:
         return batch
 
     def written(self) -> list[str]:
-        """The titles as the model writes them: some tokenizers put spaces where a title has none."""
+        """The titles as the model can write them: some tokenizers decode a title with extra spaces."""
         return [title.strip() for title in self.tokenizer.batch_decode(self.titles)]
 
     def text(self, example: Example, choice: Choice) -> str:
-        """The prompt as a person reads it, [item 7] where an embedding goes."""
+        """The prompt as text, with [item 7] where the embedding of item 7 goes."""
         ids, items = self.prompt(example, choice)
         parts, run = [], []
         for token, item in zip(ids, items, strict=True):

@@ -1,6 +1,6 @@
-"""Readers of public raw files into the neutral form of `data.py`.
+"""Reads public raw files into the `Dataset` of `data.py`.
 
-Each raises FileNotFoundError for a missing file and ValueError("file:line: ...") for a line it cannot use.
+Every reader raises FileNotFoundError for a missing file and ValueError("file:line: ...") for a line it cannot use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Event = tuple[str, str, str, int | str]  # "file:line", user, item, time
 
 
 def _lines(path: Path, encoding: str = "utf-8") -> Iterator[Line]:
-    """The lines that are not empty, without their ends."""
+    """Yields the lines that are not empty, without their line ends."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{path}:{number}"
@@ -56,7 +56,7 @@ def _put_title(titles: dict[str, str], where: str, key: str, title: str) -> None
 
 
 def _assemble(name: str, titles: dict[str, str], events: Iterable[Event]) -> Dataset:
-    """Items keep the order of titles; equal times keep the order of the file."""
+    """A data set with items in the order of titles, and events of one time in the order of the file."""
     number = {key: item for item, key in enumerate(titles)}
     users: dict[str, list[tuple[Any, int]]] = {}
     for where, user, item, time in events:
@@ -69,10 +69,11 @@ def _assemble(name: str, titles: dict[str, str], events: Iterable[Event]) -> Dat
 
 
 def movielens(folder: Path) -> Dataset:
-    """MovieLens-100K: u.data, user<TAB>item<TAB>rating<TAB>time, and u.item, item|title|..., in Latin-1.
+    """Reads MovieLens-100K: u.data, user<TAB>item<TAB>rating<TAB>time, and u.item, item|title|..., in Latin-1.
 
     Every rating counts as an interaction, whatever its value: 943 users, 1,682 items, 100,000 interactions. Three
-    quarters of the ratings share their second with another of the same user; they keep the order of the file.
+    quarters of the ratings have the same time, in seconds, as another one of the same user; they keep the order of the
+    file.
     """
     titles: dict[str, str] = {}
     for line in _lines(folder / "u.item", "latin-1"):
@@ -88,14 +89,14 @@ def movielens(folder: Path) -> Dataset:
 
 
 def lastfm(folder: Path) -> Dataset:
-    """HetRec 2011 Last.fm: user_taggedartists-timestamps.dat and artists.dat, tab-separated, each with a header.
+    """Reads HetRec 2011 Last.fm: user_taggedartists-timestamps.dat and artists.dat, tab-separated, each with a header.
 
-    user_taggedartists-timestamps.dat holds userID, artistID, tagID, timestamp: an artist counts from the first time the
-    user tagged it. (user_artists.dat has play counts without times, so it cannot order a sequence and is not read.)
-    artists.dat holds id, name, url, pictureURL. Tags of artists that artists.dat lacks are dropped: the published
+    user_taggedartists-timestamps.dat holds userID, artistID, tagID, timestamp. An artist's time is when the user first
+    tagged it. (user_artists.dat has play counts without times, which cannot order a sequence, so it is not read.)
+    artists.dat holds id, name, url, pictureURL. Tags of artists that artists.dat lacks are dropped, since the published
     files have some.
 
-    A folder that has items.tsv and no artists.dat is read by `windows_files`.
+    If a folder has items.tsv and no artists.dat, `windows_files` reads it.
     """
     if not (folder / "artists.dat").exists():
         if (folder / "items.tsv").exists():
@@ -128,12 +129,12 @@ def _body(path: Path, header: str) -> Iterator[Line]:
 
 
 def steam(folder: Path) -> Dataset:
-    """Steam reviews and games of UCSD: steam_reviews.json.gz and steam_games.json.gz (or without .gz).
+    """Reads the Steam reviews and games of UCSD: steam_reviews.json.gz and steam_games.json.gz (or without .gz).
 
-    One record a line, written as a Python dictionary (JSON works too, without null, true and false). A review has
-    username, product_id and date (YYYY-MM-DD); a game has id and app_name or title. Games without an id or name, and
-    reviews of games without a title, are dropped: the published files have some. Pass the result through
-    `data.frequent`: most users wrote a single review.
+    Each line is one record, written as a Python dictionary (JSON works too, unless it has null, true or false). A
+    review has username, product_id and date (YYYY-MM-DD); a game has id and app_name or title. Games without an id or
+    name, and reviews of games without a title, are dropped, since the published files have some. Pass the result
+    through `data.frequent`, because most users wrote a single review.
     """
     titles: dict[str, str] = {}
     for where, game in _records(folder, "steam_games.json"):
@@ -168,12 +169,14 @@ def _records(folder: Path, name: str) -> Iterator[tuple[str, dict[str, object]]]
 
 
 def windows_files(folder: Path) -> Dataset:
-    """Windows that are cut and split already: items.tsv, id<TAB>title with ids 0, 1, ..., and train.tsv, val.tsv,
-    test.tsv, each line id,id,...<TAB>id: a history of 3 to 10 items, oldest first, and the next item.
+    """Reads windows that are already cut and split: items.tsv, and train.tsv, val.tsv, test.tsv.
 
-    They become the data set's given split. Users are recovered for the leave-one-out protocol: a line of train.tsv that
-    continues the line before (its history is the end of that one's history and target) is the same user's, as is the
-    order in which such files are written; each line of val.tsv and test.tsv is a user of its own.
+    A line of items.tsv is id<TAB>title, with ids 0, 1, ... A line of the others is id,id,...<TAB>id: a history of 3 to
+    10 items, oldest first, and the next item. The windows become the data set's given split.
+
+    The leave-one-out protocol needs users, which are recovered from the order in which such files are written. A line
+    of train.tsv belongs to the user of the line before if it continues that line: its history is the end of that line's
+    history and target. Each line of val.tsv and test.tsv is a user of its own.
     """
     titles: dict[str, str] = {}
     for line in _lines(folder / "items.tsv"):
@@ -205,13 +208,13 @@ def _window(line: Line, num_items: int) -> tuple[tuple[int, ...], int]:
 
 
 def _name_users(lines: list[tuple[tuple[int, ...], int]], part: str, users: dict[str, list[int]]) -> list[Window]:
-    """The lines as windows; puts their users and items into users."""
+    """The lines as windows. Adds their users and the users' items to `users`."""
     found: list[Window] = []
     for history, target in lines:
         continues = False
         if part == "train" and found:
             met = users[found[-1].user]
-            # The window after a history of k < 10 has k + 1 items, so a shorter one begins another user.
+            # After a history of k < 10 items the same user's next history has k + 1: any other begins another user.
             expected = (*found[-1].history, found[-1].target)[-MAX_HISTORY:]
             continues = history == expected and target not in met
         user = found[-1].user if continues else f"{part}-{len(users)}"
@@ -224,8 +227,11 @@ def _name_users(lines: list[tuple[tuple[int, ...], int]], part: str, users: dict
 
 
 def plain_titles(dataset: Dataset) -> Dataset:
-    """The data set with "Godfather, The (1972)" as "The Godfather": half the tokens of MovieLens. Titles that then are
-    alike stay apart by their ids, and are never candidates of one example."""
+    """The data set with shorter titles: "Godfather, The (1972)" becomes "The Godfather".
+
+    That halves the tokens of MovieLens.
+    Items whose titles become equal stay different items, and are never candidates of one example.
+    """
     found = [re.sub(r"\s*\(\d{4}\)$", "", title) or title for title in dataset.titles]
     return replace(dataset, titles=[re.sub(r"^(.+), (The|A|An|Le|La|Les|Il|Das|Der|Die)$", r"\2 \1", t) for t in found])
 

@@ -1,10 +1,11 @@
-"""Recommends what comes next to somebody who liked some titles, with a trained recommender.
+"""Recommends what comes next to a person who liked some titles, with a trained recommender.
 
     python examples/sequential_recommendation/recommend.py "Toy Story" "Alien" "Fargo"
     python examples/sequential_recommendation/recommend.py --run FOLDER "Toy Story" --candidates "Heat" "Big" --json
 
-The titles are given oldest first. The sequence model names a shortlist, and the language model, its experts weighed by
-the gate, ranks it. FOLDER is one that compare.py wrote: a run's, or the whole comparison's, of which the best is taken.
+Give the titles oldest first. The sequence model chooses a shortlist, and the language model, whose experts the gate
+weighs, ranks it. FOLDER is a folder that compare.py wrote: that of one run, or that of a whole comparison, of which
+the best run is taken.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from .data import NUM_CANDIDATES, Dataset
 from .kept import FOLDER, KeptRun, NoRun, find_run
 from .titles import Titles
 
-if TYPE_CHECKING:  # torch is imported once the titles are known
+if TYPE_CHECKING:  # torch takes seconds to import, so the titles are checked first
     from .service import Answer, Service
 
-BAR = 30  # characters of the longest
-BROKEN_PIPE = 128 + 13  # the status of what SIGPIPE ends
+BAR = 30  # characters of the longest bar
+BROKEN_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ended
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,13 +51,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_options(made: argparse.ArgumentParser) -> None:
-    """Those that say which recommender."""
+    """Adds the options that choose the recommender."""
     made.add_argument("--run", type=Path, default=FOLDER, metavar="FOLDER", help="of a trained run (%(default)s)")
-    made.add_argument("--root", type=Path, metavar="DIR", help="the data set's files, if they are no longer there")
+    made.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set's files, if they have moved")
 
 
 def quiet() -> None:
-    """Nothing but the answer, and what goes wrong, is shown."""
+    """Silences libraries, so that only the answer and errors are printed."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("torchao", "torch.utils._pytree"):
@@ -64,7 +65,7 @@ def quiet() -> None:
 
 
 def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
-    """The run, its data set and its titles; nothing heavy yet. Ends the program with status 1 where files fail."""
+    """(run, data set, titles), without loading models. Ends the program with status 1 if a file cannot be read."""
     try:
         run = find_run(folder, root)
         dataset = run.experiment.dataset()
@@ -74,7 +75,7 @@ def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
 
 
 def loaded(run: KeptRun, dataset: Dataset, titles: Titles) -> Service:
-    """Ends the program with status 1 where files fail."""
+    """Loads the models of the run. Ends the program with status 1 if a file cannot be read."""
     try:
         run.experiment.read_ahead()
         from .service import Service
@@ -85,12 +86,12 @@ def loaded(run: KeptRun, dataset: Dataset, titles: Titles) -> Service:
 
 
 def bar(share: float) -> str:
-    """A share of 1 as characters."""
+    """A bar of # characters for a share between 0 and 1."""
     return "#" * round(BAR * share)
 
 
-def shown(answer: Answer, service: Service, top: int) -> Iterator[str]:
-    """The lines of the answer."""
+def answer_lines(answer: Answer, service: Service, top: int) -> Iterator[str]:
+    """Yields the lines of text to print for the answer."""
     yield service.label
     yield f"after: {'; '.join(answer.history)}"
     yield from (f"note: {note}" for note in answer.notes)
@@ -112,7 +113,7 @@ def shown(answer: Answer, service: Service, top: int) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0; 2 where the titles or options are wrong; 141 where nobody reads the answer to its end."""
+    """Prints the answer. Returns the exit status: 0, or 2 for wrong titles or options, or 141 for a closed pipe."""
     made = parser()
     options = made.parse_args(argv)
     if options.top < 1:
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet()
     run, dataset, titles = opened(options.run, options.root)
     try:
-        titles.find([*options.titles, *options.candidates])  # before anything heavy
+        titles.find([*options.titles, *options.candidates])  # reports unknown titles before the models are loaded
         service = loaded(run, dataset, titles)
         answer = service.answer(options.titles, options.candidates, options.shortlist)
     except ValueError as error:
@@ -131,16 +132,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         text = json.dumps(as_json(answer, service.label, run.folder, options.top), indent=1)
     else:
-        text = "\n".join(shown(answer, service, options.top))
+        text = "\n".join(answer_lines(answer, service, options.top))
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # as under `| head -1`
+    except BrokenPipeError:  # as with `| head -1`
         return BROKEN_PIPE
     return 0
 
 
 if __name__ == "__main__":
-    gc.disable()  # imports make objects by the million and this process is short: a second of its ten
-    status = main()  # which has flushed stdout
+    # Imports make millions of objects. Not collecting garbage saves one of this short process's ten seconds.
+    gc.disable()
+    status = main()  # flushes stdout
     sys.stderr.flush()
-    os._exit(status)  # nor is the interpreter to walk over them all when it ends: another second
+    os._exit(status)  # skips freeing all those objects, which saves another second

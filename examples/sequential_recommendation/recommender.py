@@ -1,4 +1,4 @@
-"""The recommender: a causal language model with iLoRA, its gate guided by a frozen sequence model."""
+"""The recommender: a causal language model with iLoRA, whose gate a frozen sequence model guides."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_w
 
 
 def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
-    """A fresh gate network. Raises ValueError for another name."""
+    """A new gate network. Raises ValueError for a gate that is none of GATES."""
     if config.gate in ("sequence", "random"):
         return ilora.SequenceGate(z_dim, config.num_experts, config.gate_kind, temperature=config.temperature)
     if config.gate == "prompt":
@@ -43,24 +43,28 @@ def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
 
 
 def _adapter(config: RecommenderConfig, embedding: nn.Module) -> ilora.ILoRAConfig:
-    """Adapters are float32 whatever the language model is: steps of the paper's rates are too small for bfloat16."""
+    """The adapters' configuration, in float32 for any dtype of the language model.
+
+    bfloat16 would round away the steps of the paper's learning rates.
+    """
     names = ("r", "lora_alpha", "lora_dropout", "num_experts", "target_modules")
     dtype = None if embedding.weight.dtype == torch.float32 else "float32"
     return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names}, adapter_dtype=dtype)
 
 
 class Recommender(nn.Module):
-    """A causal language model that ranks candidates for a user; the frozen model gets adapters in place.
+    """A causal language model that ranks candidates for a user.
 
     Args:
-        lm: any transformers causal language model, without adapters.
-        sequence_model: trained; it is frozen here, and runs without dropout whatever mode the recommender is in.
+        lm: any transformers causal language model, without adapters; it is frozen and gets adapters in place.
+        sequence_model: a trained model; it is frozen here, and runs without dropout in any mode of the recommender.
         config: see `RecommenderConfig`.
-    Trained are the adapters, the gate network and the projector of item embeddings [z_dim] -> [H], two linear layers.
+    Training changes the adapters, the gate network and the projector of item embeddings [z_dim] -> [H], which has two
+    linear layers.
     """
 
     items: Tensor
-    accepts_loss_kwargs = True  # transformers' Trainer: num_items_in_batch normalises the loss
+    accepts_loss_kwargs = True  # tells transformers' Trainer to pass num_items_in_batch to forward
 
     def __init__(self, lm: Any, sequence_model: SequenceModel, config: RecommenderConfig | None = None) -> None:
         super().__init__()
@@ -71,7 +75,7 @@ class Recommender(nn.Module):
         self.encoder = SequenceEncoder(sequence_model)
         hidden = embedding.embedding_dim
         last = nn.Linear(hidden, hidden)
-        with torch.no_grad():  # as large as the embeddings of words, so that the model can take them in
+        with torch.no_grad():  # projected items get the scale of word embeddings, so that the model can read them
             last.weight.normal_(std=float(embedding.weight.float().std()) / (0.65 * hidden**0.5))
             last.bias.zero_()
         projector = nn.Sequential(nn.Linear(sequence_model.dim, hidden), nn.GELU(), last)
@@ -80,11 +84,11 @@ class Recommender(nn.Module):
         accepted = inspect.signature(lm.forward).parameters
         self._keeps = "logits_to_keep" in accepted
         self._positions = "position_ids" in accepted
-        # the longest row in which candidates may stand side by side, and the longest where that was seen to be right
+        # reach: the longest row that may hold several candidates. tried: the longest that was checked to be right.
         self.reach, self.tried = _reach(lm) if self._positions else 0, 0
 
     def _items(self) -> Tensor:
-        """The item embeddings, of mean square 1."""
+        """The item embeddings [num_items, z_dim], scaled to a mean square of 1."""
         items = self.encoder.item_embeddings()
         return items / items.square().mean().sqrt()
 
@@ -93,14 +97,15 @@ class Recommender(nn.Module):
         return next(self.lm.parameters()).device
 
     def embed(self, input_ids: Tensor, item_ids: Tensor) -> Tensor:
-        """[B, L, H]: the tokens' embeddings; where item_ids are not -1, the projected embedding of that item."""
+        """[B, L, H]: the embedding of each token, or of the item where item_ids is not -1 (projected)."""
         embeddings = self.lm.get_input_embeddings()(input_ids)
         chosen = item_ids != NO_ITEM
-        vectors = self.projector(self.items[item_ids[chosen]])  # of nothing, where there is none: no unused parameters
+        # Runs even if no item is chosen, so that the projector's parameters always take part in the graph.
+        vectors = self.projector(self.items[item_ids[chosen]])
         return embeddings.masked_scatter(chosen[..., None], vectors.to(embeddings.dtype))
 
     def gate(self, batch: dict[str, Tensor]) -> Tensor:
-        """The gate [B, E] (or [blocks, B, E]) of a batch of prompts, with or without answers."""
+        """The gate [B, E] (or [blocks, B, E]) of a batch of prompts. The prompts may have answers or not."""
         if self.settings.gate in ("sequence", "random"):
             z = self.encoder(batch["history"]) if self.settings.gate == "sequence" else self._random(batch["users"])
             return ilora.gate_of(self.lm, ilora_z=z)
@@ -117,7 +122,10 @@ class Recommender(nn.Module):
         return torch.stack(rows).to(users.device)
 
     def logits(self, batch: dict[str, Tensor], keep: int, **extra: Any) -> Tensor:
-        """[B, keep, vocabulary] of the last columns. extra: what is to replace the language model's own arguments."""
+        """The logits [B, keep, vocabulary] of the last columns.
+
+        extra: arguments for the language model that replace the ones computed here.
+        """
         mask = batch["attention_mask"]
         inputs = {"attention_mask": mask, "use_cache": False, "ilora_gate": None, **extra}
         if inputs["ilora_gate"] is None:
@@ -127,7 +135,7 @@ class Recommender(nn.Module):
         else:
             inputs.pop("position_ids", None)
         if self._keeps:
-            inputs["logits_to_keep"] = keep  # the vocabulary is large, and prompts are long
+            inputs["logits_to_keep"] = keep  # logits of a whole prompt would take much memory
         return self.lm(inputs_embeds=self.embed(batch["input_ids"], batch["item_ids"]), **inputs).logits[:, -keep:]
 
     def forward(
@@ -140,9 +148,10 @@ class Recommender(nn.Module):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> ModelOutput:
-        """loss: the mean over the answers' tokens (or their sum by num_items_in_batch); logits [B, K, vocabulary].
+        """(loss, logits [B, K, vocabulary]) for the tensors that `Prompts.collate` returns.
 
-        The tensors are those of `Prompts.collate`; logits[:, k] is the prediction of labels[:, k].
+        The loss is the mean over the answers' tokens, or their sum divided by num_items_in_batch if that is given.
+        logits[:, k] predicts labels[:, k].
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "item_ids": item_ids}
         batch |= {"history": history, "users": users, "labels": labels}
@@ -158,9 +167,9 @@ class Recommender(nn.Module):
         return ModelOutput(loss=loss, logits=logits)
 
     def save(self, path: Path) -> Path:
-        """Writes adapter, gate network, projector, sequence model and settings; not the frozen language model.
+        """Writes adapter, gate network, projector, sequence model and settings, but not the frozen language model.
 
-        A new directory appears whole or not at all; in an existing one every file is whole before it takes its place.
+        A new directory appears complete or not at all. In an existing one each file is replaced only by a complete one.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = path.parent / f".{path.name}-{uuid.uuid4().hex}"
@@ -168,8 +177,8 @@ class Recommender(nn.Module):
             stage.mkdir()
             ilora.save_adapter(self.lm, stage / _ADAPTER)
             sequence_models.save(self.encoder.model, stage / _SEQUENCE)
-            kept = {**self.projector.state_dict(), "z.mean": self.encoder.mean, "z.deviation": self.encoder.deviation}
-            save_file({name: tensor.detach().contiguous() for name, tensor in kept.items()}, stage / _PROJECTOR)
+            saved = {**self.projector.state_dict(), "z.mean": self.encoder.mean, "z.deviation": self.encoder.deviation}
+            save_file({name: tensor.detach().contiguous() for name, tensor in saved.items()}, stage / _PROJECTOR)
             (stage / _SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
             if not path.exists():
                 stage.rename(path)
@@ -182,8 +191,10 @@ class Recommender(nn.Module):
         return path
 
     def restore(self, path: Path) -> Recommender:
-        """Takes over what `save` wrote, in place, so that an optimizer keeps its parameters.
-        Raises as `load`."""
+        """Loads what `save` wrote into this recommender. The parameters stay the same objects, as an optimizer needs.
+
+        Raises what `load` raises, and ValueError if the saved settings are not this recommender's.
+        """
         config, sequence_model, projector = _read(path)
         if config != self.settings:
             raise ValueError(f"{path / _SETTINGS}: it holds {config}, this recommender is {self.settings}")
@@ -204,8 +215,10 @@ class Recommender(nn.Module):
 
 
 def _reach(lm: Any) -> int:
-    """Tokens of the longest row in which a mask and positions alone decide who sees what, by the model's settings: 0
-    with recurrences, convolutions or ALiBi, the smallest window of an attention that has one."""
+    """The length of the longest row in which mask and position ids alone decide which token sees which.
+
+    The model's settings decide it: 0 with recurrences, convolutions or ALiBi, otherwise the smallest attention window.
+    """
     config = lm.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if getattr(lm, "_is_stateful", False) or getattr(config, "alibi", False) or kinds - _ATTENTION:
@@ -215,7 +228,7 @@ def _reach(lm: Any) -> int:
 
 
 def load(path: Path, lm: Any) -> Recommender:
-    """The saved recommender on the language model lm it was trained on, in eval mode; values are exact.
+    """Loads a saved recommender, bit for bit, onto the language model it was trained with. Returns it in eval mode.
 
     Raises FileNotFoundError, or ValueError naming the file that is damaged or does not fit.
     """

@@ -1,6 +1,6 @@
-"""What a recommender predicts of many examples: ranks of their candidates, and the titles that it writes by itself.
+"""Predicts many examples with a recommender: the ranks of their candidates, and the titles that it writes by itself.
 
-Prompts and choices depend on the example alone and rows do not see each other, so neither the size of a batch nor the
+A prompt depends on its example alone, and the rows of a batch do not see each other. So neither the batch size nor the
 number of workers changes a prediction.
 """
 
@@ -18,19 +18,22 @@ from .metrics import ranks
 from .prompts import Choice, Prompts
 from .recommender import Recommender
 
-STANDARD = Choice(template=0, hybrid=True)  # how every example is put in an evaluation
+STANDARD = Choice(template=0, hybrid=True)  # the default prompts of an evaluation
 
 
 def generate(
     model: Recommender, prompts: Prompts, examples: Sequence[Example], choice: Choice, **options: Any
 ) -> list[str]:
-    """The text that the model writes after each prompt, up to a newline: greedy, unless the options of transformers'
-    generate say otherwise (such as num_beams)."""
+    """The text that the model writes after each prompt, up to a newline.
+
+    It decodes greedily. options: further arguments for transformers' generate, such as num_beams.
+    Raises ValueError in training mode.
+    """
     if model.training:
         raise ValueError("generate: model.eval() first, dropout would change the text")
     batch = to(prompts.collate(examples, [choice] * len(examples), answers=False), model.device)
     ends = {prompts.newline[-1], prompts.tokenizer.eos_token_id} - {None}
-    longest = max(map(len, prompts.titles)) + len(prompts.newline)  # of all, so that the batch does not matter
+    longest = max(map(len, prompts.titles)) + len(prompts.newline)  # of all titles: the same limit in every batch
     settings = {"do_sample": False, "max_new_tokens": longest, "pad_token_id": prompts.pad, **options}
     with torch.no_grad():
         written = model.lm.generate(
@@ -44,8 +47,11 @@ def generate(
 
 
 def batches(examples: Sequence[Example], prompts: Prompts, size: int) -> Iterator[list[int]]:
-    """The numbers of the examples in batches of about one length, so that little is padded; the longest first, so that
-    memory that does not suffice shows at once."""
+    """Yields batches of indices of examples.
+
+    The examples of a batch have about the same length, so that little is padded. The longest come first, so that a lack
+    of memory shows at once.
+    """
     lengths = [sum(len(prompts.titles[item]) for item in (*e.history, *e.candidates)) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
     for start in range(0, len(order), size):
@@ -60,8 +66,10 @@ def score(
     size: int = 16,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(likelihoods float32 [N, C], ranks of the targets int64 [N]), as `metrics.ranks`. Sets the model to eval mode and
-    back. Every example counts, the last incomplete batch too. gate [N, E]: instead of the model's own."""
+    """(log-likelihoods float32 [N, C], ranks of the targets int64 [N] as in `metrics.ranks`), for all examples.
+
+    gate [N, E] or [blocks, N, E]: replaces the model's own. Sets the model to eval mode and back.
+    """
     found = torch.empty(len(examples), len(examples[0].candidates))
     training = model.training
     model.eval()
@@ -77,7 +85,7 @@ def score(
 def write(
     model: Recommender, prompts: Prompts, examples: Sequence[Example], choice: Choice = STANDARD, size: int = 16
 ) -> list[str]:
-    """The generated texts of all examples, in their order, for `metrics.text_ratios`."""
+    """The generated texts of all examples, in the order of the examples, for `metrics.text_ratios`."""
     found = [""] * len(examples)
     training = model.training
     model.eval()
@@ -92,7 +100,7 @@ def write(
 
 @torch.no_grad()
 def gates(model: Recommender, prompts: Prompts, examples: Sequence[Example], choice: Choice, size: int = 256) -> Tensor:
-    """float32 [N, E] on the CPU, the gate of each example; for `ilora.gate_stats` and `ilora.plot_gates`."""
+    """float32 [N, E] on the CPU: the gate of each example, for `ilora.gate_stats` and `ilora.plot_gates`."""
     training = model.training
     model.eval()
     try:

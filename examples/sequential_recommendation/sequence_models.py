@@ -1,8 +1,8 @@
-"""SASRec, GRU4Rec and Caser: a history of items becomes z [64], and z a score for every item.
+"""SASRec, GRU4Rec and Caser compute z [64] from a history of items, and a score for every item from z.
 
-All take history int64 [N, L], item ids with the padding id (the number of items) before or after the items of a row,
-and look at the last `max_length` of them. z depends on the row's items alone: not on the padding, nor, in eval mode, on
-the other rows.
+All take history int64 [N, L]: item ids, with the padding id (the number of items) before or after the items of a row.
+They read the last `max_length` items of each row. z does not depend on the padding nor, in eval mode, on the other
+rows.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .data import MAX_HISTORY
 
 
 def pad_histories(histories: Sequence[Sequence[int]], num_items: int, length: int = MAX_HISTORY) -> Tensor:
-    """history int64 [N, length], padded behind with num_items. Longer histories lose their beginning."""
+    """history int64 [N, length], padded at the end with num_items. Longer histories lose their beginning."""
     rows = [list(history[-length:]) for history in histories]
     return torch.tensor([row + [num_items] * (length - len(row)) for row in rows], dtype=torch.long).view(-1, length)
 
 
 class SequenceModel(nn.Module):
-    """What the three share: item embeddings [num_items + 1, dim], which also score, and how padding is put aside.
+    """The base of the three models: item embeddings [num_items + 1, dim], scores from them, and the order of padding.
 
-    A subclass defines `encode(items, lengths) -> z [N, dim]`; items [N, max_length] hold lengths [N] items of each row,
-    then padding. fingerprint: of the data it was trained on, as `Experiment.fingerprint` has it; "" where nobody said.
+    A subclass defines `encode(items, lengths) -> z [N, dim]`: row n of items [N, max_length] has lengths[n] items, then
+    padding. fingerprint: that of the data it was trained on, from `Experiment.fingerprint`, or "" if unknown.
     """
 
     kind = ""
@@ -58,7 +58,7 @@ class SequenceModel(nn.Module):
         raise NotImplementedError
 
     def align(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        """items [N, max_length], the last ones of each row with the padding behind them, and lengths [N]."""
+        """(items [N, max_length], lengths [N]): the last items of each row, followed by padding."""
         if history.ndim != 2 or history.dtype != torch.long:
             raise ValueError(f"history: expected int64 [N, L], got {history.dtype} {list(history.shape)}")
         padding = history == self.num_items
@@ -83,12 +83,12 @@ class SequenceModel(nn.Module):
 
 
 def last(states: Tensor, lengths: Tensor) -> Tensor:
-    """[N, dim] from states [N, L, dim]: of each row, the one at lengths - 1."""
+    """The last state [N, dim] of each row of states [N, L, dim]: the one at lengths - 1."""
     return states[torch.arange(len(states), device=states.device), lengths - 1]
 
 
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward layer, each normed before and added to its input."""
+    """Causal self-attention and a feed-forward layer, both with a norm before them and a residual connection."""
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -124,9 +124,9 @@ class SASRec(SequenceModel):
         self.norm = nn.LayerNorm(self.dim)
 
     def states(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """[N, L, dim]: position t sees items 0 to t only; padding stands behind, so no item sees it."""
-        places = (lengths[:, None] - 1 - torch.arange(items.shape[1], device=items.device)).clamp(min=0)
-        x = self.dropout(self.items(items) + self.positions(places))
+        """[N, L, dim]: position t sees items 0 to t only, so no item sees the padding at the end."""
+        positions = (lengths[:, None] - 1 - torch.arange(items.shape[1], device=items.device)).clamp(min=0)
+        x = self.dropout(self.items(items) + self.positions(positions))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -136,7 +136,7 @@ class SASRec(SequenceModel):
 
 
 class GRU4Rec(SequenceModel):
-    """A gated recurrent unit over the items (arXiv 1511.06939), its last state projected to z."""
+    """A gated recurrent unit over the items (arXiv 1511.06939). A linear layer projects its last state to z."""
 
     kind = "gru4rec"
 
@@ -152,10 +152,10 @@ class GRU4Rec(SequenceModel):
 
 
 class Caser(SequenceModel):
-    """Convolutions over the [max_length, dim] image of the items (arXiv 1809.07426), without its user embedding.
+    """Convolutions over the items' embeddings as an image [max_length, dim] (arXiv 1809.07426), without user embedding.
 
-    Horizontal filters span 2, 3 and 4 items and are pooled over time; vertical ones weigh the positions. The last item
-    stands at the end of the image, zeros before the first.
+    Horizontal filters span 2, 3 and 4 items and are pooled over time. Vertical filters weigh the positions. The image
+    ends with the last item, and zeros fill it before the first.
     """
 
     kind = "caser"
@@ -169,10 +169,11 @@ class Caser(SequenceModel):
         self.out = nn.Linear(vertical * self.dim + len(heights) * horizontal, self.dim)
 
     def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
-        places = torch.arange(self.max_length, device=items.device) + lengths[:, None]  # rotates the padding forward
-        image = self.items(items.gather(1, places % self.max_length)).transpose(1, 2).contiguous()
+        # Rotates each row, so that its padding comes first.
+        rotated = (torch.arange(self.max_length, device=items.device) + lengths[:, None]) % self.max_length
+        image = self.items(items.gather(1, rotated)).transpose(1, 2).contiguous()
         wide = [torch.relu(convolution(image)).amax(2) for convolution in self.horizontal]
-        # As a 2-d product: a 3-d one rounds differently once its weight is frozen.
+        # A 2-d product, since torch rounds a 3-d one differently once its weight is frozen.
         tall = self.vertical(image.flatten(0, 1)).view(len(image), -1)
         return self.out(self.dropout(torch.cat([tall, *wide], dim=1)))
 
@@ -181,7 +182,7 @@ KINDS: dict[str, type[SequenceModel]] = {model.kind: model for model in (SASRec,
 
 
 def build(kind: str, num_items: int, seed: int = 0, **settings: Any) -> SequenceModel:
-    """A fresh model of a kind ("sasrec", "gru4rec", "caser"); the seed alone decides its weights.
+    """A new model of a kind ("sasrec", "gru4rec", "caser"). The seed alone decides its weights.
 
     Raises ValueError for another kind.
     """
@@ -193,7 +194,7 @@ def build(kind: str, num_items: int, seed: int = 0, **settings: Any) -> Sequence
 
 
 def save(model: SequenceModel, path: Path) -> None:
-    """Writes one safetensors file whose header holds the settings as JSON; whole or not at all."""
+    """Writes one safetensors file with the settings as JSON in its header. It appears complete or not at all."""
     settings = {"kind": model.kind, **model.config} | ({"fingerprint": model.fingerprint} if model.fingerprint else {})
     header = {"ilora_sequence_model": json.dumps(settings)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,9 +207,9 @@ def save(model: SequenceModel, path: Path) -> None:
 
 
 def load(path: Path) -> SequenceModel:
-    """The saved model on the CPU, bit for bit, frozen and in eval mode.
+    """Loads a saved model onto the CPU, bit for bit. Returns it frozen and in eval mode.
 
-    Raises FileNotFoundError, or ValueError naming the file where it is no whole sequence model.
+    Raises FileNotFoundError, or ValueError naming the file if it is not a complete sequence model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no sequence model at {path}")
@@ -226,10 +227,10 @@ def load(path: Path) -> SequenceModel:
 
 
 class SequenceEncoder(nn.Module):
-    """A trained model as a fixed part of another: z [N, dim] of history int64 [N, L], without gradients or dropout.
+    """A trained model as a fixed part of another one: z [N, dim] of history int64 [N, L], without gradients or dropout.
 
-    It stays in eval mode whatever its parent does, and no gradient reaches its parameters. After `standardise` z has
-    mean 0 and deviation 1 over the histories given there: a batch norm's service to a gate, with fixed statistics.
+    It stays in eval mode whatever mode its parent has, and no gradient reaches its parameters. After `standardise` z
+    has mean 0 and deviation 1 over the histories given there, as after a batch norm with fixed statistics.
     """
 
     mean: Tensor
@@ -243,7 +244,7 @@ class SequenceEncoder(nn.Module):
         self.register_buffer("deviation", torch.ones(self.dim))
 
     def train(self, mode: bool = True) -> SequenceEncoder:
-        """Does nothing: a frozen model that drops out would give another z each time."""
+        """Stays in eval mode: with dropout, the frozen model would return a different z each time."""
         return super().train(False)
 
     @torch.no_grad()
@@ -252,7 +253,11 @@ class SequenceEncoder(nn.Module):
 
     @torch.no_grad()
     def standardise(self, histories: Sequence[Sequence[int]], batch_size: int = 1024) -> None:
-        """What all users share moves no gate; what tells them apart does. Raises ValueError for fewer than two."""
+        """Sets the mean and deviation by which `forward` standardises z, from the z of these histories.
+
+        Then the gate depends on what tells users apart and not on what they share. Raises ValueError for fewer than two
+        histories.
+        """
         if len(histories) < 2:
             raise ValueError(f"standardise: expected two histories or more, got {len(histories)}")
         rows = pad_histories(histories, self.num_items).to(self.mean.device)
@@ -261,5 +266,5 @@ class SequenceEncoder(nn.Module):
         self.deviation.copy_(z.std(0).clamp(min=1e-6))
 
     def item_embeddings(self) -> Tensor:
-        """[num_items, dim], which a projector can put behind titles."""
+        """The item embeddings [num_items, dim], which a projector turns into embeddings for the prompts."""
         return self.model.items.weight.detach()[: self.num_items]

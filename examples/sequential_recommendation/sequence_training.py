@@ -1,4 +1,4 @@
-"""Trains a sequence model on windows and stops where it is best on the validation users."""
+"""Trains a sequence model on windows and takes the epoch that is best on the validation users."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sequence_models import SequenceModel, pad_histories
 
 
 class Epoch(NamedTuple):
-    """One line of a training's record; loss is the mean cross-entropy of the epoch's windows."""
+    """The figures of one epoch of training. loss: the mean cross-entropy of the epoch's windows."""
 
     number: int
     loss: float
@@ -29,7 +29,10 @@ class Epoch(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a sequence model is trained; patience is in epochs without a better validation NDCG (noisy: few users)."""
+    """How a sequence model is trained.
+
+    patience: training stops after so many epochs without a better validation NDCG. With few users the NDCG is noisy.
+    """
 
     epochs: int = 20
     batch_size: int = 512
@@ -40,7 +43,7 @@ class Settings:
 
 @torch.no_grad()
 def candidate_ranks(model: SequenceModel, examples: Sequence[Example], batch_size: int = 1024) -> Tensor:
-    """int64 [N]: the target's rank among each example's candidates. The model must be in eval mode."""
+    """int64 [N]: the target's rank among the candidates of each example. The model must be in eval mode."""
     found = []
     device = model.items.weight.device
     for start in range(0, len(examples), batch_size):
@@ -58,11 +61,12 @@ def train_sequence_model(
     seed: int = 0,
     log: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
-    """Trains in place: cross-entropy of the next item over all items, Adam, every window once an epoch.
+    """Trains the model in place with Adam on the cross-entropy of the next item over all items. Returns every epoch.
 
-    Afterwards the model has the weights of the epoch with the best NDCG over the validation candidates, is frozen and
-    in eval mode. The seed decides order and dropout; the global random state stays as it was. Returns every epoch.
-    Raises ValueError where there is nothing to train or validate on, FloatingPointError where the loss is not finite.
+    An epoch takes every window once. Afterwards the model has the weights of the epoch with the best NDCG over the
+    validation candidates, is frozen, and is in eval mode. The seed decides the order of windows and the dropout; the
+    global random state does not change. Raises ValueError if there is nothing to train or validate on, and
+    FloatingPointError if the loss is not finite.
     """
     if not train or not val or settings.epochs < 1:
         raise ValueError(f"{len(train)} windows, {len(val)} examples, {settings.epochs} epochs: expected some of each")

@@ -1,4 +1,4 @@
-"""A trained recommender, loaded once, that answers what a person asks it: for the command and for the page."""
+"""Answers a person's questions with a trained recommender that is loaded once, for the command and for the page."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A candidate. probability: among the scored candidates. log_likelihood: of its title, after the prompt.
-    sequence_rank: from 1, among all items that are not in the history, by the sequence model alone."""
+    """A scored candidate.
+
+    rank: from 1. probability: among the scored candidates. log_likelihood: of its title after the prompt.
+    sequence_rank: its rank, from 1, by the sequence model alone among all items that are not in the history.
+    """
 
     rank: int
     title: str
@@ -45,8 +48,8 @@ class Recommendation:
 class Answer:
     """The scored candidates, best first, and the gate behind them.
 
-    history: the titles used, oldest first. gate: one weight for each expert. gate_source: what they come from.
-    notes: where the question is not like those of the training.
+    history: the titles used, oldest first. gate: one weight for each expert. gate_source: what the weights depend on.
+    notes: how the question differs from those of the training.
     """
 
     history: list[str]
@@ -57,11 +60,14 @@ class Answer:
 
 
 class Service:
-    """Answers with one recommender. Several threads may ask; one is answered at a time.
+    """Answers questions with one recommender. Several threads may ask; they are answered one at a time.
 
     Args:
-        model: in eval mode. prompts: of its data set and tokenizer. hybrid: whether it was trained with item
-            embeddings in the prompts. label: what the model is, for people.
+        model: in eval mode.
+        prompts: those of its data set and tokenizer.
+        hybrid: whether it was trained with item embeddings in the prompts.
+        label: describes the model to people.
+        titles: of the data set; by default they are made from it.
     """
 
     def __init__(
@@ -75,7 +81,7 @@ class Service:
 
     @classmethod
     def of(cls, run: KeptRun, dataset: Dataset, titles: Titles | None = None) -> Service:
-        """Loads the recommender of a kept run. Raises as `KeptRun.load`."""
+        """Loads the recommender of a trained run. Raises what `KeptRun.load` raises."""
         model, prompts = run.load(dataset)
         return cls(model, prompts, run.hybrid, f"{run.arm.name}; {run.experiment.model}; {dataset.name}", titles)
 
@@ -84,17 +90,17 @@ class Service:
         return self.prompts.dataset
 
     def answer(self, history: Sequence[str], candidates: Sequence[str] = (), shortlist: int = NUM_CANDIDATES) -> Answer:
-        """Ranks the candidates for somebody who liked the titles of the history, oldest first.
+        """Ranks the candidates for a person who liked the titles of the history, given oldest first.
 
-        Without candidates: the `shortlist` items that the sequence model ranks highest. Raises `UnknownTitles`, or
-        ValueError for no history, repeated titles, candidates of the history, fewer than two candidates, and more
-        than the language model has room for.
+        Without candidates it ranks the `shortlist` items that the sequence model ranks highest. Raises `UnknownTitles`,
+        or ValueError if the history is empty, a title is repeated, a candidate is in the history, there are fewer than
+        two candidates, or there are more than the language model has room for.
         """
-        liked, chosen, notes = self._asked(history, candidates)
+        liked, chosen, notes = self._items_of(history, candidates)
         used = liked[-MAX_HISTORY:]
         with self._lock, torch.no_grad():
             order = self._by_sequence(used)
-            place = {item: rank for rank, item in enumerate(order, 1)}
+            sequence_ranks = {item: rank for rank, item in enumerate(order, 1)}
             chosen = chosen or self._shortlist(liked, order, shortlist)
             if len(chosen) != NUM_CANDIDATES:
                 notes.append(f"{len(chosen)} candidates: the model was trained with {NUM_CANDIDATES}")
@@ -104,14 +110,14 @@ class Service:
             gate = gates(self.model, self.prompts, [example], self.choice)[0]
         return Answer(
             [self.dataset.titles[item] for item in used],
-            self._ranked(example, scores, place),
+            self._ranked(example, scores, sequence_ranks),
             gate.tolist(),
             SOURCES[self.model.settings.gate].format(kind=self.sequence_kind),
             notes,
         )
 
-    def _asked(self, history: Sequence[str], candidates: Sequence[str]) -> tuple[list[int], list[int], list[str]]:
-        """(items of the history, of the candidates, notes)"""
+    def _items_of(self, history: Sequence[str], candidates: Sequence[str]) -> tuple[list[int], list[int], list[str]]:
+        """(items of the history, items of the candidates, notes). Raises as `answer`."""
         if not history:
             raise ValueError("the history is empty: give one title or more")
         found = self.titles.find([*history, *candidates])
@@ -133,13 +139,13 @@ class Service:
         return liked, chosen, notes
 
     def _by_sequence(self, history: Sequence[int]) -> list[int]:
-        """All items that are not in the history, the sequence model's first choice first."""
+        """All items that are not in the history, in the order of the sequence model's scores, highest first."""
         rows = pad_histories([history], self.dataset.num_items).to(self.model.device)
         scores = self.model.encoder.model(rows)[0]
         return [item for item in scores.argsort(descending=True, stable=True).tolist() if item not in history]
 
     def _shortlist(self, history: Sequence[int], order: Sequence[int], count: int) -> list[int]:
-        """The first items with titles of their own, as in `data.with_candidates`."""
+        """The first `count` items of the order whose titles differ from each other and from those of the history."""
         if count < 2:
             raise ValueError(f"a shortlist of {count} cannot be ranked, give two or more")
         names = self.dataset.names
@@ -153,7 +159,7 @@ class Service:
         return chosen[:count]
 
     def _check_room(self, example: Example) -> None:
-        """Positions beyond those of its training would give numbers that mean nothing."""
+        """Raises ValueError if the prompt is longer than the language model's positions: its numbers would be wrong."""
         room = getattr(self.model.lm.config, "max_position_embeddings", None)
         longest = max(len(self.prompts.answer(item)) for item in example.candidates)
         length = len(self.prompts.prompt(example, self.choice)[0]) + longest
@@ -163,35 +169,39 @@ class Service:
                 "ask for a shorter list"
             )
 
-    def _ranked(self, example: Example, scores: Tensor, place: dict[int, int]) -> list[Recommendation]:
+    def _ranked(self, example: Example, scores: Tensor, sequence_ranks: dict[int, int]) -> list[Recommendation]:
+        """The candidates, best first. sequence_ranks: item -> its rank by the sequence model."""
         probabilities = scores.double().softmax(0).tolist()
         order = scores.argsort(descending=True, stable=True).tolist()
         found = [(example.candidates[i], probabilities[i], float(scores[i])) for i in order]
         return [
-            Recommendation(rank, self.dataset.titles[item], probability, score, place[item])
+            Recommendation(rank, self.dataset.titles[item], probability, score, sequence_ranks[item])
             for rank, (item, probability, score) in enumerate(found, 1)
         ]
 
     def histories(self, count: int = 4, length: int = 5) -> list[list[str]]:
-        """The latest titles of some users of the data set, to try; spelt as `Titles.known` has them."""
-        names, kept = self.dataset.names, self.titles.items
+        """The latest titles of some users of the data set, as examples to try. They are spelt as in `Titles.known`."""
+        names, item_of = self.dataset.names, self.titles.items
         users = (items for _, items in sorted(self.dataset.users.items()))
-        found = (list(dict.fromkeys(kept[names[item]] for item in items)) for items in users)
+        found = (list(dict.fromkeys(item_of[names[item]] for item in items)) for items in users)
         long_enough = [items[-length:] for items in found if len(items) >= length]
         chosen = random.Random(0).sample(long_enough, min(count, len(long_enough)))
         return [[self.dataset.titles[item] for item in items] for items in chosen]
 
 
 def asked(history: Sequence[int], candidates: Sequence[int]) -> Example:
-    """The question as the recommender was trained on it: the candidates in a random order, always the same one for
-    the same question, so that none gains by its place. The target, which is unknown, is the first of them."""
+    """The question as an example like those of the training.
+
+    The candidates are shuffled, so that none gains by its position; the same question always gets the same order. The
+    target is unknown, so the example names an arbitrary candidate.
+    """
     shuffled = sorted(candidates)
     random.Random(f"{tuple(history)}/{shuffled}").shuffle(shuffled)
     return Example("somebody", tuple(history), shuffled[0], tuple(shuffled))
 
 
 def as_json(answer: Answer, label: str, folder: Path, top: int) -> dict[str, Any]:
-    """The answer with its `top` first recommendations, JSON-able."""
+    """The answer with its first `top` recommendations, JSON-able."""
     found = asdict(answer)
     scored = found.pop("ranked")
     gate = {"source": found.pop("gate_source"), "weights": found.pop("gate")}

@@ -1,20 +1,21 @@
-"""What a recommender is and how it is trained, in figures: no import of torch, which alone takes seconds."""
+"""The settings of a recommender and of its training. This file does not import torch, which takes seconds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # of the paper, by data set
+LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # the paper's, by data set
 
 
 @dataclass(frozen=True)
 class RecommenderConfig:
-    """What guides the experts, and how large they are.
+    """What the gate depends on, and how large the experts are.
 
     gate: "sequence", the sequence model's z of the user's history; "prompt", the mean embedding of the prompt's words;
-        "random", a random z for each user, always the same one; "uniform", nothing: 1/E, which is plain LoRA.
-    gate_kind, temperature: as `ilora.SequenceGate`'s kind and temperature; at 0.1 users differ from the first step on.
-    The others are `ilora.ILoRAConfig`'s; r is the total rank.
+        "random", a random z that each user always gets; "uniform", nothing: every weight is 1/E, which is plain LoRA.
+    gate_kind, temperature: kind and temperature of `ilora.SequenceGate`. At 0.1 users' gates differ from the first step
+        on.
+    The other fields are those of `ilora.ILoRAConfig`; r is the total rank.
     """
 
     gate: str = "sequence"
@@ -31,11 +32,15 @@ class RecommenderConfig:
 class TrainingSettings:
     """How a recommender is trained; the defaults are the paper's.
 
-    epochs, or steps where it is not 0. batch_size examples at once, accumulated to effective_batch for a step (of one
-    process). The learning rate rises from lr/100 over the first `warmup` of all steps and falls to lr/100 as a cosine;
-    the gate's is gate_lr times that. weight_decay: of projector and gate. curriculum: over which part of all steps the
-    share of hybrid prompts rises from 0 to 1 (0: hybrid from the start; None: never). precision: fp32, bf16 or fp16.
-    save_steps: a checkpoint every so often; 0: none.
+    epochs, steps: how long; steps replaces epochs unless it is 0.
+    batch_size, effective_batch: each process computes batch_size examples at once, and accumulates effective_batch of
+        them for a step.
+    lr, warmup: the learning rate rises from lr/100 to lr over the share `warmup` of all steps and then falls to lr/100
+        as a cosine. gate_lr: the gate's rate is gate_lr times that.
+    weight_decay: for the projector and the gate.
+    curriculum: the share of all steps over which the share of prompts with item embeddings rises from 0 to 1. 0: all
+        prompts have them; None: no prompt has them.
+    precision: fp32, bf16 or fp16. save_steps: steps between checkpoints, 0 for none.
     """
 
     epochs: float = 5

@@ -1,4 +1,4 @@
-"""What the arms of a comparison share, made once and kept beside its runs: sequence models, the tiny language model."""
+"""Makes the models that the arms of a comparison share, once: the sequence models and the tiny language model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .sequence_models import SequenceModel
 from .sequence_training import train_sequence_model
 from .tiny_model import pretrain, tiny_lm
 
-MARK = "fingerprint.txt"  # of the data, in the tiny model's folder
+MARK = "fingerprint.txt"  # the file in the tiny model's folder that holds the fingerprint of the data
 
 
 def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: int = 0) -> SequenceModel:
-    """A sequence model of an experiment: trained and kept in its folder, or read from there.
+    """The sequence model of an experiment. Trains it and saves it in the experiment's folder, or loads it from there.
 
-    Raises OtherData or ValueError where it was trained on other data.
+    Raises OtherData or ValueError if it was trained on other data.
     """
     path, fingerprint = experiment.sequence_file(kind), experiment.fingerprint(dataset)
     if not path.exists():
@@ -29,20 +29,20 @@ def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: in
         train_sequence_model(model, parts.train, val, seed=seed)
         model.fingerprint = fingerprint
         sequence_models.save(model, path)
-    kept = sequence_models.load(path)
-    if kept.num_items != dataset.num_items:
+    model = sequence_models.load(path)
+    if model.num_items != dataset.num_items:
         raise ValueError(
-            f"{path}: it was trained on {kept.num_items} items, {dataset.name} has {dataset.num_items}: "
+            f"{path}: it was trained on {model.num_items} items, {dataset.name} has {dataset.num_items}: "
             f"give another --out, or remove {experiment.folder}"
         )
-    _check(experiment, path, kept.fingerprint, fingerprint)
-    return kept
+    _check(experiment, path, model.fingerprint, fingerprint)
+    return model
 
 
 def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
-    """Makes the tiny language model and trains it for so many steps at most, if the experiment's folder has none.
+    """Makes the tiny language model and trains it for `steps` steps at most, unless the experiment's folder has one.
 
-    Raises OtherData where there is one that was made for other data.
+    Raises OtherData if the folder has one that was made for other data.
     """
     folder, fingerprint = experiment.lm_folder, experiment.fingerprint(dataset)
     if folder.exists():
@@ -61,8 +61,8 @@ def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
     print(f"tiny language model: loss {losses[0]:.2f} -> {losses[-1]:.2f}, {spent}", flush=True)
 
 
-def _check(experiment: Experiment, path: Path, kept: str, now: str) -> None:
-    """Warns where an older file does not say what it was made from."""
-    if not kept:
-        print(f"{path}: does not say of which data it is; it is taken for these", file=sys.stderr, flush=True)
-    experiment.check_data(path, kept, now)
+def _check(experiment: Experiment, path: Path, made_from: str, now: str) -> None:
+    """Raises OtherData if the file was made from other data. Warns if it is an older file without a fingerprint."""
+    if not made_from:
+        print(f"{path}: does not say of which data it is; using it with the present data", file=sys.stderr, flush=True)
+    experiment.check_data(path, made_from, now)

@@ -1,4 +1,4 @@
-"""The lines of a comparison's table, from the results of `arms.perform`."""
+"""Writes the table of a comparison from the results of `arms.perform`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def described_ranks(rank: Tensor) -> dict[str, Any]:
 
 
 def table(name: str, baselines: dict[str, dict[str, Any]], arms: dict[str, list[dict[str, Any]]]) -> str:
-    """The comparison in Markdown. arms: the results of `arms.perform` by arm, one for each seed."""
+    """The comparison as a Markdown table. arms: the results of `arms.perform` by arm, one for each seed."""
     total, seeds = next(iter(baselines.values()))["total"], max(map(len, arms.values()), default=0)
     head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | adapters and gate | lr "
     head += f"| HitRatio@1 by likelihood{' ± between seeds' * (seeds > 1)} [95% of the tests] "
@@ -36,7 +36,7 @@ def table(name: str, baselines: dict[str, dict[str, Any]], arms: dict[str, list[
 
 
 def row(results: Sequence[dict[str, Any]]) -> str:
-    """One arm's line, over its seeds. The interval is that of the mean on the one set of tests, not of other seeds."""
+    """The line of one arm, over its seeds. The interval of the mean covers the choice of tests, not that of seeds."""
     first, total = results[0], results[0]["total"]
     ratio = over_seeds([result["hits"] / total for result in results])
     low, high = Ratio(round(ratio.mean * total), total).interval()
@@ -53,7 +53,7 @@ def row(results: Sequence[dict[str, Any]]) -> str:
 
 
 def exchange_lines(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """What became of the hit ratio where users were given somebody else's gate: does it tell the group, or more?"""
+    """Lines with the hit ratios under somebody else's gate. They show whether a gate tells more than the group."""
     for name, results in found.items():
         given = [r["gate"]["with_gate_of"] for r in results if "with_gate_of" in r.get("gate", {})]
         if given:

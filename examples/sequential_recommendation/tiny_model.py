@@ -1,4 +1,4 @@
-"""A small Llama that reads and writes the prompts of one data set: made and trained in seconds, nothing downloaded."""
+"""Makes and trains a small Llama for the prompts of one data set, in seconds and without downloading anything."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .data import MAX_HISTORY, MIN_HISTORY, NUM_CANDIDATES, Dataset, Example
 from .prompts import NO_LABEL, TEMPLATES, Choice, Prompts
 
-ENOUGH = 0.15  # a loss at which the rule is known
+ENOUGH = 0.15  # mean loss of the last 20 steps below which the model knows the rule, and training stops
 
 
 def tiny_tokenizer(dataset: Dataset, kind: str = "neutral") -> Any:
-    """One token for each word, sign and newline of the templates and of the titles; other words are <unk>."""
+    """A tokenizer with a token for each word, sign and newline of the templates and titles; other words are <unk>."""
     split = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), behavior="removed", invert=True)
     texts = [part for template in TEMPLATES[kind] for part in template] + [",", "\n", *dataset.titles]
     words = dict.fromkeys(["<pad>", "<unk>", "</s>"])
@@ -32,7 +32,7 @@ def tiny_tokenizer(dataset: Dataset, kind: str = "neutral") -> Any:
 
 
 def tiny_lm(tokenizer: Any, width: int = 64, layers: int = 2, heads: int = 4, seed: int = 0) -> Any:
-    """A Llama of this size for the tokenizer, in float32, its weights from the seed."""
+    """A Llama of this size for the tokenizer, in float32. The seed decides its weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -55,11 +55,11 @@ def tiny_lm(tokenizer: Any, width: int = 64, layers: int = 2, heads: int = 4, se
 def pretrain(
     lm: Any, prompts: Prompts, steps: int = 800, batch_size: int = 32, lr: float = 2e-3, seed: int = 0
 ) -> list[float]:
-    """Trains the whole model on made-up prompts of random items, so that it can read the format and copy titles; it
-    learns nothing of any user or group. Returns the loss of every step; the model is in eval mode afterwards.
+    """Trains the whole model on prompts of random items, so that it learns to read the format and to copy titles.
 
-    The right answer is a candidate whose first word follows that of the last item in a fixed random order of all first
-    words: a rule of its own, with which the model learns where to look. It stops when it knows the rule.
+    It learns nothing about any user or group. The right answer follows a rule of this training alone, from which the
+    model learns where to look: its first word comes after the last item's in a fixed random order of all first words.
+    Training stops when the model knows the rule. Returns the loss of every step; the model is in eval mode afterwards.
     """
     draw = random.Random(f"{seed}/pretrain")
     after = _following(draw, prompts.dataset)
@@ -83,7 +83,7 @@ def pretrain(
 
 
 def _loss(lm: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Of the answers alone."""
+    """The mean loss over the answers' tokens."""
     mask, labels = batch["attention_mask"], batch["labels"]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, "position_ids": positions}
@@ -92,7 +92,7 @@ def _loss(lm: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _following(draw: random.Random, dataset: Dataset) -> list[list[int]]:
-    """item -> the items one of which comes next, by a random order of first words."""
+    """item -> the items that may come next, by a random order of all first words."""
     starts: dict[str, list[int]] = {}
     for item, title in enumerate(dataset.titles):
         starts.setdefault(title.split()[0], []).append(item)
@@ -103,7 +103,7 @@ def _following(draw: random.Random, dataset: Dataset) -> list[list[int]]:
 
 
 def _example(draw: random.Random, after: list[list[int]]) -> Example:
-    """after: item -> the items one of which comes next."""
+    """A random example that follows the rule. after: item -> the items that may come next."""
     count = draw.randint(MIN_HISTORY, MAX_HISTORY)
     drawn = draw.sample(range(len(after)), count + NUM_CANDIDATES)
     history, candidates = drawn[:count], drawn[count:]

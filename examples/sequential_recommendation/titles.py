@@ -1,4 +1,4 @@
-"""Which items of a data set a person means by the titles they type."""
+"""Finds the items of a data set that a person means by the titles they type."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ _BEFORE = re.compile(r"^(the|a|an) (.+)$")
 
 
 class UnknownTitles(ValueError):
-    """Titles that are no item's, or several items': one line for each, with what they might be."""
+    """Titles that fit no item, or several. The message has a line for each, with titles that might be meant."""
 
 
 def year(title: str) -> str | None:
-    """The year in brackets at the end."""
+    """The year in brackets at the end of the title, or None."""
     found = _YEAR.search(title.strip())
     return found and found[1]
 
 
 def forms(title: str) -> tuple[str, str, str]:
-    """A title as it is compared: exactly; without year, accents and punctuation, its article in front; and with no
-    article. What is left with nothing but punctuation keeps it."""
+    """Three forms in which titles are compared, from the most exact to the least.
+
+    They are: the title as `normal` returns it; that without year, accents and punctuation and with its article in
+    front; and the latter without its article. If a title would be left empty, it keeps its punctuation.
+    """
     exact = normal(title)
     bare = _BEHIND.sub(r"\2 \1", _YEAR.sub("", exact))
     letters = "".join(c for c in unicodedata.normalize("NFKD", bare) if not unicodedata.combining(c))
@@ -39,7 +42,8 @@ def forms(title: str) -> tuple[str, str, str]:
 class Titles:
     """Finds the items of a data set by title.
 
-    Of items with the very same title the one is taken that most users met: nobody can tell them apart by name.
+    If several items have the very same title, it takes the one that most users met, since the title cannot tell them
+    apart.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -60,11 +64,11 @@ class Titles:
         return sorted((self.dataset.titles[item] for item in self.items.values()), key=str.casefold)
 
     def find(self, titles: Sequence[str]) -> list[int]:
-        """The items of the titles, in their order.
+        """The items of the titles, in the order of the titles.
 
-        Case, white space, accents, punctuation, the year and an article may be left off where one item is left; a year
-        that is given must be right, where the data set knows years. Raises `UnknownTitles` with a line for every title
-        that is not found or is several items'.
+        A title may have other case or white space, and may lack accents, punctuation, the year or an article, if only
+        one item fits it then. A year must be right if the item's title in the data set has one. Raises `UnknownTitles`
+        with a line for every title that fits no item or several.
         """
         found = [self._matches(title) for title in titles]
         wrong = [self._explained(title, items) for title, items in zip(titles, found, strict=True) if len(items) != 1]
@@ -94,7 +98,11 @@ class Titles:
         return ", ".join(repr(self.dataset.titles[item]) for item in items)
 
     def nearest(self, title: str, count: int = 3) -> list[int]:
-        """Items whose titles hold all words of this one, those that most users met first, then those spelt like it."""
+        """Up to `count` items with similar titles.
+
+        First come the items whose titles hold all words of this one, in the order of how many users met them. Then come
+        those whose titles are spelt like it.
+        """
         asked = forms(title)[2]
         words = set(asked.split())
         holding = [item for item, form in self.forms.items() if words and words <= set(form[1].split())]

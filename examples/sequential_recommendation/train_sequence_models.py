@@ -1,9 +1,9 @@
-"""Trains sequence models and shows how often they find the next item among 20 candidates.
+"""Trains sequence models and prints how often they find the next item among 20 candidates.
 
     python examples/sequential_recommendation/train_sequence_models.py --model sasrec gru4rec caser
     python examples/sequential_recommendation/train_sequence_models.py --data ml-100k --root DIR --seed 0 1
 
-Without --data the users are made up. One CPU core needs minutes at most; --threads says how many to use.
+Without --data the users are made up. One CPU core needs minutes at most; --threads sets how many to use.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--min-users", type=whole(1), help="drop items that fewer users met (try 20 for Steam; default: 1)")
     add("--protocol", choices=("paper", "leave-one-out"), default="paper", help="(default: %(default)s)")
     add("--evaluate", choices=("last", "random"), default="last", help="which window of a validation or test user")
-    add("--exclude", choices=("window", "user"), default="window", help="what negatives are not: see data.py")
+    add("--exclude", choices=("window", "user"), default="window", help="items that cannot be negatives: see data.py")
     add("--data-seed", type=int, default=0, help="of the split and the candidates")
     add("--model", nargs="+", choices=tuple(KINDS), default=["sasrec"])
     add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0], help="of weights and training")
@@ -94,7 +94,7 @@ def train_and_test(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Ratio]]:
-    """Prints a Markdown table; returns HitRatio@1 by model, one for each seed."""
+    """Prints a Markdown table. Returns HitRatio@1 by model, one for each seed."""
     options = parse(argv)
     torch.set_num_threads(options.threads)
     try:

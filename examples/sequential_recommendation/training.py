@@ -1,7 +1,8 @@
-"""Training a recommender with transformers' Trainer: its progress, logging, checkpoints, precision and processes.
+"""Trains a recommender with transformers' Trainer, which does progress, logging, checkpoints, precision and processes.
 
-The loaders carry numbers of examples only. Negatives, template and whether a prompt has item embeddings are chosen when
-a step begins, from (seed, example, global step): so workers, their number and a resumed run change nothing.
+The data loader returns indices of examples only. When a step begins, (seed, example, global step) decide the negatives,
+the template, and whether the prompt has item embeddings. So neither the number of workers nor resuming a run changes
+anything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .settings import TrainingSettings
 
 
 def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
-    """The Trainer's. out: for checkpoints."""
+    """The Trainer's arguments. out: the folder for checkpoints."""
     return TrainingArguments(
         output_dir=str(out),
         num_train_epochs=settings.epochs,
@@ -37,7 +38,7 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         seed=settings.seed,
         dataloader_num_workers=settings.workers,
         logging_steps=settings.logging_steps,
-        logging_nan_inf_filter=False,  # which would show a loss that is lost as the mean of those before
+        logging_nan_inf_filter=False,  # the filter would log the mean of earlier losses in place of nan
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         disable_tqdm=not settings.progress,
@@ -49,7 +50,10 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
-    """Of the highest rate, at a step of total: from 1/100 up to 1 over warmup · total steps, then a cosine to 1/100."""
+    """The learning rate at a step over the highest one: from 1/100 to 1 in warmup · total steps, then down to 1/100.
+
+    It rises linearly and falls as a cosine.
+    """
     rise, low = max(1, math.ceil(warmup * total)), 0.01
     if step < rise:
         return low + (1 - low) * step / rise
@@ -57,15 +61,16 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part))
 
 
-def numbers(rows: list[int]) -> dict[str, Tensor]:
-    """The collator: what a worker gives back of a batch is its examples' numbers."""
+def collate_indices(rows: list[int]) -> dict[str, Tensor]:
+    """The data loader's collator: a batch is the indices of its examples."""
     return {"index": torch.tensor(rows)}
 
 
 class RecommenderTrainer(Trainer):
-    """transformers' Trainer of a recommender.
+    """transformers' Trainer for a recommender.
 
-    model: on its device, in whatever mode. prompts: of the data set. windows: to train on.
+    model: on its device, in any mode. prompts: those of the data set. windows: the windows to train on. out: the folder
+    for checkpoints.
     """
 
     def __init__(
@@ -84,12 +89,12 @@ class RecommenderTrainer(Trainer):
             model,
             arguments(settings, out),
             train_dataset=range(len(windows)),
-            data_collator=numbers,
+            data_collator=collate_indices,
             callbacks=callbacks,
         )
 
-    def put(self, rows: Sequence[int], step: int, total: int) -> list[tuple[Example, Choice]]:
-        """The examples of these numbers, and how they are put at a global step."""
+    def examples_at(self, rows: Sequence[int], step: int, total: int) -> list[tuple[Example, Choice]]:
+        """The examples of these windows at a global step of `total`, each with the choice of its prompt."""
         settings, prompts = self.settings, self.prompts
         share = 0.0 if settings.curriculum is None else hybrid_share(step, total, settings.curriculum)
         negatives = settings.seed * 1_000_003 + step
@@ -98,12 +103,12 @@ class RecommenderTrainer(Trainer):
         return list(zip(examples, choices, strict=True))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The micro-batches of one step, and how many tokens of answers they hold together."""
+        """(the micro-batches of one step, the number of answer tokens in all of them)"""
         rows, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         sizes = [len(micro["index"]) for micro in rows]
-        numbered = [row for micro in rows for row in micro["index"].tolist()]
-        chosen = self.put(numbered, self.state.global_step, self.state.max_steps)
-        # By length, so that little is padded: the loss is a sum over the step, whose parts may be cut anywhere.
+        indices = [row for micro in rows for row in micro["index"].tolist()]
+        chosen = self.examples_at(indices, self.state.global_step, self.state.max_steps)
+        # Sorts by length, so that little is padded. The loss sums over the whole step, so any micro-batches will do.
         chosen.sort(key=lambda pair: len(self.prompts.prompt(*pair)[0]))
         remaining = iter(chosen)
         parts = [list(islice(remaining, size)) for size in sizes]
@@ -129,7 +134,7 @@ class RecommenderTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        # The Trainer's own would write the frozen language model too, and fail on its tied weights.
+        # The Trainer's own _save would write the frozen language model too, and fail on its tied weights.
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +150,7 @@ def _check_finite(loss: float) -> None:
 
 
 def parameter_groups(model: Recommender, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """The trained parameters for an optimizer: adapters, gate, projector, each with its rate and weight decay."""
+    """An optimizer's parameter groups: adapters, projector and gate, each with its learning rate and weight decay."""
     gate = [] if model.lm.ilora_gate is None else [p for p in model.lm.ilora_gate.parameters() if p.requires_grad]
     own = {id(parameter) for parameter in gate}
     adapters = [p for p in model.lm.parameters() if p.requires_grad and id(p) not in own]
@@ -166,19 +171,20 @@ def train(
     resume: Path | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> list[dict[str, float]]:
-    """Trains in place, and leaves the model in eval mode. Returns the Trainer's log.
+    """Trains the model in place and leaves it in eval mode. Returns the Trainer's log.
 
-    out: for checkpoints; it stays empty without settings.save_steps. resume: a checkpoint of a run with the
-    same settings and windows, which goes on as if it had not stopped, also from the middle of an epoch.
-    Raises ValueError without windows, FileNotFoundError for a checkpoint that is not there; FloatingPointError where
+    out: the folder for checkpoints; it stays empty without settings.save_steps.
+    resume: a checkpoint of a run with the same settings and windows. Training continues as if it had not stopped, even
+    from the middle of an epoch.
+    Raises ValueError without windows, FileNotFoundError for a checkpoint that is not there, and FloatingPointError if
     the loss is not finite.
     """
     if resume is not None and not (resume / "recommender").is_dir():
         raise FileNotFoundError(f"{resume}: expected a checkpoint of a recommender's training")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at every forked worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # avoids a warning from every forked worker
     trainer = RecommenderTrainer(model, prompts, windows, settings, out, callbacks)
     if not settings.progress:
-        trainer.remove_callback(PrinterCallback)  # which takes the place of the progress bar
+        trainer.remove_callback(PrinterCallback)  # the Trainer adds it if the progress bar is disabled
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     _check_finite(result.training_loss)
     model.eval()

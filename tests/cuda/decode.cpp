@@ -1,4 +1,4 @@
-// csrc/cuda/decode.cuh on the CPU, as a shared library for tests/test_cuda_sources.py.
+// Compiles csrc/cuda/decode.cuh for the CPU, as a shared library that tests/test_cuda_sources.py loads.
 #include "emulator.h"
 
 #include "../../csrc/cuda/decode.cuh"

@@ -1,5 +1,6 @@
-// The functions of csrc/cuda/device.cuh for a CPU: every GPU thread is a fiber, and whoever waits lets the others run.
-// Reads of global memory are checked: inside a buffer that was registered, and aligned as the instruction demands.
+// Defines the functions of csrc/cuda/device.cuh for a CPU. Every GPU thread is a fiber; a fiber that waits at a barrier
+// lets the others run. Every read of global memory is checked: it must lie inside a registered buffer and be aligned as
+// the GPU instruction demands.
 #pragma once
 #include <ucontext.h>
 
@@ -29,7 +30,7 @@ struct Block {
   int column, row, rank;
   std::vector<float> smem;
   Barrier all, group, warp[32];
-  uint32_t slots[32][32][6];  // [warp][lane]: what the lanes of a warp show each other
+  uint32_t slots[32][32][6];  // [warp][lane]: registers that the lanes of a warp exchange
 };
 
 struct Cluster {
@@ -132,8 +133,9 @@ inline float shuffle_xor(float v, int mask) {
   return other;
 }
 
-// The fragments as the PTX manual draws them for mma.m16n8k16: of a, register i of lane 4g + t holds row g + 8 (i % 2)
-// and columns 2t + 8 (i / 2) and the next; of b, register i holds rows 2t + 8i and the next of column g.
+// Registers hold a and b as the PTX manual lays them out for mma.m16n8k16. Register i of a in lane 4g + t holds row
+// g + 8 (i % 2), columns 2t + 8 (i / 2) and the one after it. Register i of b holds column g, rows 2t + 8i and the one
+// after it.
 template <class T>
 void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, T) {
   const int lane = self->thread % 32;
