@@ -9,34 +9,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import training_worker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training_worker import arguments, examples, tiny_llama, trainable
+from training_worker import examples, trainable
 
 import ilora
 
 STEPS = 3
-VARIANTS = [
-    "ddp",
-    "ddp-hf",
-    "ddp-reentrant",
-    "ddp-shared",
-    "fsdp",
-    "fsdp-shared",
-    "fsdp-hf",
-    "fsdp-torch",
-    "fsdp-prompt",
-    "trainer",
-]
+VARIANTS = ["ddp", "ddp-hf", "ddp-reentrant", "ddp-shared", "trainer"]
+VARIANTS += ["fsdp", "fsdp-shared", "fsdp-hf", "fsdp-torch", "fsdp-prompt"]
 
 
 def injected(prompt=False):
     """The model with a gate network whose gates differ much from user to user."""
-    model = tiny_llama()
-    torch.manual_seed(1)
-    gate = ilora.PromptGate(4) if prompt else ilora.SequenceGate(6, 4)
-    ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4), gate=gate)
+    model = training_worker.injected(ilora.PromptGate if prompt else "z")
     torch.nn.init.normal_(model.ilora_gate.weight, std=1.0)
     for layer in ilora.ilora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
@@ -45,9 +33,10 @@ def injected(prompt=False):
 
 def batch(rank=0, world=1, prompt=False):
     rows = examples(4)
-    rows = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
-    names = ("input_ids", "labels") if prompt else rows[0]
-    return {name: torch.tensor([row[name] for row in rows]) for name in names}
+    inputs = training_worker.batch(rows[rank * len(rows) // world : (rank + 1) * len(rows) // world])
+    if prompt:
+        del inputs["ilora_z"]
+    return inputs
 
 
 def steps(model, inputs, optimizer=torch.optim.SGD, lr=0.1):
@@ -96,19 +85,8 @@ def run(variant, folder, rank, world):
 
 def trainer(model, folder, batch_size):
     """transformers' Trainer, which makes the model a DistributedDataParallel if there are several ranks."""
-    import transformers as hf
-    from datasets import Dataset
-
-    args = arguments(
-        Path(folder) / "trainer",
-        per_device_train_batch_size=batch_size,
-        max_steps=STEPS,
-        optim="sgd",
-        learning_rate=0.1,
-        save_strategy="steps",
-        save_steps=STEPS,
-    )
-    hf.Trainer(model, args, train_dataset=Dataset.from_list(examples())).train()
+    options = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": STEPS, "max_steps": STEPS}
+    training_worker.trained(model, Path(folder) / "trainer", per_device_train_batch_size=batch_size, **options)
     return gathered(model)
 
 
