@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
+from models import GROUPED, HEADS, SMALL
 from recommenders import PROMPTS, recommender
 from sequential_recommendation.data import Example
 from sequential_recommendation.likelihoods import candidate_likelihoods
@@ -14,9 +15,6 @@ from sequential_recommendation.scoring import STANDARD
 import ilora
 
 ANY = sys.maxsize
-COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-GROUPED = {**COMMON, "num_key_value_heads": 2}
-HEADS = {**GROUPED, "head_dim": 8}
 EXPERTS = {f"{kind}_intermediate_size": 16 for kind in ("moe", "shared_expert")}
 EXPERTS |= {"num_experts": 4, "num_experts_per_tok": 2}
 UNUSED = {"sliding_window": 32, "use_sliding_window": False}
@@ -29,11 +27,11 @@ MODELS = {  # (class, settings, the longest row that candidates may share, by th
     "llama": ("Llama", GROUPED, ANY),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}, ANY),
     "qwen3": ("Qwen3", HEADS, ANY),
-    "gptneox": ("GPTNeoX", COMMON, ANY),
+    "gptneox": ("GPTNeoX", SMALL, ANY),
     "mixtral": ("Mixtral", {**GROUPED, "num_local_experts": 4}, ANY),
     "qwen2-moe, no window": ("Qwen2Moe", {**GROUPED, **EXPERTS, **UNUSED}, ANY),
     "gemma2, the other window": ("Gemma2", {**HEADS, "sliding_window": 16}, 16),
-    "bert, the head adapted": ("Bert", {**COMMON, "is_decoder": True}, ANY),
+    "bert, the head adapted": ("Bert", {**SMALL, "is_decoder": True}, ANY),
     "gemma3": ("Gemma3", {**HEADS, "sliding_window": 512}, 512),
     "gemma3, a short window": ("Gemma3", {**HEADS, "sliding_window": 16}, 16),
     "gemma3, a window as long as the short row": ("Gemma3", {**HEADS, "sliding_window": 50}, 50),
