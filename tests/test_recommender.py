@@ -25,12 +25,6 @@ import ilora
 CHOICES = [Choice(0, True), Choice(1, False), Choice(2, True)]
 
 
-def without_newlines():
-    tokenizer = tiny_tokenizer(DATASET, "movies")
-    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
-    return tokenizer
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -38,7 +32,6 @@ def without_newlines():
         (lambda: recommender().encoder.standardise([(1, 2, 3)]), "two histories"),
         (lambda: prompts_of(DATASET, "movies").collate([], []), "one example"),
         (lambda: Prompts(PROMPTS.tokenizer, DATASET, "books"), "unknown prompts"),
-        (lambda: Prompts(without_newlines(), DATASET, "movies"), "makes nothing of a newline"),
         (lambda: candidate_likelihoods(recommender().train(), PROMPTS, EXAMPLES, STANDARD), r"model\.eval"),
         (lambda: generate(recommender().train(), PROMPTS, EXAMPLES, STANDARD), r"model\.eval"),
         (lambda: TrainingSettings(precision="int8"), "precision"),
@@ -64,9 +57,8 @@ def test_a_prompt_by_hand():
     example = Example("a", (0, 1), 3, (4, 3))
     ids, items = PROMPTS.prompt(example, Choice(2, True))
     words = PROMPTS.tokenizer.convert_ids_to_tokens(ids)
-    expected = "Watched so far : Heat <pad> , Toy Story <pad> . \n One of these comes next : "
-    expected += "Fargo <pad> , The Rock <pad> . \n It is"
-    assert words == expected.split(" ")
+    history = "Watched so far : Heat <pad> , Toy Story <pad> . \n"
+    assert words == f"{history} One of these comes next : Fargo <pad> , The Rock <pad> . \n It is".split(" ")
     assert [item for item in items if item >= 0] == [0, 1, 4, 3]
     assert [word for word, item in zip(words, items, strict=True) if item >= 0] == ["<pad>"] * 4
     assert [PROMPTS.tokenizer.convert_ids_to_tokens(t) for t in PROMPTS.answer(3)] == ["The", "Rock", "\n"]
@@ -92,15 +84,18 @@ def test_a_batch_is_padded_on_the_left_and_labels_are_the_answer():
     assert batch["users"].tolist() == [user_number(e.user) for e in EXAMPLES]
 
 
-def test_a_tokenizer_with_a_start_token_starts_with_it_once():
+def test_a_start_token_stands_there_once_and_newlines_are_needed():
     tokenizer = tiny_tokenizer(DATASET, "movies")
     tokenizer.add_special_tokens({"bos_token": "<unk>"})
     assert Prompts(tokenizer, DATASET, "movies").start == []  # it has one, and does not put it there
-    puts = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
-    tokenizer.backend_tokenizer.post_processor = puts
+    processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 1)])
+    tokenizer.backend_tokenizer.post_processor = processor
     started = Prompts(tokenizer, DATASET, "movies")
     assert started.start == [1]
     assert started.prompt(EXAMPLES[0], STANDARD)[0].count(1) == 1
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    with pytest.raises(ValueError, match="makes nothing of a newline"):
+        Prompts(tokenizer, DATASET, "movies")
 
 
 def test_an_answer_is_valid_as_the_tokenizer_writes_it():
@@ -129,33 +124,23 @@ def test_defect_6_no_vocabulary_is_added():
 @pytest.mark.parametrize("gate", GATES)
 def test_loss_scores_and_text_do_not_depend_on_the_batch(gate):
     model = recommender(gate)
+    together = candidate_likelihoods(model, PROMPTS, EXAMPLES, STANDARD)
     with torch.no_grad():
         whole = model(**PROMPTS.collate(EXAMPLES, CHOICES))
         pairs = zip(EXAMPLES, CHOICES, strict=True)
         losses = torch.stack([model(**PROMPTS.collate([e], [choice])).loss for e, choice in pairs])
+        for row, e in zip(together, EXAMPLES, strict=True):  # a likelihood is what a forward of that answer says
+            answers = [collated([e._replace(target=item)]) for item in e.candidates]
+            expected = torch.stack([-model(**batch, num_items_in_batch=1).loss for batch in answers])
+            torch.testing.assert_close(row, expected, rtol=0, atol=1e-4)
     tokens = torch.tensor([len(PROMPTS.answer(e.target)) for e in EXAMPLES])
     torch.testing.assert_close(whole.loss, (losses * tokens).sum() / tokens.sum(), rtol=1e-5, atol=1e-5)
-    together = candidate_likelihoods(model, PROMPTS, EXAMPLES, STANDARD)
     apart = torch.cat([candidate_likelihoods(model, PROMPTS, [e], STANDARD) for e in EXAMPLES])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
     texts = generate(model, PROMPTS, EXAMPLES, STANDARD)
     assert texts == [generate(model, PROMPTS, [e], STANDARD)[0] for e in EXAMPLES]
     assert texts == write(model, PROMPTS, EXAMPLES, size=2)
     assert len(generate(model, PROMPTS, EXAMPLES, STANDARD, num_beams=3)) == 3
-
-
-@pytest.mark.parametrize("gate", ["sequence", "prompt"])
-def test_shared_prompts_score_as_full_forwards_do(gate):
-    model, choice = recommender(gate), Choice(1, True)
-    for row, example in zip(candidate_likelihoods(model, PROMPTS, EXAMPLES, choice), EXAMPLES, strict=True):
-        expected = []
-        for item in example.candidates:
-            batch = collated([example._replace(target=item)], choice)
-            with torch.no_grad():
-                logits = model(**batch).logits[0].log_softmax(-1)
-            labels = batch["labels"][0]
-            expected.append(logits[torch.arange(len(labels)), labels].sum())
-        torch.testing.assert_close(row, torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_predictions_are_the_same_for_every_batch_size():
@@ -172,38 +157,26 @@ def test_predictions_are_the_same_for_every_batch_size():
 
 
 def test_defect_8_an_error_in_a_layer_is_an_error():
-    model = recommender()
-
     def fail(*_):
         raise RuntimeError("a layer failed")
 
-    next(m for m in model.modules() if isinstance(m, ilora.ILoRALinear)).register_forward_hook(fail)
+    model = recommender()
+    next(iter(ilora.ilora_layers(model.lm).values())).register_forward_hook(fail)
     for call in (lambda: model(**collated()), lambda: score(model, PROMPTS, EXAMPLES)):
         with pytest.raises(RuntimeError, match="a layer failed"):
             call()
 
 
-@pytest.mark.parametrize(("experts", "dim"), [(2, 64), (8, 12)])
-def test_defect_11_any_number_of_experts_and_width(experts, dim):
-    model = recommender(sequence_model=sequence_models.build("gru4rec", 10, dim=dim), num_experts=experts)
-    assert gates(model, PROMPTS, EXAMPLES, STANDARD).shape == (3, experts)
-    assert score(model, PROMPTS, EXAMPLES)[0].shape == (3, 3)
-
-
 # Gates
 
 
-def test_defect_5_the_sequence_model_never_drops_out():
-    model, history = recommender().train(), collated()["history"]
-    assert not any(module.training for module in model.encoder.modules())
-    assert torch.equal(model.encoder(history), model.encoder(history))
-
-
 @pytest.mark.parametrize("gate", ["sequence", "random", "prompt"])
-def test_defect_10_no_instance_sees_another_even_in_training(gate):
-    model = recommender(gate).train()
+def test_defects_5_and_10_no_dropout_and_no_other_instance_reaches_a_gate_even_in_training(gate):
+    model, batch = recommender(gate).train(), collated()
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    torch.testing.assert_close(model.gate(collated())[:1], model.gate(collated(EXAMPLES[:1])))
+    assert not any(module.training for module in model.encoder.modules())
+    assert torch.equal(model.encoder(batch["history"]), model.encoder(batch["history"]))
+    torch.testing.assert_close(model.gate(batch)[:1], model.gate(collated(EXAMPLES[:1])))
 
 
 def test_the_gate_of_a_prompt_is_the_same_with_and_without_its_answer():
@@ -212,6 +185,13 @@ def test_the_gate_of_a_prompt_is_the_same_with_and_without_its_answer():
     torch.testing.assert_close(model.gate(collated(answers=False)), told)
     # of the words alone: item embeddings do not move it
     torch.testing.assert_close(model.gate(collated(choice=Choice(0, False))), told)
+
+
+@pytest.mark.parametrize(("experts", "dim"), [(2, 64), (8, 12)])
+def test_defect_11_any_number_of_experts_and_width(experts, dim):
+    model = recommender(sequence_model=sequence_models.build("gru4rec", 10, dim=dim), num_experts=experts)
+    assert gates(model, PROMPTS, EXAMPLES, STANDARD).shape == (3, experts)
+    assert score(model, PROMPTS, EXAMPLES)[0].shape == (3, 3)
 
 
 def test_a_random_gate_knows_a_user_again():
@@ -228,12 +208,6 @@ def test_the_sequence_gate_reaches_the_answer():
     assert not torch.allclose(model(**batch).loss, model(**moved).loss)
     model = recommender("uniform")
     assert torch.equal(model(**batch).loss, model(**moved).loss)
-
-
-def test_plain_lora_has_the_same_size_but_for_the_gate():
-    plain, gated = recommender("uniform"), recommender()
-    count = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (plain, gated)]
-    assert count[1] - count[0] == 4 * plain.encoder.dim
 
 
 # Files

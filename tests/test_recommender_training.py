@@ -99,13 +99,16 @@ def test_accumulated_micro_batches_are_one_batch():
 
 def test_what_is_trained_and_at_which_rate():
     model = recommender()
-    adapters, projector, gate = parameter_groups(model, TrainingSettings(lr=1e-3))
+    groups = adapters, projector, gate = parameter_groups(model, TrainingSettings(lr=1e-3))
     assert (adapters["lr"], gate["lr"]) == (1e-3, pytest.approx(3e-4))
     assert (adapters["weight_decay"], projector["weight_decay"], gate["weight_decay"]) == (0.0, 1e-5, 1e-5)
-    grouped = {id(p) for group in (adapters, projector, gate) for p in group["params"]}
+    grouped = {id(p) for group in groups for p in group["params"]}
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
     assert not any(p.requires_grad for p in model.encoder.parameters())
-    assert len(parameter_groups(recommender("uniform"), TrainingSettings())) == 2
+    plain = parameter_groups(recommender("uniform"), TrainingSettings())
+    assert len(plain) == 2
+    small, large = (sum(p.numel() for group in each for p in group["params"]) for each in (plain, groups))
+    assert large - small == 4 * model.encoder.dim  # plain LoRA has the same size but for the gate
     factors = [learning_rate_factor(step, 100, 0.05) for step in range(101)]
     assert (factors[0], factors[5], factors[100]) == (0.01, 1.0, pytest.approx(0.01))
     assert max(factors) == 1.0
