@@ -16,7 +16,6 @@ from sequential_recommendation.data import Dataset, Split, Window, split, window
 from sequential_recommendation.synthetic import synthetic
 from sequential_recommendation.tastes import tastes
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 REAL = Path(os.environ.get("ILORA_DATA", "no-data"))  # a folder with ml-100k (raw) and lastfm (windows)
 
 
@@ -26,26 +25,16 @@ def made(users=50, items=60, length=12, **more):
     return Dataset("made", [f"Title {i}" for i in range(items)], sequences, **more)
 
 
-# Windows
-
-
-def test_windows_by_hand():
-    found = list(windows("u", [7, 5, 3, 1, 2]))
-    assert found == [Window("u", (7, 5, 3), 1), Window("u", (7, 5, 3, 1), 2)]
-    assert list(windows("u", [7, 5, 3])) == []
-    assert list(windows("u", range(13)))[-1] == Window("u", tuple(range(2, 12)), 12)
+# Windows and splits
 
 
 @given(st.lists(st.integers(0, 99), unique=True, max_size=40))
 def test_windows_cover_every_item_from_the_fourth_and_end_where_it_begins(items):
     found = list(windows("u", items))
-    assert [w.target for w in found] == items[3:]
+    assert [(w.user, w.target) for w in found] == [("u", item) for item in items[3:]]
     for t, window in enumerate(found, 3):
         assert len(window.history) == min(t, 10)
         assert [*window.history, window.target] == items[t - len(window.history) : t + 1]
-
-
-# Splits
 
 
 def test_users_are_split_8_1_1_by_a_seed_and_share_nothing():
@@ -54,8 +43,7 @@ def test_users_are_split_8_1_1_by_a_seed_and_share_nothing():
     users = [{window.user for window in part} for part in parts]
     assert [len(part) for part in users] == [754, 94, 95]
     assert len(set.union(*users)) == 943
-    assert len(parts.train) == 754 * 2  # every window
-    assert [len(part) for part in parts[1:]] == [94, 95]  # one window a user, the last
+    assert [len(part) for part in parts] == [754 * 2, 94, 95]  # every window, or one a user, the last
     assert all(window.target == dataset.users[window.user][-1] for part in parts[1:] for window in part)
     assert split(dataset, seed=3) == parts
     assert split(dataset, seed=4).test != parts.test
@@ -79,17 +67,13 @@ def test_evaluation_on_random_windows_takes_one_of_each_user():
 def test_leave_one_out_by_hand():
     users = {"long": [0, 1, 2, 3, 4, 5], "five": [5, 4, 3, 2, 1], "four": [2, 3, 4, 5], "three": [0, 1, 2]}
     parts = split(Dataset("d", list("abcdef"), users), protocol="leave-one-out")
-    assert set(parts.test) == {
-        Window("long", (0, 1, 2, 3, 4), 5),
-        Window("five", (5, 4, 3, 2), 1),
-        Window("four", (2, 3, 4), 5),
-    }
-    assert set(parts.val) == {Window("long", (0, 1, 2, 3), 4), Window("five", (5, 4, 3), 2)}
-    assert parts.train == [Window("long", (0, 1, 2), 3)]
+    assert set(parts.test) == {("long", (0, 1, 2, 3, 4), 5), ("five", (5, 4, 3, 2), 1), ("four", (2, 3, 4), 5)}
+    assert set(parts.val) == {("long", (0, 1, 2, 3), 4), ("five", (5, 4, 3), 2)}
+    assert parts.train == [("long", (0, 1, 2), 3)]
 
 
 def test_a_split_that_came_with_the_data_is_kept_but_for_leave_one_out():
-    given = Split([Window("u0", (1, 2, 3), 4)], [Window("u1", (1, 2, 3), 4)], [Window("u2", (1, 2, 3), 4)])
+    given = Split(*([Window(user, (1, 2, 3), 4)] for user in ("u0", "u1", "u2")))
     dataset = made(given=given)
     assert split(dataset, seed=9) == given
     assert len(split(dataset, protocol="leave-one-out").test) == 50
@@ -100,22 +84,17 @@ def test_a_split_that_came_with_the_data_is_kept_but_for_leave_one_out():
 
 def test_the_target_is_always_a_candidate_and_negatives_are_new():
     """LastFM's published candidates lack the target, so its hit ratio is 0."""
-    dataset = made(users=300)
-    for example in with_candidates(split(dataset, evaluate="random").train, dataset):
+    dataset = made(users=300, items=30)
+    examples = with_candidates(split(dataset).train, dataset)
+    places, drawn = ([0] * n for n in (20, 30))
+    for example in examples:
         assert len(example.candidates) == len(set(example.candidates)) == 20
         assert example.candidates[example.target_index] == example.target
         assert not set(example.candidates) & set(example.history)
-
-
-def test_the_target_stands_anywhere_and_every_item_is_drawn_alike():
-    dataset = made(users=400, items=30, length=4)
-    examples = with_candidates(list(split(dataset).train), dataset)
-    places, drawn = ([0] * n for n in (20, 30))
-    for example in examples:
         places[example.target_index] += 1
         for item in example.candidates:
             drawn[item] += 1
-    assert min(places) > 0
+    assert min(places) > 0  # the target stands anywhere, and every item is drawn alike
     assert max(places) < 3 * len(examples) / 20
     assert min(drawn) > 0.75 * len(examples) * 20 / 30
 
@@ -124,24 +103,18 @@ def test_candidates_depend_on_the_window_and_the_seed_alone():
     dataset = made()
     parts = split(dataset).train
     examples = with_candidates(parts, dataset, seed=5)
-    turned = with_candidates(parts[::-1], dataset, seed=5)[::-1]
-    assert turned == examples
+    assert with_candidates(parts[::-1], dataset, seed=5)[::-1] == examples
     assert with_candidates(parts[7:9], dataset, seed=5) == examples[7:9]
     assert with_candidates(parts, dataset, seed=6) != examples
-
-
-def test_candidates_are_the_same_in_every_process():
-    """A worker with another hash seed, or one that starts in the middle, draws the same."""
+    # in every process: a worker with another hash seed, or one that starts in the middle, draws the same
     code = (
         "from sequential_recommendation.data import Dataset, Window, with_candidates\n"
         "d = Dataset('d', [str(i) for i in range(60)], {})\n"
         "print(with_candidates([Window('ü', (1, 2, 3), t) for t in (9, 8)], d, 1))"
     )
-    path = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
-    one, two = (
-        subprocess.check_output([sys.executable, "-c", code], env={**path, "PYTHONHASHSEED": seed}, text=True)
-        for seed in ("1", "2")
-    )
+    env = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    one, two = (subprocess.check_output(command, env={**env, "PYTHONHASHSEED": s}, text=True) for s in "12")
     assert one == two
     assert "candidates=(" in one
 
@@ -159,6 +132,14 @@ def test_no_two_candidates_share_a_title():
     dataset = Dataset("d", [f"Title {i % 25}" + " " * (i // 25) for i in range(50)], {"u": [0, 1, 2, 3]})
     (example,) = with_candidates([Window("u", (0, 1, 2), 3)], dataset)
     assert len({data.normal(dataset.titles[item]) for item in example.candidates}) == 20
+
+
+def test_frequent_drops_rare_items_and_then_short_users():
+    users = {"a": [0, 1, 3, 4], "b": [4, 3, 1, 0], "c": [0, 1, 2, 3], "d": [5, 0, 1, 3]}
+    kept = data.frequent(Dataset("d", list("abcdef"), users, groups={"a": 1, "c": 0}), items=2)
+    assert kept.titles == ["a", "b", "d", "e"]  # c and f had one user each; their users then had three items
+    assert kept.users == {"a": [0, 1, 2, 3], "b": [3, 2, 1, 0]}
+    assert kept.groups == {"a": 1}
 
 
 # What is refused
@@ -191,16 +172,9 @@ def test_data_that_contradict_themselves_are_refused(call, words):
         call()
 
 
-def test_frequent_drops_rare_items_and_then_short_users():
-    users = {"a": [0, 1, 3, 4], "b": [4, 3, 1, 0], "c": [0, 1, 2, 3], "d": [5, 0, 1, 3]}
-    kept = data.frequent(Dataset("d", list("abcdef"), users, groups={"a": 1, "c": 0}), items=2)
-    assert kept.titles == ["a", "b", "d", "e"]  # c and f had one user each; their users then had three items
-    assert kept.users == {"a": [0, 1, 2, 3], "b": [3, 2, 1, 0]}
-    assert kept.groups == {"a": 1}
-
-
 # Readers
 
+RATINGS = "7\t3\t5\t20\n7\t1\t1\t10\n8\t2\t3\t5\n7\t2\t4\t20\n\n"
 MOVIES = {"u.item": "1|Café (1990)|x|y\n2|B (1991)|x|y\n3|C|x\n".encode("latin-1"), "u.data": ""}
 TAGS = "2\t52\t13\t30\r\n2\t51\t13\t20\n2\t52\t15\t10\n2\t99\t15\t10\n"
 ARTISTS = {
@@ -210,6 +184,10 @@ ARTISTS = {
 GAMES = {
     "steam_games.json": "{u'app_name': u'Dota\u2122', u'id': u'570'}\n{'title': 'B', 'id': '2'}\n{'title': 'No id'}\n"
 }
+REVIEWS = """{'username': 'ann', 'product_id': '2', 'date': '2018-01-05', 'text': "it's"}
+{'username': 'ann', 'product_id': '570', 'date': '2017-12-31'}
+{'username': 'ann', 'product_id': '1', 'date': '2017-12-31'}
+"""
 TRAIN = "0,1,2\t3\n0,1,2,3\t4\n5,6,7\t8\n0,1,2\t9\n1,2,3,4,5,6,7,8,9,10\t11\n2,3,4,5,6,7,8,9,10,11\t12\n"
 ITEMS = "".join(f"{i}\tArtist {i}\n" for i in range(30))
 WINDOWS = {"items.tsv": ITEMS, "train.tsv": TRAIN, "val.tsv": "1,2,3\t4\n", "test.tsv": "3,4,5\t6\n"}
@@ -268,28 +246,18 @@ def test_missing_files_are_named_as_they_may_be_called(tmp_path):
             read(reader, tmp_path, files)
 
 
-def test_movielens_orders_by_time_and_keeps_the_file_s_order_in_a_second(tmp_path):
-    ratings = "7\t3\t5\t20\n7\t1\t1\t10\n8\t2\t3\t5\n7\t2\t4\t20\n\n"
-    dataset = read(readers.movielens, tmp_path, MOVIES | {"u.data": ratings})
-    assert dataset.titles == ["Café (1990)", "B (1991)", "C"]
-    assert dataset.users == {"7": [0, 2, 1], "8": [1]}
-
-
-def test_lastfm_counts_an_artist_from_its_first_tag(tmp_path):
-    dataset = read(readers.lastfm, tmp_path, ARTISTS)
-    assert dataset.titles == ["Diary of Dreams", "Émilie"]
-    assert dataset.users == {"2": [1, 0]}
-
-
-def test_steam_reads_dictionaries_packed_or_not(tmp_path):
-    reviews = (
-        "{'username': 'ann', 'product_id': '2', 'date': '2018-01-05', 'text': \"it's\"}\n"
-        "{'username': 'ann', 'product_id': '570', 'date': '2017-12-31'}\n"
-        "{'username': 'ann', 'product_id': '1', 'date': '2017-12-31'}\n"
-    )
-    dataset = read(readers.steam, tmp_path, GAMES | {"steam_reviews.json.gz": gzip.compress(reviews.encode())})
-    assert dataset.titles == ["Dota\u2122", "B"]
-    assert dataset.users == {"ann": [0, 1]}
+@pytest.mark.parametrize(
+    ("reader", "files", "titles", "users"),
+    [  # ordered by time, and as in the file within a second; an artist counts from its first tag; files packed or not
+        ("movielens", {"u.data": RATINGS}, ["Café (1990)", "B (1991)", "C"], {"7": [0, 2, 1], "8": [1]}),
+        ("lastfm", {}, ["Diary of Dreams", "Émilie"], {"2": [1, 0]}),
+        ("steam", {"steam_reviews.json": REVIEWS}, ["Dota\u2122", "B"], {"ann": [0, 1]}),
+        ("steam", {"steam_reviews.json.gz": gzip.compress(REVIEWS.encode())}, ["Dota\u2122", "B"], {"ann": [0, 1]}),
+    ],
+)
+def test_titles_and_histories_are_read(tmp_path, reader, files, titles, users):
+    dataset = read(getattr(readers, reader), tmp_path, FILES[reader] | files)
+    assert (dataset.titles, dataset.users) == (titles, users)
 
 
 def test_windows_files_keep_their_split_and_recover_users(tmp_path):
@@ -308,8 +276,7 @@ def test_the_real_files_have_the_published_sizes():
     dataset = readers.movielens(REAL / "ml-100k")
     assert str(dataset) == "MovieLens-100K: 943 users, 1,682 items, 100,000 interactions"
     parts = split(dataset)
-    assert [len(part) for part in parts[1:]] == [94, 95]
-    assert len(with_candidates(parts.test, dataset)) == 95
+    assert [len(part) for part in (*parts[1:], with_candidates(parts.test, dataset))] == [94, 95, 95]
     lastfm = readers.windows_files(REAL / "lastfm")
     assert (len(lastfm.users), lastfm.num_items) == (1220, 4606)
     assert [len(part) for part in split(lastfm)] == [47872, 122, 122]
