@@ -13,11 +13,8 @@ from sequential_recommendation.tiny_model import tiny_lm, tiny_tokenizer
 TITLES = ["Heat", "Toy Story", "Toy Story 2", "The Rock", "Fargo", "Big", "The Thin Red Line", "Alien", "Jaws", "AC/DC"]
 DATASET = Dataset("films", TITLES, {f"u{n}": [(n + k) % 10 for k in range(4)] for n in range(10)})
 PROMPTS = Prompts(tiny_tokenizer(DATASET, "movies"), DATASET, "movies")
-EXAMPLES = [
-    Example("a", (0, 1, 2), 3, (4, 3, 5)),
-    Example("b", (3, 4, 5, 6, 7), 0, (0, 1, 2)),
-    Example("c", (6, 1, 2, 3), 7, (5, 4, 7)),
-]
+EXAMPLES = [Example("a", (0, 1, 2), 3, (4, 3, 5)), Example("b", (3, 4, 5, 6, 7), 0, (0, 1, 2))]
+EXAMPLES += [Example("c", (6, 1, 2, 3), 7, (5, 4, 7))]
 
 
 def prompts_of(dataset, kind="neutral"):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "sequential_recommendation"
 FILMS = "--data ml-100k --root . "
 SMOL = FILMS + "--model smollm2 "
-REFUSED = {
+REFUSED = {  # arguments: words, by command
     parse: {
         "--experts 4 3": "--experts 3: the rank is 8",
         "--experts 0": "--experts: expected a whole number of 1 or more, got '0'",
@@ -68,14 +68,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "words"), [(command, *row) for command, rows in REFUSED.items() for row in rows.items()]
-)
-def test_options_that_cannot_be_meant_are_refused_at_once(command, arguments, words, capsys):
+@pytest.mark.parametrize(("command", "arguments"), [(each, row) for each, rows in REFUSED.items() for row in rows])
+def test_options_that_cannot_be_meant_are_refused_at_once(command, arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         command(arguments.split())
     assert ended.value.code == 2
-    assert words in capsys.readouterr().err
+    assert REFUSED[command][arguments] in capsys.readouterr().err
 
 
 def test_the_commands_of_the_results_are_still_accepted():

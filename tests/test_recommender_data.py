@@ -158,10 +158,7 @@ ONE = Window("u0", (0, 1, 2), 3)
         (lambda: data.frequent(made(given=Split([], [], []))), "its own split"),
         (lambda: split(made(users=1)), "too few users with 4 items or more to split: 0 train, 0 val, 1 test"),
         (lambda: split(made(), protocol="all"), "protocol='all'"),
-        (
-            lambda: with_candidates([Window("u0", (0,), 3)], made(1, 20, 4)),
-            "user u0: only 18 of 19 negatives can be drawn",
-        ),
+        (lambda: with_candidates([ONE], made(1, 22, 4)), "user u0: only 18 of 19 negatives can be drawn"),
         (lambda: synthetic(groups=9), "9 groups have no conflicting rules on 23 shared items"),
         (lambda: synthetic(users=3), "users=3, groups=4"),
         (lambda: tastes(groups=23), "tastes"),
@@ -181,9 +178,7 @@ ARTISTS = {
     "artists.dat": "id\tname\turl\tpictureURL\n51\tDiary of Dreams\thttp://x\t\n52\tÉmilie\n",
     "user_taggedartists-timestamps.dat": "userID\tartistID\ttagID\ttimestamp\n" + TAGS,
 }
-GAMES = {
-    "steam_games.json": "{u'app_name': u'Dota\u2122', u'id': u'570'}\n{'title': 'B', 'id': '2'}\n{'title': 'No id'}\n"
-}
+GAMES = {"steam_games.json": "{u'app_name': u'Dota\u2122', u'id': u'570'}\n{'title': 'B', 'id': '2'}\n{'title': 'C'}\n"}
 REVIEWS = """{'username': 'ann', 'product_id': '2', 'date': '2018-01-05', 'text': "it's"}
 {'username': 'ann', 'product_id': '570', 'date': '2017-12-31'}
 {'username': 'ann', 'product_id': '1', 'date': '2017-12-31'}
@@ -216,12 +211,7 @@ FILES = {"movielens": MOVIES, "lastfm": ARTISTS, "steam": GAMES, "windows_files"
         ("steam", "steam_reviews.json", "{'username': 'a', 'date': '2018'}", r"json:1: the review has no product_id"),
         ("steam", "steam_reviews.json", "{'username': ", r"steam_reviews\.json:1: expected a dictionary"),
         ("steam", "steam_reviews.json", "[1]", r"steam_reviews\.json:1: expected a dictionary"),
-        (
-            "windows_files",
-            "train.tsv",
-            "0,1,2\t3\n0,1\t2\n",
-            r"train\.tsv:2: expected a history of 3 to 10 items, got 2",
-        ),
+        ("windows_files", "train.tsv", "0,1,2\t3\n0,1\t2", r"train\.tsv:2: expected a history of 3 to 10 items, got 2"),
         ("windows_files", "val.tsv", "0,1,x\t3\n", r"val\.tsv:1: expected an integer, got 'x'"),
         ("windows_files", "test.tsv", "0,1,2\t30\n", r"test\.tsv:1: expected ids below 30"),
         ("windows_files", "test.tsv", "0,1,2\t2\n", r"test\.tsv:1: an item occurs twice"),

@@ -1,5 +1,7 @@
 """TRL's SFTTrainer on an injected model: prompts without columns, columns, packing, resuming."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -36,10 +38,6 @@ def conversations(z=False):
     return datasets.Dataset.from_list(rows)
 
 
-def injected(gate=ilora.PromptGate, **options):
-    return worker.injected(gate, **options)
-
-
 def sft(model, folder, data=None, collator=False, **options):
     args = worker.arguments(folder, trl.SFTConfig, **{"bf16": False, **options})
     data = conversations() if data is None else data
@@ -51,7 +49,7 @@ def sft(model, folder, data=None, collator=False, **options):
 
 @pytest.mark.parametrize("packed", [{}, *PACKED.values()], ids=["padded", *PACKED])
 def test_prompt_gate_needs_no_columns(tmp_path, packed):
-    model = injected()
+    model = worker.injected(ilora.PromptGate)
     before = {n: p.clone() for n, p in model.named_parameters()}
     trainer = sft(model, tmp_path, collator=bool(packed), max_steps=30, **packed)
     trainer.train()
@@ -61,7 +59,7 @@ def test_prompt_gate_needs_no_columns(tmp_path, packed):
 
 
 def test_the_gate_reads_the_prompt_only(tmp_path):
-    model = injected()
+    model = worker.injected(ilora.PromptGate)
     batch = next(iter(sft(model, tmp_path).get_train_dataloader()))
     assert (batch["labels"] == -100).any(1).all()
     other = torch.where(batch["labels"] != -100, 5, batch["input_ids"])  # other answers, the same prompts
@@ -75,42 +73,37 @@ def test_the_gate_reads_the_prompt_only(tmp_path):
 @pytest.mark.parametrize(
     ("gate", "options", "error", "words"),
     [
-        ({}, PACKED["padding-free"], ValueError, "ilora_segments"),
-        ({}, PACKED["packing"], ValueError, "ilora_segments"),
-        ({"gate": "z"}, {"data": conversations(z=True)}, ValueError, "needs ilora_z"),  # TRL drops the column
-        ({"balance": 0.1}, {}, RuntimeError, "balance"),  # TRL computes the loss
+        (ilora.PromptGate, PACKED["padding-free"], ValueError, "ilora_segments"),
+        (ilora.PromptGate, PACKED["packing"], ValueError, "ilora_segments"),
+        ("z", {"data": conversations(z=True)}, ValueError, "needs ilora_z"),  # TRL drops the column
+        (partial(ilora.PromptGate, balance=0.1), {}, RuntimeError, "balance"),  # TRL computes the loss
     ],
 )
 def test_what_trl_leaves_out_is_refused(tmp_path, gate, options, error, words):
     with pytest.raises(error, match=words):
-        sft(injected(**gate), tmp_path, **options).train()
+        sft(worker.injected(gate), tmp_path, **options).train()
 
 
 @pytest.mark.parametrize("gate", [ilora.PromptGate, "z"])
-def test_padding_free_equals_padded(tmp_path, gate):
+def test_padding_free_equals_padded_and_columns_reach_the_gate(tmp_path, gate):
     results = []
     for packed in ({}, {"padding_free": True}):
-        model = injected(gate)
+        model = worker.injected(gate)
+        fresh = model.ilora_gate.weight.clone()
         options = {"remove_unused_columns": False, "max_length": None, "optim": "sgd", "max_steps": 3}
         trainer = sft(model, tmp_path, conversations(z=gate == "z"), collator=True, **options, **packed)
         trainer.train()
+        assert not torch.equal(model.ilora_gate.weight, fresh)
         results.append((losses(trainer), worker.trainable(model)))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
     worker.assert_same(results[0][1], results[1][1], 1e-5)
-
-
-def test_columns_reach_the_gate(tmp_path):
-    model = injected("z")
-    gate = model.ilora_gate.weight.clone()
-    sft(model, tmp_path, conversations(z=True), collator=True, remove_unused_columns=False).train()
-    assert not torch.equal(model.ilora_gate.weight, gate)
 
 
 def test_resumes_bit_equal(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "cosine"}
     states = []
     for checkpoint in (None, str(tmp_path / "checkpoint-3")):
-        model = injected(kind="noisy", lora_dropout=0.1)
+        model = worker.injected(ilora.PromptGate, kind="noisy", lora_dropout=0.1)
         sft(model, tmp_path, **options).train(resume_from_checkpoint=checkpoint)
         states.append(worker.trainable(model))
     worker.assert_same(*states)
@@ -134,6 +127,6 @@ def test_preferences(tmp_path):
     rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2}", "rejected": f" w{i + 9} w{i + 4}"} for i in range(16)]
     data = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer()}
     args = worker.arguments(tmp_path, trl.DPOConfig, bf16=False, max_steps=10)
-    trainer = trl.DPOTrainer(injected(), ref_model=worker.tiny_llama(), args=args, **data)
+    trainer = trl.DPOTrainer(worker.injected(ilora.PromptGate), ref_model=worker.tiny_llama(), args=args, **data)
     trainer.train()
     assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
