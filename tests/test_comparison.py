@@ -106,9 +106,6 @@ def test_tests_of_one_group_exchange_no_gates(tmp_path):
     assert set(found["gate"]) == {"entropy", "usage", "weights"}
 
 
-# Other data
-
-
 def changed(folder):
     """As many films and users, one of whom met others."""
     file = folder / "u.data"
@@ -170,9 +167,6 @@ def test_a_comparison_does_not_go_on_with_other_data(tmp_path):
     changed(tmp_path / "data")
     with pytest.raises(SystemExit, match=f"{result.name}: it was made from other data"):
         compare.main([*brief, str(tmp_path / "data")])
-
-
-# Options
 
 
 def asked(options, *more):

@@ -29,17 +29,13 @@ def run(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("job", "script"), [("bench", "benchmarks/bench_moe_lora.py"), ("example", "examples/smollm2_text.py")]
+    ("job", "scripts"),
+    [("bench", ["benchmarks/bench_moe_lora.py"]), ("example", ["examples/smollm2_text.py"]), ("shell", [])],
 )
-def test_a_persons_paths_are_of_their_folder(run, job, script, tmp_path):
-    _, command, folder = run(tmp_path, job, "--text", "notes.txt")
-    assert (command[1:], folder) == ([str(ROOT / script), "--text", "notes.txt"], tmp_path)
-
-
-def test_shell_is_where_the_person_stands_and_names_its_environment_there(run, tmp_path, monkeypatch):
+def test_a_persons_paths_are_of_their_folder(run, job, scripts, tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_VENV", "mine")
-    dev, command, folder = run(tmp_path, "shell", "mine.py")
-    assert (command[1:], folder) == (["mine.py"], tmp_path)
+    dev, command, folder = run(tmp_path, job, "--text", "notes.txt")
+    assert (command[1:], folder) == ([*(str(ROOT / script) for script in scripts), "--text", "notes.txt"], tmp_path)
     assert tmp_path / "mine" == dev.VENV
 
 

@@ -47,6 +47,9 @@ MODELS = {  # (class, settings, the longest row that candidates may share, by th
 RAISING = {"bert, the head adapted"}  # cuts the row before its head, one of whose layers is adapted
 REFUSING = {"mamba2", "mpt", "bloom", "falcon"}  # no positions, or masks of two dimensions only
 BOUNDED = [name for name, (*_, reach) in MODELS.items() if reach < 100]
+IN_BFLOAT16 = [(name, None, (MODELS[name][2], True)) for name in ("llama", "gemma3", "mixtral")]
+IN_BFLOAT16 += [(name, None, (MODELS[name][2], False)) for name in BOUNDED]  # the settings decide
+IN_BFLOAT16 += [(name, ANY, (0, False)) for name in ("lfm2", "gptneo", "qwen3-next")]
 EXAMPLES = [
     Example("a", (0, 1, 2), 3, (4, 3, 5, 9, 8)),
     Example("b", (3, 4, 5, 6, 7, 8), 0, (0, 1, 2, 5, 9)),
@@ -117,25 +120,11 @@ def test_a_longer_row_is_tried_again():
     agrees(model, [short])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
-def test_rounding_in_bfloat16_is_not_taken_for_a_difference(name):
-    model = family(name, torch.bfloat16)
+@pytest.mark.parametrize(("name", "reach", "expected"), IN_BFLOAT16)
+def test_rounding_in_bfloat16_is_not_taken_for_a_difference_nor_a_difference_for_rounding(name, reach, expected):
+    model = family(name, torch.bfloat16, reach)
     candidate_likelihoods(model, PROMPTS, EXAMPLES, Choice(1, False))
-    assert model.tried > 0
-
-
-@pytest.mark.parametrize("name", ["lfm2", "gptneo", "qwen3-next"])
-def test_a_difference_shows_in_bfloat16(name):
-    model = family(name, torch.bfloat16, reach=ANY)
-    candidate_likelihoods(model, PROMPTS, EXAMPLES, Choice(1, False))
-    assert model.reach == 0
-
-
-@pytest.mark.parametrize("name", BOUNDED)
-def test_settings_decide_in_bfloat16_too(name):
-    model = family(name, torch.bfloat16)
-    candidate_likelihoods(model, PROMPTS, EXAMPLES, Choice(1, False))
-    assert (model.reach, model.tried) == (MODELS[name][2], 0)
+    assert (model.reach, model.tried > 0) == expected
 
 
 def test_gates_of_blocks_reach_rows_of_their_own():

@@ -42,9 +42,6 @@ def titles():
     return Titles(Dataset("films", FILMS, {f"u{n}": [8, 11] for n in range(5)}))
 
 
-# Titles
-
-
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
@@ -93,9 +90,6 @@ def test_examples_are_spelt_as_the_page_offers_them():
     histories = Service.histories(SimpleNamespace(dataset=dataset, titles=titles))
     assert sorted(histories) == [["ALIEN", "Heat", "Big", "Fargo", "Jaws"]]
     assert all(title in titles.known for history in histories for title in history)
-
-
-# Answers
 
 
 def test_the_ranking_is_that_of_the_likelihoods(service):
@@ -200,9 +194,6 @@ def test_what_the_page_shows(service):
         service.answer(history)
 
 
-# Kept runs
-
-
 def test_a_run_says_what_it_is_of(films):
     data, folder = films
     run = read_run(folder)
@@ -252,9 +243,6 @@ def test_the_best_run_of_a_comparison_is_taken(tmp_path):
     kept_run(tmp_path, data="tastes")
     with pytest.raises(NoRun, match="several comparisons(.|\n)*tastes"):
         find_run(tmp_path)
-
-
-# The command
 
 
 @pytest.fixture

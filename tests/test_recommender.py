@@ -44,9 +44,6 @@ def test_what_cannot_be_meant_is_refused(call, words):
         call()
 
 
-# Prompts
-
-
 def test_the_tiny_model_learns_to_read_prompts():
     prompts = prompts_of(synthetic(users=40))
     losses = pretrain(tiny_lm(prompts.tokenizer, 32, 1, 2), prompts, steps=40, batch_size=8)
@@ -118,9 +115,6 @@ def test_defect_6_no_vocabulary_is_added():
     torch.testing.assert_close(embeddings[items < 0], embedding(ids)[items < 0])
 
 
-# Scores
-
-
 @pytest.mark.parametrize("gate", GATES)
 def test_loss_scores_and_text_do_not_depend_on_the_batch(gate):
     model = recommender(gate)
@@ -167,9 +161,6 @@ def test_defect_8_an_error_in_a_layer_is_an_error():
             call()
 
 
-# Gates
-
-
 @pytest.mark.parametrize("gate", ["sequence", "random", "prompt"])
 def test_defects_5_and_10_no_dropout_and_no_other_instance_reaches_a_gate_even_in_training(gate):
     model, batch = recommender(gate).train(), collated()
@@ -208,9 +199,6 @@ def test_the_sequence_gate_reaches_the_answer():
     assert not torch.allclose(model(**batch).loss, model(**moved).loss)
     model = recommender("uniform")
     assert torch.equal(model(**batch).loss, model(**moved).loss)
-
-
-# Files
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -25,9 +25,6 @@ def made(users=50, items=60, length=12, **more):
     return Dataset("made", [f"Title {i}" for i in range(items)], sequences, **more)
 
 
-# Windows and splits
-
-
 @given(st.lists(st.integers(0, 99), unique=True, max_size=40))
 def test_windows_cover_every_item_from_the_fourth_and_end_where_it_begins(items):
     found = list(windows("u", items))
@@ -77,9 +74,6 @@ def test_a_split_that_came_with_the_data_is_kept_but_for_leave_one_out():
     dataset = made(given=given)
     assert split(dataset, seed=9) == given
     assert len(split(dataset, protocol="leave-one-out").test) == 50
-
-
-# Candidates
 
 
 def test_the_target_is_always_a_candidate_and_negatives_are_new():
@@ -142,8 +136,6 @@ def test_frequent_drops_rare_items_and_then_short_users():
     assert kept.groups == {"a": 1}
 
 
-# What is refused
-
 ONE = Window("u0", (0, 1, 2), 3)
 
 
@@ -168,8 +160,6 @@ def test_data_that_contradict_themselves_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
-
-# Readers
 
 RATINGS = "7\t3\t5\t20\n7\t1\t1\t10\n8\t2\t3\t5\n7\t2\t4\t20\n\n"
 MOVIES = {"u.item": "1|Café (1990)|x|y\n2|B (1991)|x|y\n3|C|x\n".encode("latin-1"), "u.data": ""}
@@ -271,9 +261,6 @@ def test_the_real_files_have_the_published_sizes():
     assert (len(lastfm.users), lastfm.num_items) == (1220, 4606)
     assert [len(part) for part in split(lastfm)] == [47872, 122, 122]
     assert len(split(lastfm, protocol="leave-one-out").test) == 1220
-
-
-# Made-up users
 
 
 def rules(dataset, kind=lambda item: item):

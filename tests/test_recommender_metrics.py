@@ -6,18 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sequential_recommendation import metrics
 from sequential_recommendation.data import Example, Window
-from sequential_recommendation.metrics import (
-    Ratio,
-    candidate_scores,
-    hit_ratio,
-    match_title,
-    ndcg,
-    over_seeds,
-    popularity,
-    ranks,
-    text_ratios,
-)
+from sequential_recommendation.metrics import Ratio, match_title, ndcg, over_seeds, ranks, text_ratios
 
 TITLES = ["Alien (1979)", "Aliens (1986)", "Alien", "Star Wars", "Star Wars: Return of the Jedi", "Café Del Mar"]
 
@@ -60,8 +51,8 @@ def test_ranks_by_hand_with_ties_against_the_target():
     scores = [[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [5.0, 5.0, 1.0], [0.0, 0.0, 0.0], [-math.inf, 1.0, 2.0]]
     rank = ranks(torch.tensor(scores), torch.tensor([0, 1, 0, 2, 0]))
     assert rank.tolist() == [1, 3, 2, 3, 3]
-    assert hit_ratio(rank) == Ratio(1, 5)
-    assert hit_ratio(rank, 2) == Ratio(2, 5)
+    assert metrics.hit_ratio(rank) == Ratio(1, 5)
+    assert metrics.hit_ratio(rank, 2) == Ratio(2, 5)
     assert ndcg(rank, 3) == pytest.approx((1 + 3 * 0.5 + 1 / math.log2(3)) / 5)
     assert ndcg(rank, 2) == pytest.approx((1 + 1 / math.log2(3)) / 5)
 
@@ -77,11 +68,11 @@ def test_a_rank_does_not_depend_on_the_order_of_candidates(scores, draw):
 
 def test_candidate_scores_and_popularity():
     examples = [Example("u", (0,), 3, (2, 3)), Example("v", (0,), 1, (1, 0))]
-    scores, target = candidate_scores(torch.arange(8.0).view(2, 4), examples)
+    scores, target = metrics.candidate_scores(torch.arange(8.0).view(2, 4), examples)
     assert scores.tolist() == [[2.0, 3.0], [5.0, 4.0]]
     assert target.tolist() == [1, 0]
     train = [Window("u", (0, 1, 2), 3), Window("u", (0, 1, 2, 3), 1), Window("v", (0, 1, 2), 3)]
-    assert popularity(train, 5).tolist() == [0, 1, 0, 2, 0]
+    assert metrics.popularity(train, 5).tolist() == [0, 1, 0, 2, 0]
 
 
 def test_seeds():

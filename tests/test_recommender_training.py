@@ -12,13 +12,7 @@ from sequential_recommendation.prompts import NO_LABEL, Choice, choose, hybrid_s
 from sequential_recommendation.settings import TrainingSettings
 from sequential_recommendation.synthetic import synthetic
 from sequential_recommendation.tiny_model import tiny_lm
-from sequential_recommendation.training import (
-    RecommenderTrainer,
-    arguments,
-    learning_rate_factor,
-    parameter_groups,
-    train,
-)
+from sequential_recommendation.training import RecommenderTrainer, learning_rate_factor, parameter_groups, train
 
 SMALL = prompts_of(synthetic(users=40))
 WINDOWS = split(SMALL.dataset, protocol="leave-one-out").train[:26]  # 26 = 3 · 8 + 2: four steps an epoch
@@ -59,7 +53,7 @@ def test_defect_4_the_curriculum_progresses_alike_with_any_number_of_workers(who
     assert shares[0] == 0
     assert torch.stack(shares[:4]).mean() < 0.4 < 0.5 < torch.stack(shares[4:]).mean()
     assert [len(batch["users"]) for batch in several.seen[3][0]] == [2]  # defect 7: the rest is not dropped
-    assert not arguments(brief(), "x").dataloader_drop_last
+    assert not whole.args.dataloader_drop_last
     assert differing(whole.model, several.model) == []
 
 

@@ -39,9 +39,6 @@ def test_padding_ids_are_never_items():
     assert pad_histories([], 5).shape == (0, 10)
 
 
-# z
-
-
 def padded(row, before, behind):
     return torch.tensor([[ITEMS] * before + row + [ITEMS] * behind])
 
@@ -119,9 +116,6 @@ def test_histories_that_are_none_are_refused(model):
             model.represent(history)
 
 
-# Files
-
-
 def test_a_saved_model_comes_back_bit_for_bit_frozen_and_in_eval_mode(model, tmp_path):
     path = tmp_path / "deep" / "model.safetensors"
     save(model, path)
@@ -163,9 +157,6 @@ def test_files_that_are_no_model_are_refused_by_name(tmp_path):
             load(path)
 
 
-# The frozen encoder
-
-
 def test_the_encoder_stays_in_eval_mode_and_without_gradients(model):
     """The published frozen SASRec ran with dropout, and so gave another z each time."""
     parent = nn.ModuleDict({"encoder": SequenceEncoder(model.train()), "head": nn.Linear(64, 1)})
@@ -181,9 +172,6 @@ def test_the_encoder_stays_in_eval_mode_and_without_gradients(model):
     assert all(parameter.grad is None for parameter in encoder.parameters())
     assert torch.equal(copy.deepcopy(parent).train()["encoder"](HISTORY), expected)
     assert torch.equal(encoder.item_embeddings(), model.items.weight[:ITEMS])
-
-
-# Training
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +231,6 @@ def test_training_to_infinity_is_refused(made_up):
     dataset, parts, val, _ = made_up
     with pytest.raises(FloatingPointError, match="try a lower learning rate"):
         train_sequence_model(build("gru4rec", dataset.num_items), parts.train, val, Settings(lr=1e30))
-
-
-# The command
 
 
 def test_the_command_trains_saves_and_prints_a_table(tmp_path, capsys):
