@@ -83,23 +83,13 @@ def test_seeds():
     assert str(over_seeds([0.5])) == "0.5000"
 
 
-@pytest.mark.parametrize(
-    ("text", "index"),
-    [
-        ("Alien", 2),
-        ("Aliens (1986)", 1),  # contains another title
-        ("Star Wars: Return of the Jedi\n", 4),
-        ("  STAR  wars \nStar Wars: Return of the Jedi", 3),  # what follows the line does not count
-        ("\n\nAlien\r\n", 2),
-        ("Cafe\u0301 Del Mar", 5),
-        ("I would say Alien", None),
-        ("Alien or Aliens", None),
-        ("Star Wars: Return", None),
-        ("lien", None),
-        ("", None),
-        ("\n \n", None),
-    ],
-)
+WHOLE = {"Alien": 2, "\n\nAlien\r\n": 2, "Star Wars: Return of the Jedi\n": 4, "Cafe\u0301 Del Mar": 5}
+WHOLE["Aliens (1986)"] = 1  # contains another title
+WHOLE["  STAR  wars \nStar Wars: Return of the Jedi"] = 3  # what follows the line does not count
+PARTS = ["I would say Alien", "Alien or Aliens", "Star Wars: Return", "lien", "", "\n \n"]
+
+
+@pytest.mark.parametrize(("text", "index"), [*WHOLE.items(), *((text, None) for text in PARTS)])
 def test_an_answer_is_a_whole_title(text, index):
     assert match_title(text, TITLES) == index
 
