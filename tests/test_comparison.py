@@ -161,7 +161,7 @@ def asked(options, *more):
     return parse([*options.split(), *more])
 
 
-def test_epochs_are_those_that_were_asked_for():
+def test_epochs_and_rates_are_those_that_were_asked_for():
     def epochs(options):
         settings = settings_of(asked(options))
         return settings.epochs, settings.steps, watch_of(asked(options), settings, 100)
@@ -172,6 +172,10 @@ def test_epochs_are_those_that_were_asked_for():
     assert epochs("--epochs 2 --watch 0") == (2, 0, 0)
     assert epochs("--data ml-100k --root x --model smollm2") == (5, 0, 0)
     assert epochs("--data ml-100k --root x --model smollm2 --steps 7") == (5, 7, 0)
+    rates = {"": 3e-3, "--lr 0.1": 0.1, "--data ml-100k --root x --model smollm2": 8e-4}
+    assert [compare.choose_rates([None] * 2, asked(options), 1) for options in rates] == [
+        [lr] * 2 for lr in rates.values()
+    ]
 
 
 def test_folders_say_what_decides_the_models_and_are_of_use_from_everywhere(tmp_path, monkeypatch):
