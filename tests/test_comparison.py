@@ -172,8 +172,8 @@ def test_epochs_and_rates_are_those_that_were_asked_for():
     assert epochs("--epochs 2 --watch 0") == (2, 0, 0)
     assert epochs("--data ml-100k --root x --model smollm2") == (5, 0, 0)
     assert epochs("--data ml-100k --root x --model smollm2 --steps 7") == (5, 7, 0)
-    for options, lr in (("", 3e-3), ("--lr 0.1", 0.1), ("--data ml-100k --root x --model smollm2", 8e-4)):
-        assert compare.choose_rates([None] * 2, asked(options), 1) == [lr] * 2
+    for given, lr in (("", 3e-3), ("--lr 0.1", 0.1), ("--data ml-100k --root x --model smollm2", 8e-4)):
+        assert compare.choose_rates([None] * 2, asked(given), 1) == [lr] * 2
 
 
 def test_folders_say_what_decides_the_models_and_are_of_use_from_everywhere(tmp_path, monkeypatch):
