@@ -39,22 +39,12 @@ def batch(rank=0, world=1, prompt=False):
     return inputs
 
 
-def steps(model, inputs, optimizer=torch.optim.SGD, lr=0.1):
-    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+def steps(model, inputs):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(STEPS):
         model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def checkpointed(model, how):
-    if how in ("hf", "reentrant"):
-        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
-    if how == "torch":
-        layers = model.model.layers
-        for i, layer in enumerate(layers):
-            layers[i] = checkpoint_wrapper(layer)
-    return model
 
 
 def gathered(model):
@@ -66,7 +56,12 @@ def gathered(model):
 def run(variant, folder, rank, world):
     wrap, _, how = variant.partition("-")
     prompt = how == "prompt"
-    model = checkpointed(injected(prompt), how)
+    model = injected(prompt)
+    if how in ("hf", "reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    if how == "torch":
+        for i, layer in enumerate(model.model.layers):
+            model.model.layers[i] = checkpoint_wrapper(layer)
     if how == "shared":
         assert len(ilora.share_inputs(model)) == 4
     if wrap == "trainer":
@@ -94,9 +89,7 @@ def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    results = {}
-    for variant in VARIANTS:
-        results[variant] = run(variant, folder, rank, world)
+    results = {variant: run(variant, folder, rank, world) for variant in VARIANTS}
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt.part")
         os.replace(Path(folder) / "results.pt.part", Path(folder) / "results.pt")
