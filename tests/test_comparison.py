@@ -16,7 +16,7 @@ from sequential_recommendation.tiny_model import tiny_lm
 
 
 def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
-    brief = "--users 40 --tests 12 --pretrain-steps 3 --steps 2 --seed 0 1 --jobs 1 --watch 1 --batch-size 4 "
+    brief = "--users 40 --tests 12 --pretrain-steps 3 --steps 2 --seed 0 1 --jobs 1 --watch 1 --batch-size 2 "
     brief += "--arms untuned lora sequence --lr 1e-3 1e-2"
     brief = [*brief.split(), "--out", str(tmp_path)]
     found = compare.main(brief)

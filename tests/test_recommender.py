@@ -133,7 +133,9 @@ def test_loss_scores_and_text_do_not_depend_on_the_batch(gate):
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
     for size in (1, 2, 3):  # with 2 the last batch is smaller, and counts too
         scores, rank = score(model, PROMPTS, EXAMPLES, size=size)
+        given, _ = score(model, PROMPTS, EXAMPLES, size=size, gate=gates(model, PROMPTS, EXAMPLES, STANDARD))
         torch.testing.assert_close(scores, together, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(given, together, rtol=1e-5, atol=1e-5)
         assert rank.tolist() == ranks(together, torch.tensor([1, 0, 2])).tolist()
     texts = generate(model, PROMPTS, EXAMPLES, STANDARD)
     assert texts == [generate(model, PROMPTS, [e], STANDARD)[0] for e in EXAMPLES]
