@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from kept_runs import movielens_files
+from safetensors.torch import load_file
 from sequential_recommendation import compare, options, sequence_models
 from sequential_recommendation.arms import Curve, perform
 from sequential_recommendation.experiments import Arm, Experiment, OtherData, Run
@@ -33,6 +34,12 @@ def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
     assert compare.main(brief) == found
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
+    kept = [json.loads(path.read_text()) for path in times]
+    for name in ("LoRA", "iLoRA, E=4, sequence gate"):  # the rate of all seeds is the best of the first
+        tried = [each for each in kept if (each["run"]["arm"]["name"], each["run"]["settings"]["seed"]) == (name, 0)]
+        quality = {each["run"]["settings"]["lr"]: tuple(each["validation"].values()) for each in tried}
+        assert len(quality) == 2
+        assert {quality[each["run"]["settings"]["lr"]] for each in found[name]} == {max(quality.values())}
     gate = found["iLoRA, E=4, sequence gate"][0]["gate"]
     assert set(gate["with_gate_of"]) == {"own_group", "other_group", "group_mean", "uniform"}
     result, mark = next(tmp_path.rglob("lr*.json")), next(tmp_path.rglob(MARK)).read_text()
@@ -59,6 +66,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     first, killed = run_in(tmp_path / "whole"), run_in(tmp_path / "killed")
     whole = perform(first)
     assert len(whole["curve"]) > 4
+    assert load_file(first.folder / "recommender" / "projector.safetensors")["z.mean"].any()  # z was standardised
 
     def stop(self, args, state, control, **_):
         if state.global_step == 3:  # in the middle of an epoch: a micro-batch after step 3
