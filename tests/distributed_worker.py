@@ -9,34 +9,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import training_worker
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training_worker import arguments, examples, tiny_llama, trainable
+from training_worker import examples, trainable
 
 import ilora
 
 STEPS = 3
-VARIANTS = [
-    "ddp",
-    "ddp-hf",
-    "ddp-reentrant",
-    "ddp-shared",
-    "fsdp",
-    "fsdp-shared",
-    "fsdp-hf",
-    "fsdp-torch",
-    "fsdp-prompt",
-    "trainer",
-]
+VARIANTS = ["ddp", "ddp-hf", "ddp-reentrant", "ddp-shared", "trainer"]
+VARIANTS += ["fsdp", "fsdp-shared", "fsdp-hf", "fsdp-torch", "fsdp-prompt"]
 
 
 def injected(prompt=False):
     """The model with a gate network whose gates differ much from user to user."""
-    model = tiny_llama()
-    torch.manual_seed(1)
-    gate = ilora.PromptGate(4) if prompt else ilora.SequenceGate(6, 4)
-    ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4), gate=gate)
+    model = training_worker.injected(ilora.PromptGate if prompt else "z")
     torch.nn.init.normal_(model.ilora_gate.weight, std=1.0)
     for layer in ilora.ilora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
@@ -45,27 +33,18 @@ def injected(prompt=False):
 
 def batch(rank=0, world=1, prompt=False):
     rows = examples(4)
-    rows = rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
-    names = ("input_ids", "labels") if prompt else rows[0]
-    return {name: torch.tensor([row[name] for row in rows]) for name in names}
+    inputs = training_worker.batch(rows[rank * len(rows) // world : (rank + 1) * len(rows) // world])
+    if prompt:
+        del inputs["ilora_z"]
+    return inputs
 
 
-def steps(model, inputs, optimizer=torch.optim.SGD, lr=0.1):
-    optimizer = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
+def steps(model, inputs):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(STEPS):
         model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def checkpointed(model, how):
-    if how in ("hf", "reentrant"):
-        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
-    if how == "torch":
-        layers = model.model.layers
-        for i, layer in enumerate(layers):
-            layers[i] = checkpoint_wrapper(layer)
-    return model
 
 
 def gathered(model):
@@ -77,7 +56,12 @@ def gathered(model):
 def run(variant, folder, rank, world):
     wrap, _, how = variant.partition("-")
     prompt = how == "prompt"
-    model = checkpointed(injected(prompt), how)
+    model = injected(prompt)
+    if how in ("hf", "reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+    if how == "torch":
+        for i, layer in enumerate(model.model.layers):
+            model.model.layers[i] = checkpoint_wrapper(layer)
     if how == "shared":
         assert len(ilora.share_inputs(model)) == 4
     if wrap == "trainer":
@@ -96,19 +80,8 @@ def run(variant, folder, rank, world):
 
 def trainer(model, folder, batch_size):
     """transformers' Trainer, which makes the model a DistributedDataParallel if there are several ranks."""
-    import transformers as hf
-    from datasets import Dataset
-
-    args = arguments(
-        Path(folder) / "trainer",
-        per_device_train_batch_size=batch_size,
-        max_steps=STEPS,
-        optim="sgd",
-        learning_rate=0.1,
-        save_strategy="steps",
-        save_steps=STEPS,
-    )
-    hf.Trainer(model, args, train_dataset=Dataset.from_list(examples())).train()
+    options = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": STEPS, "max_steps": STEPS}
+    training_worker.trained(model, Path(folder) / "trainer", per_device_train_batch_size=batch_size, **options)
     return gathered(model)
 
 
@@ -116,9 +89,7 @@ def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    results = {}
-    for variant in VARIANTS:
-        results[variant] = run(variant, folder, rank, world)
+    results = {variant: run(variant, folder, rank, world) for variant in VARIANTS}
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt.part")
         os.replace(Path(folder) / "results.pt.part", Path(folder) / "results.pt")

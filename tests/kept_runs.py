@@ -2,12 +2,9 @@
 
 import json
 
-import torch
-from sequential_recommendation import sequence_models
+from recommenders import prompts_of, recommender
 from sequential_recommendation.experiments import PROMPTS, Arm, Experiment, Run
-from sequential_recommendation.recommender import Recommender
-from sequential_recommendation.settings import RecommenderConfig
-from sequential_recommendation.tiny_model import tiny_lm, tiny_tokenizer
+from sequential_recommendation.tiny_model import tiny_lm
 from sequential_recommendation.training import TrainingSettings
 
 FILMS = (
@@ -30,19 +27,13 @@ def movielens_files(folder):
 def kept_run(out, gate="sequence", seed=0, validation=None, **experiment):
     """Writes a run below out and returns its folder. experiment: fields of `Experiment`; synthetic users by default."""
     experiment = {"users": 40, **experiment}
-    folder = out / f"{experiment.get('data', 'synthetic')}-leave-one-out-tiny"
-    described = Experiment(folder, **experiment)
+    described = Experiment(out / f"{experiment.get('data', 'synthetic')}-leave-one-out-tiny", **experiment)
     dataset, E = described.dataset(), 1 if gate == "uniform" else 4
-    torch.manual_seed(seed)
-    lm = tiny_lm(tiny_tokenizer(dataset, PROMPTS[described.data]), 32, 2, 2)
+    prompts = prompts_of(dataset, PROMPTS[described.data])
+    lm = tiny_lm(prompts.tokenizer, 32, 2, 2)
     if not described.lm_folder.exists():
         lm.save_pretrained(described.lm_folder)
-    sequence_model = sequence_models.build("sasrec", dataset.num_items, dim=8, blocks=1)
-    model = Recommender(lm, sequence_model, RecommenderConfig(gate=gate, num_experts=E))
-    with torch.no_grad():
-        for name, parameter in model.lm.named_parameters():
-            if "lora_B" in name or "ilora_gate" in name:
-                parameter.normal_(std=0.3)
+    model = recommender(gate, prompts, seed, lm, std=(0.3, 0.3))
     settings, fingerprint = TrainingSettings(seed=seed), described.fingerprint(dataset)
     run = Run(described, Arm(f"iLoRA, {gate}", gate, E), settings, fingerprint=fingerprint)
     model.save(run.folder / "recommender")

@@ -1,13 +1,12 @@
-"""The comparison of arms: tables, pictures, going on where it was."""
+"""The comparison of arms: tables, pictures, going on where it was, and never with other data."""
 
 import json
-import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from kept_runs import movielens_files
+from safetensors.torch import load_file
 from sequential_recommendation import compare, options, sequence_models
 from sequential_recommendation.arms import Curve, perform
 from sequential_recommendation.experiments import Arm, Experiment, OtherData, Run
@@ -16,47 +15,58 @@ from sequential_recommendation.settings import RecommenderConfig, TrainingSettin
 from sequential_recommendation.shared import MARK, tiny_model, train_sequence
 from sequential_recommendation.tiny_model import tiny_lm
 
-BRIEF = ["--users", "40", "--pretrain-steps", "3", "--steps", "2", "--seed", "0", "1", "--jobs", "1", "--watch", "1"]
-
 
 def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
-    brief = [*BRIEF, "--arms", "untuned", "lora", "sequence", "--lr", "1e-3", "1e-2", "--batch-size", "4"]
-    found = compare.main([*brief, "--out", str(tmp_path)])
-    assert {name: len(results) for name, results in found.items()} == {
-        "LM untuned": 1,
-        "LoRA": 2,
-        "iLoRA, E=4, sequence gate": 2,
-    }
+    brief = "--users 40 --tests 12 --pretrain-steps 3 --steps 2 --seed 0 1 --jobs 1 --watch 1 --batch-size 2 "
+    brief += "--arms untuned lora sequence --lr 1e-3 1e-2"
+    brief = [*brief.split(), "--out", str(tmp_path)]
+    found = compare.main(brief)
+    counts = {name: len(results) for name, results in found.items()}
+    assert counts == {"LM untuned": 1, "LoRA": 2, "iLoRA, E=4, sequence gate": 2}
     table = capsys.readouterr().out
-    for word in ("popularity", "SASRec", "GRU4Rec", "Caser", "HitRatio@1", "40 tests, 2 seeds", "ValidRatio"):
+    for word in ("popularity", "SASRec", "GRU4Rec", "Caser", "HitRatio@1", "12 tests, 2 seeds", "ValidRatio"):
         assert word in table
     for picture in ("gates.png", "hit-ratio.png"):
         assert next(tmp_path.rglob(picture)).read_bytes().startswith(b"\x89PNG")
     whole = json.loads(next(tmp_path.rglob("results.json")).read_text())
     assert whole["arms"] == found
-    assert {figures["total"] for figures in whole["baselines"].values()} == {40}
+    assert {figures["total"] for figures in whole["baselines"].values()} == {12}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
-    assert compare.main([*brief, "--out", str(tmp_path)]) == found
+    assert compare.main(brief) == found
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
+    kept = [json.loads(path.read_text()) for path in times]
+    for name in ("LoRA", "iLoRA, E=4, sequence gate"):  # the rate of all seeds is the best of the first
+        tried = [each for each in kept if (each["run"]["arm"]["name"], each["run"]["settings"]["seed"]) == (name, 0)]
+        quality = {each["run"]["settings"]["lr"]: tuple(each["validation"].values()) for each in tried}
+        assert len(quality) == 2
+        assert {quality[each["run"]["settings"]["lr"]] for each in found[name]} == {max(quality.values())}
     gate = found["iLoRA, E=4, sequence gate"][0]["gate"]
     assert set(gate["with_gate_of"]) == {"own_group", "other_group", "group_mean", "uniform"}
-    with pytest.raises(SystemExit):
+    result, mark = next(tmp_path.rglob("lr*.json")), next(tmp_path.rglob(MARK)).read_text()
+    assert json.loads(result.read_text())["run"]["fingerprint"] == mark
+    result.write_text(result.read_text().replace(mark, "0" * 16))
+    with pytest.raises(SystemExit, match=f"{result.name}: it was made from other data"):
+        compare.main(brief)
+    with pytest.raises(SystemExit, match="--data lastfm: .*nowhere"):
         compare.main(["--data", "lastfm", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
 
 
-def run_in(folder, **more):
+def run_in(folder, steps=0, **more):
     """A short run, its sequence model and language model being there. more: fields of `Experiment`."""
     experiment = Experiment(folder, users=8, **more)
     dataset = experiment.dataset()
     sequence_models.save(sequence_models.build("sasrec", dataset.num_items), experiment.sequence_file("sasrec"))
     tiny_lm(experiment.tokenizer(dataset), 16, 1, 2).save_pretrained(experiment.lm_folder)
-    settings = TrainingSettings(epochs=2, batch_size=2, effective_batch=8, lr=1e-2, save_steps=2, progress=False)
+    sizes = {"batch_size": 2, "effective_batch": 8, "lr": 1e-2, "save_steps": 2, "progress": False}
+    settings = TrainingSettings(epochs=2, steps=steps, **sizes)
     return Run(experiment, Arm("ours", "sequence", 4), settings, texts=False, watch=1)
 
 
 def test_a_killed_run_goes_on_to_the_same_figures(tmp_path, monkeypatch):
-    whole, killed = perform(run_in(tmp_path / "whole")), run_in(tmp_path / "killed")
+    first, killed = run_in(tmp_path / "whole"), run_in(tmp_path / "killed")
+    whole = perform(first)
     assert len(whole["curve"]) > 4
+    assert load_file(first.folder / "recommender" / "projector.safetensors")["z.mean"].any()  # z was standardised
 
     def stop(self, args, state, control, **_):
         if state.global_step == 3:  # in the middle of an epoch: a micro-batch after step 3
@@ -72,6 +82,14 @@ def test_a_killed_run_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     exact = ("validation", "hits", "hit_ratio_5", "ndcg_5", "gate", "curve")  # a logged loss is a mean since the resume
     assert {name: again[name] for name in exact} == {name: whole[name] for name in exact}
     assert not list(killed.folder.glob("checkpoint-*"))
+
+    # another run leaves a finished one as it is
+    files = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
+    other = perform(run_in(tmp_path / "whole", steps=1))
+    assert other["hits"] >= 0
+    assert other != whole
+    assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == files
+    assert perform(first) == whole
 
 
 def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monkeypatch):
@@ -95,28 +113,10 @@ def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monk
     assert run.key != key
 
 
-def test_another_run_leaves_a_finished_one_as_it_is(tmp_path):
-    first, second = run_in(tmp_path), run_in(tmp_path)
-    second = second._replace(settings=replace(second.settings, steps=1))
-    found = perform(first)
-    files = {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()}
-    assert perform(second)["hits"] >= 0
-    assert {path: path.read_bytes() for path in first.folder.rglob("*") if path.is_file()} == files
-    assert perform(first) == found
-
-
-def test_shared_models_are_those_of_the_same_data(tmp_path):
-    marks = ["--users", "60", "--evaluate", "random", "--tests", "9", "--pretrain-steps", "5"]
-    folder = experiment_of(parse([*marks, "--out", str(tmp_path)])).folder
-    assert folder == tmp_path / "synthetic-leave-one-out-tiny-60-users-random-9-tests-5-pretrained"
-    films = ["--data", "ml-100k", "--root", str(tmp_path), "--model", "smollm2", "--plain", "--min-users", "20"]
-    folder = experiment_of(parse([*films, "--out", str(tmp_path)])).folder
-    assert folder == tmp_path / "ml-100k-paper-smollm2-min-20-plain"
-    run = run_in(tmp_path)
-    fewer = replace(run.experiment, users=8, min_users=1)
-    sequence_models.save(sequence_models.build("sasrec", 7), fewer.sequence_file("sasrec"))
-    with pytest.raises(ValueError, match="trained on 7 items, synthetic has"):
-        train_sequence(fewer, fewer.dataset(), "sasrec")
+def test_tests_of_one_group_exchange_no_gates(tmp_path):
+    found = perform(run_in(tmp_path, steps=1, tests=1))
+    assert found["total"] == 1
+    assert set(found["gate"]) == {"entropy", "usage", "weights"}
 
 
 def changed(folder):
@@ -130,12 +130,11 @@ def test_what_was_trained_on_other_data_is_refused(tmp_path, capsys):
     films = Experiment(tmp_path / "out", "ml-100k", movielens_files(tmp_path / "data"))
     same = replace(films, root=movielens_files(tmp_path / "copy"))
     other = replace(films, root=changed(movielens_files(tmp_path / "other")))
-    dataset, now = films.dataset(), other.dataset()
-    assert dataset.num_items == now.num_items
-    train_sequence(films, dataset, "caser")
-    tiny_model(films, dataset, 1)
-    train_sequence(same, same.dataset(), "caser")
-    tiny_model(same, same.dataset(), 1)
+    now = other.dataset()
+    assert films.dataset().num_items == now.num_items
+    for experiment in (films, same):
+        train_sequence(experiment, experiment.dataset(), "caser")
+        tiny_model(experiment, experiment.dataset(), 1)
     assert "does not say" not in capsys.readouterr().err
     for make in (lambda: train_sequence(other, now, "caser"), lambda: tiny_model(other, now, 1)):
         with pytest.raises(OtherData, match="made from other data .* give another --out"):
@@ -143,6 +142,14 @@ def test_what_was_trained_on_other_data_is_refused(tmp_path, capsys):
     (films.lm_folder / MARK).unlink()  # as in a folder of an older version
     tiny_model(other, now, 1)
     assert "tiny-lm: does not say of which data it is" in capsys.readouterr().err
+    sequence_models.save(sequence_models.build("sasrec", 7), films.sequence_file("sasrec"))
+    with pytest.raises(ValueError, match="trained on 7 items, MovieLens-100K has 40"):
+        train_sequence(films, films.dataset(), "sasrec")
+    run = run_in(tmp_path)._replace(fingerprint="0" * 16)
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text(json.dumps(run.described()))
+    with pytest.raises(OtherData, match="run.json: it was made from other data"):
+        perform(run._replace(fingerprint="1" * 16))
 
 
 def test_the_fingerprint_is_of_titles_users_and_split(tmp_path):
@@ -158,110 +165,37 @@ def test_the_fingerprint_is_of_titles_users_and_split(tmp_path):
     assert len(set(found)) == 7
 
 
-def test_a_comparison_does_not_go_on_with_other_data(tmp_path):
-    brief = ["--data", "ml-100k", "--protocol", "leave-one-out", "--sequence-models", "--arms", "untuned", "--no-texts"]
-    brief += ["--out", str(tmp_path / "out"), "--pretrain-steps", "1", "--jobs", "1"]
-    compare.main([*brief, "--root", str(movielens_files(tmp_path / "data"))])
-    with pytest.raises(SystemExit, match="sequence.safetensors: it was made from other data"):
-        compare.main([*brief, "--root", str(changed(movielens_files(tmp_path / "other")))])
-    result = next((tmp_path / "out").rglob("lr*.json"))
-    described = json.loads(result.read_text())["run"]
-    assert described["fingerprint"] == next((tmp_path / "out").rglob(MARK)).read_text()
-    for path in [*(tmp_path / "out").rglob("sequence*"), *(tmp_path / "out").rglob("tiny-lm/*")]:
-        path.unlink()  # and the models made anew: the results are still the old ones
-    next((tmp_path / "out").rglob("tiny-lm")).rmdir()
-    changed(tmp_path / "data")
-    with pytest.raises(SystemExit, match=f"{result.name}: it was made from other data"):
-        compare.main([*brief, "--root", str(tmp_path / "data")])
+def asked(options, *more):
+    return parse([*options.split(), *more])
 
 
-def test_a_checkpoint_of_other_data_is_not_gone_on_from(tmp_path):
-    run = run_in(tmp_path)._replace(fingerprint="0" * 16)
-    run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps(run.described()))
-    with pytest.raises(OtherData, match="run.json: it was made from other data"):
-        perform(run._replace(fingerprint="1" * 16))
+def test_epochs_and_rates_are_those_that_were_asked_for():
+    def epochs(options):
+        settings = settings_of(asked(options))
+        return settings.epochs, settings.steps, watch_of(asked(options), settings, 100)
+
+    assert epochs("") == (5, 300, 100)
+    assert epochs("--steps 30") == (5, 30, 10)
+    assert epochs("--epochs 2.5") == (2.5, 0, 3)  # 10 steps: 2.5 epochs of 100 / 32
+    assert epochs("--epochs 2 --watch 0") == (2, 0, 0)
+    assert epochs("--data ml-100k --root x --model smollm2") == (5, 0, 0)
+    assert epochs("--data ml-100k --root x --model smollm2 --steps 7") == (5, 7, 0)
+    for given, lr in (("", 3e-3), ("--lr 0.1", 0.1), ("--data ml-100k --root x --model smollm2", 8e-4)):
+        assert compare.choose_rates([None] * 2, asked(given), 1) == [lr] * 2
 
 
-def test_tests_of_one_group_exchange_no_gates(tmp_path):
-    run = run_in(tmp_path, tests=1)
-    found = perform(run._replace(settings=replace(run.settings, steps=1)))
-    assert found["total"] == 1
-    assert set(found["gate"]) == {"entropy", "usage", "weights"}
-
-
-def test_epochs_are_those_that_were_asked_for():
-    def asked(*arguments):
-        settings = settings_of(parse(arguments))
-        return settings.epochs, settings.steps, watch_of(parse(arguments), settings, 100)
-
-    assert asked() == (5, 300, 100)
-    assert asked("--steps", "30") == (5, 30, 10)
-    assert asked("--epochs", "2.5") == (2.5, 0, 3)  # 10 steps: 2.5 epochs of 100 / 32
-    assert asked("--epochs", "2", "--watch", "0") == (2, 0, 0)
-    films = ("--data", "ml-100k", "--root", "x", "--model", "smollm2")
-    assert asked(*films) == (5, 0, 0)
-    assert asked(*films, "--steps", "7") == (5, 7, 0)
-
-
-FILMS = ["--data", "ml-100k", "--root", "."]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--experts", "4", "3"], "--experts 3: the rank is 8"),
-        (["--experts", "0"], "--experts: expected a whole number of 1 or more, got '0'"),
-        (["--seed", "0", "0"], "--seed 0: given more than once"),
-        (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got '-1'"),
-        (["--experts", "4", "4"], "--experts 4: given more than once"),
-        (["--arms", "lora", "lora"], "--arms lora: given more than once"),
-        (["--lr", "0.1", "1e-1"], "--lr 0.1: given more than once"),
-        (["--lr", "-1"], "--lr: expected a number above 0, got '-1'"),
-        (["--lr", "nan"], "--lr: expected a number above 0, got 'nan'"),
-        (["--batch-size", "5", "--effective-batch", "12"], "a multiple of --batch-size, got 12 and 5"),
-        (["--effective-batch", "12"], "a multiple of --batch-size, got 12 and 32"),
-        ([*FILMS, "--model", "smollm2", "--effective-batch", "100"], "a multiple of --batch-size, got 100 and 8"),
-        ([*FILMS, "--model", "smollm2", "--batch-size", "24"], "a multiple of --batch-size, got 128 and 24"),
-        (["--batch-size", "-4"], "--batch-size: expected a whole number of 1 or more, got '-4'"),
-        (["--jobs", "-1"], "--jobs: expected a whole number of 1 or more, got '-1'"),
-        (["--pretrain-steps", "0"], "--pretrain-steps: expected a whole number of 1 or more, got '0'"),
-        (["--tests", "-5"], "--tests: expected a whole number of 0 or more, got '-5'"),
-        (["--steps", "-2"], "--steps: expected a whole number of 1 or more, got '-2'"),
-        (["--steps", "0"], "--steps: expected a whole number of 1 or more, got '0'"),
-        (["--epochs", "0"], "--epochs: expected a number above 0, got '0'"),
-        (["--epochs", "1", "--steps", "3"], "--steps: not allowed with argument --epochs"),
-        (["--min-users", "20"], "--min-users 20: means nothing with --data synthetic"),
-        (["--plain"], "--plain: means nothing with --data synthetic"),
-        ([*FILMS, "--users", "9"], "--users 9: means nothing with --data ml-100k"),
-        (["--model", "smollm2", "--pretrain-steps", "9"], "--pretrain-steps 9: means nothing with --model smollm2"),
-        (["--model", "/no/where"], "--model /no/where: expected the folder of a causal language model"),
-    ],
-)
-def test_options_that_cannot_be_meant_are_refused_at_once(arguments, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse(arguments)
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err
-
-
-def test_the_commands_of_the_results_are_still_accepted():
-    folder = Path(compare.__file__).parent
-    texts = [path.read_text(encoding="utf-8") for path in (folder / "README.md", *(folder / "results").glob("*.md"))]
-    commands = [found for text in texts for found in re.findall(r"recommendation/compare\.py([^`#\n]*)", text)]
-    assert len(commands) >= 8
-    for command in commands:
-        assert experiment_of(parse(shlex.split(command)))
-
-
-def test_relative_folders_are_of_use_from_everywhere(tmp_path, monkeypatch):
+def test_folders_say_what_decides_the_models_and_are_of_use_from_everywhere(tmp_path, monkeypatch):
+    made_up = experiment_of(asked("--users 60 --evaluate random --tests 9 --pretrain-steps 5 --out out"))
+    assert made_up.folder == Path("out/synthetic-leave-one-out-tiny-60-users-random-9-tests-5-pretrained")
+    films = experiment_of(asked("--data ml-100k --root . --model smollm2 --plain --min-users 20 --out out"))
+    assert films.folder == Path("out/ml-100k-paper-smollm2-min-20-plain")
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    asked = ["--data", "ml-100k", "--out", "out", "--root"]
-    typed = experiment_of(parse([*asked, "data", "--model", "./model"]))
-    whole = experiment_of(parse([*asked, str(tmp_path / "data"), "--model", str(tmp_path / "model")]))
+    typed = experiment_of(asked("--data ml-100k --out out --root data --model ./model"))
+    absolute = ("--root", str(tmp_path / "data"), "--model", str(tmp_path / "model"))
+    whole = experiment_of(asked("--data ml-100k --out out", *absolute))
     assert typed == whole
     assert (whole.root, whole.model) == (tmp_path / "data", str(tmp_path / "model"))
-    assert experiment_of(parse([*asked, "data", "--model", "some/name"])).model == "some/name"
+    assert experiment_of(asked("--data ml-100k --out out --root data --model some/name")).model == "some/name"
     (tmp_path / options.TINY).mkdir()
-    assert experiment_of(parse([*asked, "data"])).model == options.TINY
+    assert experiment_of(asked("--data ml-100k --out out --root data")).model == options.TINY

@@ -10,53 +10,37 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def dev(monkeypatch):
-    """The program, which installs nothing and runs nothing: dev.ran is the commands and their folders."""
-    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.ran = []
-    monkeypatch.setattr(module, "install", lambda extras: None)
-    monkeypatch.setattr(module, "pip", lambda *arguments: None)
-    monkeypatch.setattr(subprocess, "call", lambda command, cwd: module.ran.append((command, Path(cwd))) or 0)
-    return module
+def run(monkeypatch):
+    """Runs dev.py, which installs nothing and starts nothing, from a folder: (the program, its last command, where)."""
+
+    def from_folder(folder, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr("sys.argv", ["dev.py", *arguments])
+        spec, ran = importlib.util.spec_from_file_location("dev", ROOT / "dev.py"), []
+        dev = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(dev)
+        dev.install = dev.pip = lambda *arguments: None
+        monkeypatch.setattr(subprocess, "call", lambda command, cwd: ran.append((command, Path(cwd))) or 0)
+        assert dev.main() == 0
+        assert ran[-1][0][0] == str(dev.PYTHON)
+        return dev, *ran[-1]
+
+    return from_folder
 
 
 @pytest.mark.parametrize(
-    ("job", "script"), [("bench", "benchmarks/bench_moe_lora.py"), ("example", "examples/smollm2_text.py")]
+    ("job", "scripts"),
+    [("bench", ["benchmarks/bench_moe_lora.py"]), ("example", ["examples/smollm2_text.py"]), ("shell", [])],
 )
-def test_a_persons_paths_are_of_their_folder(dev, job, script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["dev.py", job, "--text", "notes.txt"])
-    assert dev.main() == 0
-    command, folder = dev.ran[-1]
-    assert command == [str(dev.PYTHON), str(ROOT / script), "--text", "notes.txt"]
-    assert folder == tmp_path
-
-
-def test_shell_is_where_the_person_stands(dev, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["dev.py", "shell", "mine.py"])
-    dev.main()
-    assert dev.ran[-1] == ([str(dev.PYTHON), "mine.py"], tmp_path)
-
-
-def test_tests_run_in_the_checkout_whatever_their_paths_are_relative_to(dev, monkeypatch):
-    monkeypatch.chdir(ROOT / "tests")
-    given = ["-x", "test_dev.py::test_x", "cuda", "tests/test_ops.py", "-k", "cuda", "-n2"]
-    monkeypatch.setattr("sys.argv", ["dev.py", "test", *given])
-    dev.main()
-    command, folder = dev.ran[-1]
-    here = str(ROOT / "tests")
-    wanted = ["-x", f"{here}/test_dev.py::test_x", f"{here}/cuda", "tests/test_ops.py", "-k", "cuda", "-n2"]
-    assert command[-len(given) :] == wanted
-    assert folder == ROOT
-
-
-def test_the_environment_is_named_from_the_persons_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_persons_paths_are_of_their_folder(run, job, scripts, tmp_path, monkeypatch):
     monkeypatch.setenv("ILORA_VENV", "mine")
-    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert tmp_path / "mine" == module.VENV
+    dev, command, folder = run(tmp_path, job, "--text", "notes.txt")
+    assert (command[1:], folder) == ([*(str(ROOT / script) for script in scripts), "--text", "notes.txt"], tmp_path)
+    assert tmp_path / "mine" == dev.VENV
+
+
+def test_tests_run_in_the_checkout_whatever_their_paths_are_relative_to(run):
+    here, rest = ROOT / "tests", ["tests/test_ops.py", "-k", "cuda", "-n2"]
+    _, command, folder = run(here, "test", "-x", "test_dev.py::test_x", "cuda", *rest)
+    assert command[-7:] == ["-x", f"{here}/test_dev.py::test_x", f"{here}/cuda", *rest]
+    assert folder == ROOT

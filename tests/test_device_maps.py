@@ -12,6 +12,9 @@ import ilora
 from ilora.current_gate import Frame, GateState
 
 OFFLOADED = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
+IDS, MASK = prompts([5, 3, 7])
+BATCH = {"input_ids": IDS, "attention_mask": MASK}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def spread(model, folder, *offloaded):
@@ -28,6 +31,10 @@ def injected(model, **options):
     return randomised(ilora.inject(model, config, **options))
 
 
+def gated(model):
+    return model(**BATCH, ilora_gate=gates(3)).logits
+
+
 @pytest.fixture(params=sorted(OFFLOADED))
 def pair(request, tmp_path):
     """(a model in memory, the same one with a block on the disk)"""
@@ -38,48 +45,35 @@ def pair(request, tmp_path):
     return whole, half
 
 
-def batch():
-    ids, mask = prompts([5, 3, 7])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def adapter_of(model):
-    return {key: p for key, p in model.named_parameters() if p.requires_grad}
-
-
 def test_an_offloaded_block_computes_and_trains_as_in_memory(pair):
-    outputs, grads = [], []
     for seed, model in enumerate(pair):
         torch.manual_seed(seed)
         injected(model, gate=ilora.PromptGate(E))
-    pair[1].load_state_dict(adapter_of(pair[0]), strict=False)
-    for model in pair:
-        output = model(**batch(), labels=batch()["input_ids"])
+    adapters = [{key: p for key, p in model.named_parameters() if p.requires_grad} for model in pair]
+    pair[1].load_state_dict(adapters[0], strict=False)
+    outputs = [model(**BATCH, labels=IDS) for model in pair]
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, **CLOSE)
+    for output in outputs:
         output.loss.backward()
-        outputs.append(output.logits.detach())
-        grads.append({key: p.grad for key, p in adapter_of(model).items()})
-    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
-    assert grads[0].keys() == grads[1].keys()
-    for key, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][key], grad, atol=1e-5, rtol=1e-4)
-    tokens = [model.generate(**batch(), ilora_gate=gates(3), max_new_tokens=4, do_sample=False) for model in pair]
+    assert adapters[0].keys() == adapters[1].keys()
+    for key, parameter in adapters[0].items():
+        torch.testing.assert_close(adapters[1][key].grad, parameter.grad, atol=1e-5, rtol=1e-4)
+    tokens = [model.generate(**BATCH, ilora_gate=gates(3), max_new_tokens=4, do_sample=False) for model in pair]
     assert torch.equal(*tokens)
 
 
+@torch.no_grad()
 def test_saved_loaded_switched_and_taken_out_again(pair, tmp_path):
     whole, half = pair
-    with torch.no_grad():
-        plain = half(**batch()).logits
-        injected(whole)
-        ilora.save_adapter(whole, tmp_path / "adapter")
-        ilora.load_adapter(half, tmp_path / "adapter")
-        wanted = whole(**batch(), ilora_gate=gates(3)).logits
-        torch.testing.assert_close(half(**batch(), ilora_gate=gates(3)).logits, wanted, atol=1e-5, rtol=1e-5)
-        ilora.add_adapter(half, "fresh", ilora.ILoRAConfig(r=4, num_experts=E))
-        torch.testing.assert_close(half(**batch(), ilora_gate=gates(3)).logits, plain)
-        ilora.set_adapter(half, "default")
-        torch.testing.assert_close(half(**batch(), ilora_gate=gates(3)).logits, wanted, atol=1e-5, rtol=1e-5)
-        assert torch.equal(ilora.eject(half)(**batch()).logits, plain)
+    plain, wanted = half(**BATCH).logits, gated(injected(whole))
+    ilora.save_adapter(whole, tmp_path / "adapter")
+    ilora.load_adapter(half, tmp_path / "adapter")
+    torch.testing.assert_close(gated(half), wanted, **CLOSE)
+    ilora.add_adapter(half, "fresh", ilora.ILoRAConfig(r=4, num_experts=E))
+    torch.testing.assert_close(gated(half), plain)
+    ilora.set_adapter(half, "default")
+    torch.testing.assert_close(gated(half), wanted, **CLOSE)
+    assert torch.equal(ilora.eject(half)(**BATCH).logits, plain)
 
 
 def test_gate_networks_go_where_the_embeddings_are_brought(tmp_path):
@@ -88,7 +82,7 @@ def test_gate_networks_go_where_the_embeddings_are_brought(tmp_path):
     for network in (ilora.PromptGate(E), ilora.UniformGate(E)):
         injected(model, gate=network)
         assert not any(parameter.is_meta for parameter in network.parameters())
-        assert model(**batch()).logits.isfinite().all()
+        assert model(**BATCH).logits.isfinite().all()
         ilora.eject(model)
 
 
@@ -106,11 +100,10 @@ def test_what_an_offloaded_weight_cannot_do_is_refused(pair):
 
 
 def test_spread_after_inject_it_computes_but_has_nothing_to_save(tmp_path):
-    torch.manual_seed(0)
     model = injected(llama().eval())
-    wanted = model(**batch(), ilora_gate=gates(3)).logits
+    wanted = gated(model)
     model = spread(model, tmp_path / "offloaded", "model.layers.1")
-    torch.testing.assert_close(model(**batch(), ilora_gate=gates(3)).logits, wanted)
+    torch.testing.assert_close(gated(model), wanted)
     with pytest.raises(ValueError, match=r"layers\.1.*no values"):
         ilora.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -134,13 +127,13 @@ def test_a_gate_follows_from_gpu_to_gpu_and_not_from_the_host(shape, monkeypatch
     gate, segments = state.gate_for(x, 0, "layer")
     assert (gate.device, gate.shape, segments.device) == (x.device, (2, 4), x.device)
     state.enter(Frame(Placed("cpu", *shape), None))
-    assert state.gate_for(x, 0, "layer")[0].device.type == "cpu"  # which the layer refuses:
-    layer = ilora.ILoRALinear(nn.Linear(6, 5, device="meta"), r=4, num_experts=2)
-    with ilora.gated(layer, torch.rand(2, 2)), pytest.raises(ValueError, match="gate: expected it on x's device meta"):
-        layer(torch.empty(6, 6, device="meta"))
+    assert state.gate_for(x, 0, "layer")[0].device.type == "cpu"  # which the layer refuses, see below
 
 
-def test_a_layer_without_values_tells_shapes():
+def test_a_layer_without_values_tells_shapes_and_refuses_a_gate_of_another_device():
     layer = ilora.ILoRALinear(nn.Linear(6, 5, device="meta"), r=4, num_experts=2)
-    y = layer(torch.empty(6, 6, device="meta"), gate=torch.empty(2, 2, device="meta"))
+    x = torch.empty(6, 6, device="meta")
+    y = layer(x, gate=torch.empty(2, 2, device="meta"))
     assert (y.device.type, y.shape) == ("meta", (6, 5))
+    with ilora.gated(layer, torch.rand(2, 2)), pytest.raises(ValueError, match="gate: expected it on x's device meta"):
+        layer(x)

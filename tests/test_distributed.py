@@ -19,12 +19,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 import distributed_worker as worker  # noqa: E402
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+from training_worker import assert_same  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +27,9 @@ def results(tmp_path_factory):
     """What two ranks wrote; their exit codes do not count, since gloo may abort a process that is done."""
     folder = tmp_path_factory.mktemp("ranks")
     root = str(Path(ilora.__file__).parents[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     common |= {"PYTHONPATH": os.pathsep.join([root, *sys.path]), "GLOO_SOCKET_IFNAME": "lo"}
     ranks = []
     try:
@@ -63,10 +60,14 @@ def alone():
 
 
 def assert_close(a, b):
-    assert a.keys() == b.keys()
     assert "ilora_gate.weight" in a
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same(a, b, 1e-5)
+
+
+def assert_saved(folder, expected):
+    model = worker.injected()
+    ilora.load_adapter(model, folder)
+    assert_same(worker.gathered(model), expected)
 
 
 @pytest.mark.parametrize("variant", [v for v in worker.VARIANTS if v != "trainer"])
@@ -86,10 +87,3 @@ def test_trainer_on_two_ranks_equals_one_and_saves(results, tmp_path):
 @pytest.mark.parametrize("variant", ["fsdp", "fsdp-torch"])
 def test_sharded_models_save_whole_tensors(results, variant):
     assert_saved(results[0] / variant, results[1][variant])
-
-
-def assert_saved(folder, expected):
-    model = worker.injected()
-    ilora.load_adapter(model, folder)
-    saved = worker.gathered(model)
-    assert all(torch.equal(saved[name], value) for name, value in expected.items())

@@ -57,23 +57,6 @@ def test_pieces_hide_their_prompt_and_a_short_text_is_refused(folder):
         example.examples("the gate", tokenizer, length=8, prompt=3)
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("--steps=0", "--steps: expected 1 or more, got 0"),
-        ("--steps=-3", "--steps: expected 1 or more, got -3"),
-        ("--batch=0", "--batch: expected 1 or more, got 0"),
-        ("--length=1", "--length: expected 2 or more, got 1"),
-        ("--model=/nonexist", "--model /nonexist: expected the folder of a causal language model"),
-    ],
-)
-def test_what_cannot_be_meant_is_refused_at_once(argument, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        example.main([argument])
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err
-
-
 def test_a_text_is_read_before_the_model(folder, tmp_path, monkeypatch):
     short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
     short.write_text("the gate")

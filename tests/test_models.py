@@ -10,6 +10,11 @@ LENGTHS = (7, 4, 9)
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
+def tokens(n):
+    """Options of generate for exactly n new tokens."""
+    return {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+
+
 def one(ids, mask, i, left):
     """Instance i without its padding."""
     length = int(mask[i].sum())
@@ -50,38 +55,34 @@ def test_generate_batched_equals_one_at_a_time(name, settings):
     model, g = injected(MODELS[name]), gates(3)
     left = name in DECODERS
     ids, mask = prompts(LENGTHS, left=left)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **SETTINGS[settings]}
-    options |= {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    options = {**tokens(6), "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    options |= SETTINGS[settings]
     batched = model.generate(ids, attention_mask=mask, ilora_gate=g, **options)
     count, width = options.get("num_return_sequences", 1), options.get("num_beams", 1)
     per = max(count, width)
     for i in range(3):
         own_ids, own_mask = one(ids, mask, i, left)
         alone = model.generate(own_ids, attention_mask=own_mask, ilora_gate=g[i : i + 1], **options)
-        same = batched.sequences[i * count : (i + 1) * count, -6:]
-        assert torch.equal(same, alone.sequences[:, -6:])
+        mine = slice(i * count, (i + 1) * count)
+        assert torch.equal(batched.sequences[mine, -6:], alone.sequences[:, -6:])
         for step, own_step in zip(batched.logits, alone.logits, strict=True):
             torch.testing.assert_close(step[i * per : (i + 1) * per], own_step, **EXACT)
         if width > 1:
-            torch.testing.assert_close(
-                batched.sequences_scores[i * count : (i + 1) * count], alone.sequences_scores, **EXACT
-            )
+            torch.testing.assert_close(batched.sequences_scores[mine], alone.sequences_scores, **EXACT)
 
 
 def test_beams_from_the_generation_config():
-    model, g = injected(), gates(3)
-    ids, mask = prompts(LENGTHS)
-    options = {"attention_mask": mask, "ilora_gate": g, "max_new_tokens": 5}
-    expected = model.generate(ids, num_beams=3, do_sample=False, **options)
+    model, (ids, mask) = injected(), prompts(LENGTHS)
+    options = {"attention_mask": mask, "ilora_gate": gates(3), "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, num_beams=3, **options)
     model.generation_config.num_beams = 3
-    assert torch.equal(model.generate(ids, do_sample=False, **options), expected)
+    assert torch.equal(model.generate(ids, **options), expected)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bart])  # transformers' own guidance does not work with T5
 def test_guidance_uses_the_gate_in_its_second_forward(make):
-    model, g = injected(make), gates(2)
-    ids, mask = prompts((5, 5))
-    options = {"guidance_scale": 1.5, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    model, g, (ids, mask) = injected(make), gates(2), prompts((5, 5))
+    options = {"guidance_scale": 1.5, **tokens(4)}
     batched = model.generate(ids, attention_mask=mask, ilora_gate=g, **options)
     for i in range(2):
         alone = model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], ilora_gate=g[i : i + 1], **options)
@@ -89,19 +90,16 @@ def test_guidance_uses_the_gate_in_its_second_forward(make):
 
 
 def test_gated_gives_the_same_as_the_argument():
-    model, g = injected(), gates(3)
-    ids, mask = prompts(LENGTHS)
+    model, g, (ids, mask) = injected(), gates(3), prompts(LENGTHS)
+    options = {"attention_mask": mask, "num_beams": 2, "max_new_tokens": 4, "do_sample": False}
     with ilora.gated(model, g):
-        logits = model(input_ids=ids, attention_mask=mask).logits
-        sequences = model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=4, do_sample=False)
+        logits, sequences = model(input_ids=ids, attention_mask=mask).logits, model.generate(ids, **options)
     assert torch.equal(logits, model(input_ids=ids, attention_mask=mask, ilora_gate=g).logits)
-    again = model.generate(ids, attention_mask=mask, ilora_gate=g, num_beams=2, max_new_tokens=4, do_sample=False)
-    assert torch.equal(sequences, again)
+    assert torch.equal(sequences, model.generate(ids, ilora_gate=g, **options))
 
 
 def test_decoding_by_hand_with_a_cache():
-    model, g = injected(), gates(2)
-    ids, _ = prompts((6, 6))
+    model, g, (ids, _) = injected(), gates(2), prompts((6, 6))
     whole = model(input_ids=ids, ilora_gate=g).logits
     first = model(input_ids=ids[:, :5], ilora_gate=g, use_cache=True)
     last = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values, ilora_gate=g).logits
@@ -109,57 +107,33 @@ def test_decoding_by_hand_with_a_cache():
 
 
 def test_one_gate_serves_the_whole_batch():
-    model, g = injected(), gates(1)
-    ids, _ = prompts((6, 6, 6))
+    model, g, (ids, _) = injected(), gates(1), prompts((6, 6, 6))
     expected = model(input_ids=ids, ilora_gate=g.expand(3, -1)).logits
     torch.testing.assert_close(model(input_ids=ids, ilora_gate=g).logits, expected, **EXACT)
 
 
-@pytest.mark.parametrize("name", ["llama", "bart"])
-def test_a_gate_for_each_block(name):
-    model = injected(MODELS[name])
-    blocks = len(model.ilora.adapter.blocks)
-    assert blocks == {"llama": 2, "bart": 4}[name]
-    ids, _ = prompts((6, 6))
+@pytest.mark.parametrize(("name", "blocks"), [("llama", 2), ("bart", 4)])
+def test_a_gate_for_each_block(name, blocks):
+    model, (ids, _) = injected(MODELS[name]), prompts((6, 6))
+    assert len(model.ilora.adapter.blocks) == blocks
     same = gates(2).expand(blocks, -1, -1)
-    expected = model(input_ids=ids, ilora_gate=gates(2)).logits
-    assert torch.equal(model(input_ids=ids, ilora_gate=same).logits, expected)
+    assert torch.equal(model(input_ids=ids, ilora_gate=same).logits, model(input_ids=ids, ilora_gate=gates(2)).logits)
     different = torch.stack([gates(2, seed=s) for s in range(blocks)])
-    swapped = different.flip(0)
-    first, second = (model(input_ids=ids, ilora_gate=g).logits for g in (different, swapped))
+    first, second = (model(input_ids=ids, ilora_gate=g).logits for g in (different, different.flip(0)))
     assert (first - second).abs().max() > 1e-3
+    options = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
     with ilora.gated(model, different):
-        sequences = model.generate(ids, num_beams=2, max_new_tokens=4, do_sample=False)
-    assert torch.equal(
-        sequences, model.generate(ids, ilora_gate=different, num_beams=2, max_new_tokens=4, do_sample=False)
-    )
-
-
-def test_multiple_choice_rows_belong_to_their_instance():
-    import transformers as hf
-
-    def make():
-        config = hf.BertConfig(
-            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-        )
-        return hf.BertForMultipleChoice(config)
-
-    model, g = injected(make), gates(2)
-    ids = torch.randint(3, 61, (2, 3, 5))
-    logits = model(input_ids=ids, ilora_gate=g).logits
-    for i in range(2):
-        alone = model(input_ids=ids[i : i + 1], ilora_gate=g[i : i + 1]).logits
-        torch.testing.assert_close(logits[i : i + 1], alone, **EXACT)
+        sequences = model.generate(ids, **options)
+    assert torch.equal(sequences, model.generate(ids, ilora_gate=different, **options))
 
 
 @pytest.mark.parametrize(
     "options", [{"prefill_chunk_size": 2}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
 )
 def test_other_ways_to_decode_give_the_same(options):
-    model = injected(gate=ilora.PromptGate(E))
+    model, (ids, mask) = injected(gate=ilora.PromptGate(E)), prompts((7, 4))
     torch.nn.init.normal_(model.ilora_gate.weight)
-    ids, mask = prompts((7, 4))
-    common = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    common = {"attention_mask": mask, **tokens(4)}
     expected = model.generate(ids, **common)
     assert torch.equal(model.generate(ids, **common, **options), expected)
     embeddings = model.get_input_embeddings()(ids)
@@ -167,7 +141,6 @@ def test_other_ways_to_decode_give_the_same(options):
 
 
 def test_an_assistant_does_not_change_the_answer():
-    model, assistant = injected(), llama().eval()
-    ids, _ = prompts((6,))
-    common = {"ilora_gate": gates(1), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    model, assistant, (ids, _) = injected(), llama().eval(), prompts((6,))
+    common = {"ilora_gate": gates(1), **tokens(5)}
     assert torch.equal(model.generate(ids, assistant_model=assistant, **common), model.generate(ids, **common))

@@ -29,9 +29,8 @@ def test_the_equivalent_is_the_definition():
     scope = dict(locals(), F=F, i=torch.arange(M) // (M // N))
     (equivalent,) = (block for block in BLOCKS if "repeat_interleave" in block)
     exec(equivalent, scope)
-    torch.testing.assert_close(
-        scope["y"], ilora.ilora_linear(x, weight, bias, A, B, gate, scaling), rtol=1e-4, atol=1e-4
-    )
+    y = ilora.ilora_linear(x, weight, bias, A, B, gate, scaling)
+    torch.testing.assert_close(scope["y"], y, rtol=1e-4, atol=1e-4)
 
 
 def test_the_examples_run(tmp_path):
@@ -56,10 +55,8 @@ def test_the_files_it_names_exist():
 
 
 def test_the_how_tos_run(capsys):
-    pytest.importorskip("transformers")
-    pytest.importorskip("peft")
-    pytest.importorskip("accelerate")
-    pytest.importorskip("bitsandbytes")
+    for package in ("transformers", "peft", "accelerate", "bitsandbytes"):
+        pytest.importorskip(package)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to.md").read_text(), re.DOTALL)
     assert len(blocks) > 10
     scope: dict = {"__name__": "how-to"}

@@ -1,4 +1,4 @@
-"""A run of transformers' Trainer that can be killed and resumed: python training_worker.py FOLDER KILL_AT."""
+"""A tiny model to train, in every way; and a run that can be killed: python training_worker.py FOLDER KILL_AT."""
 
 import os
 import signal
@@ -18,6 +18,16 @@ def tiny_llama(seed=0, layers=2):
     return hf.LlamaForCausalLM(config)
 
 
+def injected(gate=None, lora_dropout=0.0, seed=1, **options):
+    """The tiny model with an adapter. gate: a class, or "z" for that of the examples' z; options: its arguments."""
+    model = tiny_llama()
+    torch.manual_seed(seed)
+    if gate == "z":
+        gate, options = ilora.SequenceGate, {"z_dim": 6, **options}
+    config = ilora.ILoRAConfig(r=8, num_experts=4, lora_dropout=lora_dropout)
+    return ilora.inject(model, config, gate=gate and gate(**options))
+
+
 def examples(n=16, length=8, seed=0):
     """Token sequences to learn by heart, each with a z of its own."""
     generator = torch.Generator().manual_seed(seed)
@@ -26,20 +36,52 @@ def examples(n=16, length=8, seed=0):
     return [{"input_ids": i, "labels": i, "ilora_z": row} for i, row in zip(ids, z, strict=True)]
 
 
-def arguments(folder, **options):
+def dataset(column="ilora_z"):
+    """The examples with this column of the gate's, or none."""
+    from datasets import Dataset
+
+    rows = examples()
+    for i, row in enumerate(rows):
+        z = row.pop("ilora_z")
+        if column is not None:
+            row[column] = z if column == "ilora_z" else [float(e == i % 4) for e in range(4)]
+    return Dataset.from_list(rows)
+
+
+def batch(rows):
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def arguments(folder, kind=hf.TrainingArguments, **options):
     defaults = {"use_cpu": True, "report_to": [], "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-2}
-    defaults |= {
-        "max_steps": 8,
-        "per_device_train_batch_size": 4,
-        "disable_tqdm": True,
-        "lr_scheduler_type": "constant",
-    }
-    return hf.TrainingArguments(str(folder), **(defaults | options))
+    defaults |= {"max_steps": 8, "per_device_train_batch_size": 4, "disable_tqdm": True}
+    return kind(str(folder), **(defaults | {"lr_scheduler_type": "constant"} | options))
+
+
+def losses(trainer):
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def fell(losses, to=0.75):
+    return sum(losses[-4:]) / 4 < to * losses[0]
+
+
+def trained(model, folder, data=None, **options):
+    """The losses of a run of transformers' Trainer."""
+    trainer = hf.Trainer(model, arguments(folder, **options), train_dataset=dataset() if data is None else data)
+    trainer.train()
+    return losses(trainer)
 
 
 def trainable(model):
     """Copies of the trained parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 class KillAt(hf.TrainerCallback):
@@ -53,15 +95,11 @@ class KillAt(hf.TrainerCallback):
 
 def run(folder, kill_at=None, resume=False):
     """The trained parameters after 8 steps with dropout and a noisy gate, a checkpoint after every 3."""
-    from datasets import Dataset
-
-    model = tiny_llama()
-    torch.manual_seed(99 if resume else 1)  # what is resumed must come from the checkpoint
-    gate = ilora.SequenceGate(6, 4, kind="noisy", dropout=0.1)
-    ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4, lora_dropout=0.1), gate=gate)
+    # what is resumed must come from the checkpoint
+    model = injected("z", lora_dropout=0.1, seed=99 if resume else 1, kind="noisy", dropout=0.1)
     args = arguments(folder, save_strategy="steps", save_steps=3, lr_scheduler_type="cosine")
     callbacks = [] if kill_at is None else [KillAt(kill_at)]
-    trainer = hf.Trainer(model, args, train_dataset=Dataset.from_list(examples()), callbacks=callbacks)
+    trainer = hf.Trainer(model, args, train_dataset=dataset(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainable(model)
 

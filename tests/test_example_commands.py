@@ -1,0 +1,127 @@
+"""The command lines of the examples: what they refuse before any work, and that what our pages show is accepted."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import smollm2_text
+from sequential_recommendation import compare, kept, page, recommend, train_sequence_models
+from sequential_recommendation.experiments import MADE_UP, PROMPTS
+from sequential_recommendation.options import experiment_of, parse
+from sequential_recommendation.readers import READERS
+from sequential_recommendation.synthetic import synthetic
+from sequential_recommendation.titles import Titles
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "examples" / "sequential_recommendation"
+FILMS = "--data ml-100k --root . "
+SMOL = FILMS + "--model smollm2 "
+REFUSED = {  # arguments: words, by command
+    parse: {
+        "--experts 4 3": "--experts 3: the rank is 8",
+        "--experts 0": "--experts: expected a whole number of 1 or more, got '0'",
+        "--experts 4 4": "--experts 4: given more than once",
+        "--seed 0 0": "--seed 0: given more than once",
+        "--seed -1": "--seed: expected a whole number from 0 to 4294967295, got '-1'",
+        "--arms lora lora": "--arms lora: given more than once",
+        "--lr 0.1 1e-1": "--lr 0.1: given more than once",
+        "--lr -1": "--lr: expected a number above 0, got '-1'",
+        "--lr nan": "--lr: expected a number above 0, got 'nan'",
+        "--batch-size 5 --effective-batch 12": "a multiple of --batch-size, got 12 and 5",
+        "--effective-batch 12": "a multiple of --batch-size, got 12 and 32",
+        SMOL + "--effective-batch 100": "a multiple of --batch-size, got 100 and 8",
+        SMOL + "--batch-size 24": "a multiple of --batch-size, got 128 and 24",
+        "--batch-size -4": "--batch-size: expected a whole number of 1 or more, got '-4'",
+        "--jobs -1": "--jobs: expected a whole number of 1 or more, got '-1'",
+        "--pretrain-steps 0": "--pretrain-steps: expected a whole number of 1 or more, got '0'",
+        "--tests -5": "--tests: expected a whole number of 0 or more, got '-5'",
+        "--steps 0": "--steps: expected a whole number of 1 or more, got '0'",
+        "--epochs 0": "--epochs: expected a number above 0, got '0'",
+        "--epochs 1 --steps 3": "--steps: not allowed with argument --epochs",
+        "--min-users 20": "--min-users 20: means nothing with --data synthetic",
+        "--plain": "--plain: means nothing with --data synthetic",
+        FILMS + "--users 9": "--users 9: means nothing with --data ml-100k",
+        "--model smollm2 --pretrain-steps 9": "--pretrain-steps 9: means nothing with --model smollm2",
+        "--model /no/where": "--model /no/where: expected the folder of a causal language model",
+    },
+    train_sequence_models.parse: {
+        "--data ml-100k": "--root goes with --data",
+        "--data tastes --root x": "--root goes with --data",
+        "--device gpu": "--device: expected a device that computes here, got 'gpu'",
+        "--device meta": "--device: expected a device that computes here, got 'meta'",
+        "--device cuda:99": "--device: expected a device that computes here, got 'cuda:99'",
+        "--lr inf": "--lr: expected a number above 0, got 'inf'",
+        "--epochs 0": "--epochs: expected a whole number of 1 or more, got '0'",
+        "--seed 1 1": "--seed 1: given more than once",
+        "--min-users 20": "--min-users 20: means nothing with --data synthetic",
+    },
+    smollm2_text.main: {
+        "--steps 0": "--steps: expected 1 or more, got 0",
+        "--batch 0": "--batch: expected 1 or more, got 0",
+        "--length 1": "--length: expected 2 or more, got 1",
+        "--model /nonexist": "--model /nonexist: expected the folder of a causal language model",
+    },
+}
+
+
+@pytest.mark.parametrize(("command", "arguments"), [(each, row) for each, rows in REFUSED.items() for row in rows])
+def test_options_that_cannot_be_meant_are_refused_at_once(command, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(arguments.split())
+    assert ended.value.code == 2
+    assert REFUSED[command][arguments] in capsys.readouterr().err
+
+
+def test_the_commands_of_the_results_are_still_accepted():
+    texts = [path.read_text(encoding="utf-8") for path in (FOLDER / "README.md", *(FOLDER / "results").glob("*.md"))]
+    commands = [found for text in texts for found in re.findall(r"recommendation/compare\.py([^`#\n]*)", text)]
+    assert len(commands) >= 8
+    for command in commands:
+        assert experiment_of(parse(shlex.split(command)))
+
+
+def test_the_commands_of_the_how_to():
+    lines = (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8").splitlines()
+    start = f"python {FOLDER.relative_to(ROOT)}/"
+    commands = [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
+    parsers = {"compare.py": compare.parse, "recommend.py": recommend.parser().parse_args, "page.py": page.parse}
+    assert {script for script, *_ in commands} == set(parsers)
+    made_up = Titles(synthetic())
+    for script, *arguments in commands:
+        options = parsers[script](arguments)
+        if getattr(options, "titles", None) and options.run == kept.FOLDER:
+            made_up.find([*options.titles, *options.candidates])
+
+
+def test_the_data_of_the_readme_are_those_of_the_commands():
+    lines = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    del rows["--data"]
+    assert set(rows) == {*PROMPTS, *READERS}
+    for name, line in rows.items():
+        assert ("train_sequence_models.py` alone" in line) == (name not in PROMPTS)
+        root = [] if name in MADE_UP else ["--root=."]
+        assert train_sequence_models.parse([f"--data={name}", *root]).data == name
+    assert train_sequence_models.read(train_sequence_models.parse(["--data=tastes"])).name == "tastes"
+
+
+def test_the_commands_run_by_their_paths(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(script, *arguments):
+        command = [sys.executable, FOLDER / script, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    helped = run("train_sequence_models.py", "--help")
+    assert helped.returncode == 0
+    assert "--protocol" in helped.stdout
+    lost = run("recommend.py", "Heat")
+    assert (lost.returncode, lost.stdout) == (1, "")
+    assert "no trained recommender in recommender-comparison" in lost.stderr
+    command = next(line.strip() for line in lost.stderr.splitlines() if "compare.py" in line)
+    assert command == kept.COMPARE
+    assert (ROOT / command.split()[1]).exists()
