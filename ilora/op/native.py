@@ -125,6 +125,7 @@ def expand_xa(
     xa: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    base: None,
     B: Tensor,
     gate: Tensor,
     segments: Tensor | None,

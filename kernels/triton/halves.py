@@ -25,8 +25,8 @@ def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Ten
 
 
 def expand_xa(
-    x: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, gate: Tensor, segments: Tensor | None,
-    scaling: float,
+    x: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, base: None, B: Tensor, gate: Tensor,
+    segments: Tensor | None, scaling: float,
 ) -> Tensor:  # fmt: skip
     """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ."""
 
