@@ -21,7 +21,7 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # such a Python has no limited API
-CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wno-psabi", "-g0"]
+CXX_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wno-psabi", "-Wno-maybe-uninitialized", "-g0"]
 STABLE = {  # libtorch's stable ABI: the library works with every torch from 2.10 on, and with every Python
     "define_macros": [("TORCH_TARGET_VERSION", "0x020a000000000000")],
     "py_limited_api": not FREE_THREADED,
