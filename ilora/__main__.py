@@ -34,7 +34,7 @@ def report() -> str:
             reason = backends.why_not(name, kind)
             lines.append(f"  {name:10} {kind:5} {'works' if reason is None else 'no: ' + reason}")
     reason = native.CALL_UNAVAILABLE
-    lines.append(f"  {'in C++':10} cpu   {'works' if reason is None else 'no: ' + reason}")
+    lines.append(f"  {'call':10} cpu   {'works' if reason is None else 'no: ' + reason}")
     return "\n".join(lines)
 
 

@@ -28,8 +28,10 @@ auto find_op(const char* name) {
 }
 
 struct Arguments {
-  Tensor x, weight, bias, A, B, gate;  // bias may be undefined
-  double scaling = 0, dropout_p = 0;   // scaling with the 1/(1-p) of dropout
+  Tensor x, weight;
+  MaybeTensor bias;
+  Tensor A, B, gate;
+  double scaling = 0, dropout_p = 0;  // scaling with the 1/(1-p) of dropout
 };
 
 // ---------------------------------------------------------------------------------------------- the arithmetic
@@ -62,9 +64,8 @@ std::tuple<Tensor, Tensor> forward(const Arguments& f, const MaybeTensor& seed) 
       find_op<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&,
                      const MaybeTensor&, double, bool)>("ilora_native::expand_xa");
   const Tensor x = f.x.dim() == 2 ? f.x : f.x.reshape({-1, f.x.size(-1)}), turned = f.weight.t();
-  const MaybeTensor bias = f.bias.defined() ? MaybeTensor(f.bias) : std::nullopt;
   Tensor xa = shrink_x.call(x, f.A, drop_below(f.dropout_p), seed);
-  Tensor y = expand_xa.call(x, xa, bias, std::nullopt, f.B, dense_gate(f.gate, x), std::nullopt, f.scaling,
+  Tensor y = expand_xa.call(x, xa, f.bias, std::nullopt, f.B, dense_gate(f.gate, x), std::nullopt, f.scaling,
                             through_float32(x, turned.stride(0)));
   y = add_product(std::move(y), x, turned);
   if (f.x.dim() != 2) {
@@ -119,8 +120,8 @@ bool allowed(const Arguments& f) {
   const int64_t d_in = f.x.size(-1), d_out = f.B.size(0), R = f.A.size(0), N = f.gate.size(0), E = f.gate.size(1);
   if (f.x.numel() == 0 || f.A.size(1) != d_in || f.B.size(1) != R || d_out < 1 || R < 1 || R > kMaxRank) return false;
   if (f.weight.size(0) != d_out || f.weight.size(1) != d_in || E < 1 || R % E || N < 1) return false;
-  if (f.bias.defined() && !(f.bias.scalar_type() == type && f.bias.dim() == 1 && f.bias.size(0) == d_out &&
-                            f.bias.is_contiguous()))
+  if (f.bias && !(f.bias->scalar_type() == type && f.bias->dim() == 1 && f.bias->size(0) == d_out &&
+                  f.bias->is_contiguous()))
     return false;
   return (f.x.numel() / d_in) % N == 0 && f.dropout_p >= 0 && f.dropout_p < 1;
 }
@@ -128,13 +129,15 @@ bool allowed(const Arguments& f) {
 // ---------------------------------------------------------------------------------------------- autograd
 
 struct Layer : torch::autograd::Function<Layer> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& A,
-                        const Tensor& B, const Tensor& gate, double scaling, double dropout_p, const MaybeTensor& seed) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                        const Tensor& A, const Tensor& B, const Tensor& gate, double scaling, double dropout_p,
+                        const MaybeTensor& seed) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, xa] = ilora::forward({x, weight, bias, A, B, gate, scaling, dropout_p}, seed);
     ctx->save_for_backward({x, xa, weight, A, B, gate, seed.value_or(Tensor())});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
+    ctx->saved_data["bias"] = bias.has_value();
     ctx->set_materialize_grads(false);
     return y;
   }
@@ -153,7 +156,7 @@ struct Layer : torch::autograd::Function<Layer> {
     std::tuple<Tensor, Tensor, Tensor, Tensor> found;
     if (common) {
       at::AutoDispatchBelowADInplaceOrView guard;
-      found = ilora::backward({x, weight, {}, A, B, gate, scaling, dropout_p}, xa, seed, dy, need_dx);
+      found = ilora::backward({x, weight, std::nullopt, A, B, gate, scaling, dropout_p}, xa, seed, dy, need_dx);
     } else {  // under create_graph, say: this op refuses to be differentiated again
       static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor, Tensor>(
           const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&, const Tensor&,
@@ -163,19 +166,19 @@ struct Layer : torch::autograd::Function<Layer> {
     const auto flat = [](const Tensor& t) { return t.reshape({-1, t.size(-1)}); };
     if (need_dx) grads[0] = std::get<0>(found);
     if (ctx->needs_input_grad(1)) grads[1] = at::mm(flat(dy).t(), flat(x));
-    if (ctx->needs_input_grad(2)) grads[2] = flat(dy).sum(0);
-    if (ctx->needs_input_grad(3)) grads[3] = std::get<1>(found);
-    if (ctx->needs_input_grad(4)) grads[4] = std::get<2>(found);
-    if (ctx->needs_input_grad(5)) grads[5] = std::get<3>(found);
+    const bool bias = ctx->saved_data["bias"].toBool();  // needs_input_grad does not count a missing one
+    if (bias && ctx->needs_input_grad(2)) grads[2] = flat(dy).sum(0);
+    if (ctx->needs_input_grad(2 + bias)) grads[3] = std::get<1>(found);
+    if (ctx->needs_input_grad(3 + bias)) grads[4] = std::get<2>(found);
+    if (ctx->needs_input_grad(4 + bias)) grads[5] = std::get<3>(found);
     return grads;
   }
 };
 
 // ---------------------------------------------------------------------------------------------- the Python function
 
-// Reads a Tensor or Parameter, and of these no subclass; None only where it may be.
-bool read(PyObject* object, bool optional, Tensor& into) {
-  if (object == Py_None) return optional;
+// Reads a plain Tensor or Parameter, and of these no subclass.
+bool read(PyObject* object, Tensor& into) {
   if (!THPVariable_CheckExact(object)) return false;
   into = THPVariable_Unpack(object);
   return plain(into);
@@ -193,9 +196,10 @@ PyObject* ilora_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Arguments f;
   TORCH_CHECK(count == 9, "ilora._call.ilora_linear takes 9 arguments");
-  if (!read(args[0], false, f.x) || !read(args[1], false, f.weight) || !read(args[2], true, f.bias) ||
-      !read(args[3], false, f.A) || !read(args[4], false, f.B) || !read(args[5], false, f.gate) ||
-      !PyFloat_CheckExact(args[6]) || !PyFloat_CheckExact(args[7]) || !native_is_wanted(args[8]))
+  if (args[2] != Py_None && !read(args[2], f.bias.emplace())) Py_RETURN_NONE;
+  if (!read(args[0], f.x) || !read(args[1], f.weight) || !read(args[3], f.A) || !read(args[4], f.B) ||
+      !read(args[5], f.gate) || !PyFloat_CheckExact(args[6]) || !PyFloat_CheckExact(args[7]) ||
+      !native_is_wanted(args[8]))
     Py_RETURN_NONE;
   f.scaling = PyFloat_AS_DOUBLE(args[6]);
   f.dropout_p = PyFloat_AS_DOUBLE(args[7]);
@@ -206,8 +210,8 @@ PyObject* ilora_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     pybind11::gil_scoped_release release;
     MaybeTensor seed;
     if (f.dropout_p > 0) seed = at::randint(INT64_MAX, {1}, at::kLong);
-    bool wanted = false;
-    for (const Tensor* t : {&f.x, &f.weight, &f.bias, &f.A, &f.B, &f.gate}) wanted |= t->defined() && t->requires_grad();
+    bool wanted = f.bias && f.bias->requires_grad();
+    for (const Tensor* t : {&f.x, &f.weight, &f.A, &f.B, &f.gate}) wanted |= t->requires_grad();
     if (wanted && at::GradMode::is_enabled()) {
       y = Layer::apply(f.x, f.weight, f.bias, f.A, f.B, f.gate, f.scaling, f.dropout_p, seed);
     } else {
