@@ -1,18 +1,24 @@
-// The schema of ilora_native; each device registers its implementations under the same names: cpu/ops_cpu.cpp, and
-// cuda/ops_cuda.cpp, which is a library of its own, has forward and decode alone, and takes few rows.
-// forward and backward leave the frozen product to a matrix multiplication that accumulates on top (beta = 1).
+// The schema of ilora_native: the four primitives of ilora/op/reference.py, on the CPU (cpu/ops.cpp), and a layer's whole
+// forward for a few rows, on the CPU and on a GPU (cuda/ops_cuda.cpp, a library of its own).
+// keep is 0 where the hash of `seed` is below drop_below, else 1; γ[m, r] = scaling · gate[i(m), r // (R/E)].
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ilora_native, m) {
-  // y = bias + base + ((x ⊙ keep) Aᵀ ⊙ γ) Bᵀ, in float32 instead of bfloat16 if wide; xa [M, R] ungated.
+  // xa [M, R] = (x ⊙ keep) Aᵀ, in A's dtype.
+  m.def("shrink_x(Tensor x, Tensor A, int drop_below, Tensor? seed) -> Tensor");
+  // y [M, d_out] = (γ ⊙ xa) Bᵀ + bias, or + base, in x's dtype, or in float32 if wide. Of x only the dtype matters.
   m.def(
-      "forward(Tensor x, Tensor? bias, Tensor? base, Tensor A, Tensor B, Tensor gate, Tensor? segments, float scaling, "
-      "int drop_below, Tensor? seed, bool wide) -> (Tensor y, Tensor xa)");
-  // dx = keep ⊙ (dxa A), empty unless need_dx.
+      "expand_xa(Tensor x, Tensor xa, Tensor? bias, Tensor? base, Tensor B, Tensor gate, Tensor? segments, "
+      "float scaling, bool wide) -> Tensor");
+  // dxa [M, R] = γ ⊙ (dy B), in float32 or float64; dB and dgate.
   m.def(
-      "backward(Tensor dy, Tensor x, Tensor xa, Tensor A, Tensor B, Tensor gate, Tensor? segments, float scaling, "
-      "int drop_below, Tensor? seed, bool need_dx, bool wide) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgate)");
-  // y = x Wᵀ + bias + base + (x Aᵀ ⊙ γ) Bᵀ in one launch, on a GPU.
+      "backward_dy(Tensor dy, Tensor xa, Tensor B, Tensor gate, Tensor? segments, float scaling) "
+      "-> (Tensor dxa, Tensor dB, Tensor dgate)");
+  // dx [M, d_in] = keep ⊙ (dxa A), in x's dtype, or in float32 if wide; without rows unless need_dx. dA = dxaᵀ (x ⊙ keep).
+  m.def(
+      "backward_x(Tensor dxa, Tensor x, Tensor A, int drop_below, Tensor? seed, bool need_dx, bool wide) "
+      "-> (Tensor dx, Tensor dA)");
+  // y = x Wᵀ + bias + base + (x Aᵀ ⊙ γ) Bᵀ and xa = x Aᵀ.
   m.def(
       "decode(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor B, Tensor gate, "
       "Tensor? segments, float scaling) -> (Tensor y, Tensor xa)");

@@ -106,16 +106,9 @@ std::tuple<Tensor, Tensor> decode(Tensor x, MaybeTensor weight, MaybeTensor bias
   return {y, xa};
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor x, MaybeTensor bias, MaybeTensor base, Tensor A, Tensor B, Tensor gate,
-                                   MaybeTensor segments, double scaling, int64_t, MaybeTensor seed, bool wide) {
-  STD_TORCH_CHECK(!seed && !wide, "ilora_native on a GPU has no dropout, and no wide result");
-  return decode(x, std::nullopt, bias, base, A, B, gate, segments, scaling);
-}
-
 }  // namespace
 }  // namespace ilora
 
 STABLE_TORCH_LIBRARY_IMPL(ilora_native, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&ilora::forward));
   m.impl("decode", TORCH_BOX(&ilora::decode));
 }

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import as_seed
-
 MAX_RANK = 256
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -113,8 +111,8 @@ def check_segments(segments: Tensor | None, M: int) -> None:
         raise ValueError(f"segments: expected offsets rising from 0 to M={M}, got {segments.tolist()[:16]}")
 
 
-def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """None without dropout, else one int64 on the device."""
+def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> int | Tensor | None:
+    """The seed as an int that fits 64 bits, or as it came: one int64 on the device, or None."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
     if isinstance(seed, Tensor):
@@ -129,7 +127,7 @@ def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devi
             seed = operator.index(seed)
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: expected 64 bits, got {seed}")
-    return as_seed(seed, device) if dropout_p > 0.0 else None
+    return seed
 
 
 def as_number(name: str, value: Any) -> float:

@@ -111,55 +111,9 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return seed
 
 
-# The same as a backend: the two functions that `ilora.ops` calls, with the gradients written out. Here every tensor is
-# 2-D and checked, scaling holds the 1/(1-p) of dropout, and seed is a tensor whenever dropout_p is not 0.
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    gate: Tensor,
-    segments: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(y [M, d_out], xa [M, R]). Without a weight y is the update alone, added to base [M, d_out] if there is one."""
-    xa = shrink_x(x, A, dropout_p, seed)
-    if weight is not None:
-        return expand_xa(x, xa, weight, bias, B, gate, segments, scaling), xa
-    gamma = row_gates(gate, x.shape[0], A.shape[0], scaling, segments)
-    update = ((xa * gamma).to(xa.dtype) @ B.to(xa.dtype).T).to(x.dtype)
-    return (update if base is None else base + update), xa
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    xa: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    gate: Tensor,
-    segments: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """(dx [M, d_in] or None, dA [R, d_in], dB [d_out, R], dgate [N, E])."""
-    dxa, dB, dgate = backward_dy(dy, xa, B, gate, segments, scaling)
-    products = [] if weight is None else [(dy, weight)]
-    dx, dA = backward_x(dxa, x, A, dropout_p, seed, products, need_dx)
-    return dx, dA, dB, dgate
-
-
-# The same in halves, for projections that share x (`ilora.shared`): their A's stand one below the other, so that one
-# pass over x serves them all, each way. `backward_dy` and `backward_x` are the gradients of `expand_xa` and `shrink_x`.
+# The four primitives, which every backend gives under these names; composition.py makes forward and backward of them.
+# Here every tensor is 2-D and checked, scaling holds the 1/(1-p) of dropout, and seed is a tensor whenever dropout_p is
+# not 0. `backward_dy` and `backward_x` are the gradients of `expand_xa` and `shrink_x`.
 
 
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -171,17 +125,20 @@ def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Ten
 def expand_xa(
     x: Tensor,
     xa: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
+    base: Tensor | None,
     B: Tensor,
     gate: Tensor,
     segments: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ, xa [M, R] contiguous."""
+    """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ with a weight, base + (γ ⊙ xa) Bᵀ without one; xa [M, R] contiguous."""
     gamma = row_gates(gate, xa.shape[0], xa.shape[1], scaling, segments)
-    update = (xa * gamma).to(xa.dtype) @ B.to(xa.dtype).T
-    return F.linear(x, weight, bias).add_(update.to(x.dtype))
+    update = ((xa * gamma).to(xa.dtype) @ B.to(xa.dtype).T).to(x.dtype)
+    if weight is not None:
+        return F.linear(x, weight, bias).add_(update)
+    return update if base is None else base + update
 
 
 def backward_dy(

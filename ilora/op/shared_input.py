@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_dtypes, check_segments, check_tensors, checked_seed, rows
-from .functional import autocast_to, autocasts, dense, once_only
+from .functional import autocast_to, autocasts, dense
+from .registration import refuse_second_derivative, seed_tensor
 
 
 class Projection(NamedTuple):
@@ -70,7 +71,7 @@ class SharedInput:
             projections = [Projection(*autocast_to(dtype, *p)) for p in projections]  # type: ignore[arg-type]
         for p in projections:
             check_dtypes(x, p.weight, p.bias, None, p.A, p.B, gate)
-        seed = checked_seed(seed, dropout_p, x.device)
+        seed = seed_tensor(checked_seed(seed, dropout_p, x.device), dropout_p, x)
         self.settings = Settings(float(scaling) / (1.0 - dropout_p), float(dropout_p), backend or "")
         projections, segments = [p._replace(bias=dense(p.bias)) for p in projections], dense(segments)
         self.x, self.projections, self.gate, self.segments = x, projections, gate, segments
@@ -109,7 +110,11 @@ class _Together(torch.autograd.Function):
         given = {j: dy for j, dy in enumerate(dys) if dy is not None}
         if not given:
             return None, None, *(None for _ in needs)
-        return None, None, *once_only(lambda: _gradients(ctx.settings, given, saved, needs), *given.values(), *saved)
+        with torch.no_grad():
+            grads = _gradients(ctx.settings, given, saved, needs)
+        if torch.is_grad_enabled():
+            grads = _Once.apply(*grads, *given.values(), *saved)[: len(needs)]
+        return None, None, *grads
 
 
 def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: Any) -> list[Tensor | None]:
@@ -139,6 +144,16 @@ def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: An
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
+class _Once(torch.autograd.Function):
+    """Gives its arguments back, tied to one another: under create_graph a second differentiation is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors)
+
+    backward = staticmethod(refuse_second_derivative)  # type: ignore[assignment]
+
+
 class _Projection(torch.autograd.Function):
     """y of one projection, whose gradient goes to its token as it is."""
 
@@ -148,7 +163,7 @@ class _Projection(torch.autograd.Function):
         x, p = shared.x, shared.projections[j]
         module = backends.select(shared.settings.backend, x.device.type, x.dtype)
         flat_x = x.reshape(-1, x.shape[-1])
-        settings = (p.weight, p.bias, p.B, shared.gate, shared.segments, shared.settings.scaling)
+        settings = (p.weight, p.bias, None, p.B, shared.gate, shared.segments, shared.settings.scaling)
         y = module.expand_xa(flat_x, shared.xa[j], *settings)
         # Not view: autograd would refuse in-place operations on the output of the Function.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(p.B)])

@@ -18,10 +18,10 @@ def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Ten
 
 
 def expand_xa(
-    x: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, gate: Tensor, segments: Tensor | None,
-    scaling: float,
+    x: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, base: None, B: Tensor, gate: Tensor,
+    segments: Tensor | None, scaling: float,
 ) -> Tensor:  # fmt: skip
-    """y [M, d_out] = x Wᵀ + bias + (γ ⊙ xa) Bᵀ."""
+    """y [M, d_out] = x Wᵀ + bias + (γ ⊙ xa) Bᵀ. Without a weight the merged `forward` serves, so base is None."""
     (y,), _ = replay(plans.expand_xa, (x, xa, bias, B, gate, segments), (scaling,))
     return y.addmm_(x, weight.t()) if y.numel() else y
 

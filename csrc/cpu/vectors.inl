@@ -75,14 +75,14 @@ template <class C> FN Vec<C> masked(Vec<C> v, MaskVec<C> mask) {
   return load<Vec<C>>(&bits);
 }
 
-// W elements of x as a staged tile holds them.
-template <class T, class C, class D> struct Staged {
+// W elements of x as a block of copied rows holds them.
+template <class T, class C, class D> struct Copied {
   using V = Vec<C>;
   static FN V get(const T* p) { return Memory<C, T>::get(p); }
   static FN V some(const T* p, int64_t n) { return get_some<C, T>(p, n); }
   static FN V masked(V v, MaskVec<C> mask) { return ILORA_ISA::masked<C>(v, mask); }
 };
-template <> struct Staged<bf16, float, bf16> {
+template <> struct Copied<bf16, float, bf16> {
   using V = Simd<float>::Half;
   static FN V get(const bf16* p) { return load<V>(p); }
   static FN V some(const bf16* p, int64_t n) {
