@@ -100,7 +100,7 @@ def edit_config(rng, path):
     fields = json.loads((path / CONFIG).read_text())
     part = rng.choice(["config", "config", "gate", "files", None])
     free = {"config": ("backend", "adapter_dtype", "expert_pattern", "rank_pattern", "alpha_pattern")}
-    free["config"] += ("exclude_modules", "layers_to_transform", "target_modules")
+    free["config"] += ("exclude_modules", "layers_to_transform", "target_modules", "lora_alpha", "lora_dropout")
     free["gate"] = ("temperature", "dropout", "balance", "top_k", "hidden_dim", "kind")
     if part is None:
         edit(rng, fields, free=("config", "gate", "files", "ilora_version", "digest"))
@@ -118,7 +118,8 @@ def wrong_settings(rng, path):
         + [("config", "exclude_modules", ["v_proj"]), ("config", "adapter_dtype", "float99")]
         + [("config", "modules_to_save", value) for value in ([], ["nope"], ["norm"], ["lm_head", "norm"])]
         + [("config", "rank_pattern", value) for value in (None, {"q_proj": 8}, {"q_proj": 3}, {"q_proj": 2**40})]
-        + [("config", "r", 2**60), ("config", "r", 16), ("config", "num_experts", 2), ("config", "lora_alpha", 17)]
+        + [("config", "r", 2**60), ("config", "r", 16), ("config", "num_experts", 2)]
+        + [("config", "lora_alpha", "8"), ("config", "lora_alpha", True), ("config", "lora_dropout", 1.0)]
         + [("gate", "z_dim", 7), ("gate", "z_dim", 2**30), ("gate", "num_experts", 2), ("gate", "num_layers", 3)]
         + [("gate", "kind", "mlp"), ("gate", "kind", "noisy"), ("gate", "kind", "maybe"), ("gate", "temperature", -1)]
         + [("gate", "type", value) for value in ("PromptGate", "UniformGate", "custom", "os.system")]
@@ -171,7 +172,7 @@ def sealed(change):
 
 
 def sealed_cut(rng, path):
-    file = path / rng.choice([PEFT_CONFIG, WEIGHTS, GATE])
+    file = path / rng.choice([WEIGHTS, GATE])
     file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size - 2)])
 
 
@@ -194,7 +195,7 @@ CHANGES = {
     edit_config: 8,
     tensors: 8,
 }
-CHANGES |= {sealed(edit_peft): 20, sealed(edit_config): 25, sealed(wrong_settings): 28, sealed(tensors): 25}
+CHANGES |= {sealed(edit_config): 30, sealed(wrong_settings): 35, sealed(tensors): 33}
 CHANGES |= {sealed(sealed_cut): 8, sealed(sealed_swap): 4}
 CASES = [(change, seed) for change, count in CHANGES.items() for seed in range(count)]
 

@@ -9,6 +9,7 @@ from saved_cases import (
     BlockGate,
     NormedGate,
     adapted,
+    as_from_a_file,
     assert_same_state,
     assert_untouched,
     bits,
@@ -166,7 +167,7 @@ def test_a_gate_network_of_ones_own_must_be_given(tmp_path):
         ilora.load_adapter(model, plain, gate=NormedGate())
     sequence = ilora.save_adapter(adapted(llama(), SequenceGate(6, 4)), tmp_path / "c")
     for width in (7, 1):
-        with pytest.raises(AdapterError, match=f"differs in z_dim: {width}"):
+        with pytest.raises(AdapterError, match=f"the gate network's z_dim is {width}, in the file 6"):
             ilora.load_adapter(model, sequence, gate=SequenceGate(width, 4))
     assert_untouched(model, before)
     gate = SequenceGate(6, 4)
@@ -175,7 +176,7 @@ def test_a_gate_network_of_ones_own_must_be_given(tmp_path):
     kind_path = ilora.save_adapter(kind, tmp_path / "d")
     again = ilora.load_adapter(llama(), kind_path, gate=BlockGate(6, 4, per_layer=True))  # not bound to the layers yet
     assert_same_state(again.state_dict(), kind.state_dict())
-    with pytest.raises(AdapterError, match=r"gate: num_experts: expected this gate network's 2"):
+    with pytest.raises(AdapterError, match=r"ilora_config\.json: does not fit LlamaForCausalLM: num_experts: .* 2, got 4"):
         ilora.load_adapter(llama(), kind_path, gate=BlockGate(6, 2))
 
 
@@ -237,7 +238,7 @@ def test_names_that_mean_nothing_here_are_read_from_files(tmp_path):
     config = ILoRAConfig(**settings, exclude_modules=("h.0",))
     with pytest.raises(ValueError, match="no module of LlamaForCausalLM matches 'c_attn'"):
         ilora.inject(llama(), config)
-    model = randomise(ilora.model.inject.put(llama(), config, None))  # as earlier versions did
+    model = randomise(as_from_a_file(llama(), config))  # as earlier versions did
     path = ilora.save_adapter(model, tmp_path / "a")
     again = ilora.load_adapter(llama(), path)
     assert again.ilora.config == config
@@ -251,8 +252,10 @@ def test_verify_false_skips_checksums_only(tmp_path):
     with pytest.raises(AdapterError, match="SHA-256"):
         ilora.load_adapter(llama(layers=1), path)
     ilora.load_adapter(llama(layers=1), path, verify=False)
-    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 99}))
-    with pytest.raises(AdapterError, match="'lora_alpha': expected 16"):
+    file.write_text("what PEFT makes of it is its own affair")
+    ilora.load_adapter(llama(layers=1), path, verify=False)
+    file.unlink()
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: is missing"):
         ilora.load_adapter(llama(layers=1), path, verify=False)
 
 

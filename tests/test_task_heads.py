@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from saved_cases import assert_same_state, randomise
+from saved_cases import as_from_a_file, assert_same_state, randomise
 
 import ilora
 from ilora import ILoRAConfig
@@ -240,7 +240,7 @@ def test_parameters_that_are_in_no_module_are_named(tmp_path):
 def test_a_file_says_all(tmp_path):
     model = loaded("DistilBertForSequenceClassification", tmp_path)[0]
     config = ILoRAConfig(exclude_modules=["lin1"])  # as an earlier version, which adapted pre_classifier
-    adapter = ilora.model.inject.put(model, config, None).ilora.adapter
+    adapter = as_from_a_file(model, config).ilora.adapter
     assert "pre_classifier" in adapter.layers
     ilora.save_adapter(randomise(model), tmp_path / "adapter")
     again = ilora.load_adapter(loaded("DistilBertForSequenceClassification", tmp_path)[0], tmp_path / "adapter")

@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import gate_rows
+
 
 def balance_loss(gate: Tensor) -> Tensor:
     """The squared coefficient of variation of the experts' importance (arXiv 1701.06538), a scalar, differentiable.
 
     E · Σ_e share_e² - 1 with share_e = mean_i g_ie / Σ_e' mean_i g_ie', averaged over layers: 0 when all experts are
     used alike, E - 1 when one does everything. In float32 or wider.
-    Raises: ValueError for a gate that is not [N, E] or [G, N, E] with at least one instance, TypeError for no tensor.
+    Raises: ValueError for a gate that is not [N, E] or [G, N, E] with at least one instance, TypeError for one that is
+    no float tensor.
     """
-    gate = _checked(gate)
+    gate = gate_rows(gate)
     importance = gate.mean(-2)
     mean = importance.mean(-1)
     variance = (importance - mean[..., None]).square().mean(-1)  # this form is exactly 0 for equal experts
@@ -49,7 +52,7 @@ class GateStats:
 
 def gate_stats(gate: Tensor) -> GateStats:
     """The numbers of a gate [N, E] or [G, N, E]. Raises as `balance_loss`."""
-    gate = _checked(gate).detach().cpu()
+    gate = gate_rows(gate).detach().cpu()
     N, E = gate.shape[-2:]
     shares = gate / gate.sum(-1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny)
     entropy = float(torch.special.entr(shares.clamp_min(0)).sum(-1).mean()) / math.log(E) if E > 1 else 0.0
@@ -71,7 +74,7 @@ def plot_gates(gate: Tensor, path: str | os.PathLike[str], labels: Sequence[str]
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError as error:
         raise ImportError("plot_gates needs matplotlib: pip install matplotlib") from error
-    gate = _checked(gate).detach().cpu()
+    gate = gate_rows(gate).detach().cpu()
     if labels is not None and len(labels) != gate.shape[-2]:
         raise ValueError(f"labels: expected one for each of {gate.shape[-2]} instances, got {len(labels)}")
     layered = gate.dim() == 3 and gate.shape[0] > 1
@@ -96,14 +99,6 @@ def plot_gates(gate: Tensor, path: str | os.PathLike[str], labels: Sequence[str]
     finally:
         whole.unlink(missing_ok=True)
     return path
-
-
-def _checked(gate: Tensor) -> Tensor:
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"gate: expected a float tensor [N, E] or [G, N, E], got {type(gate).__name__}")
-    if gate.dim() not in (2, 3) or 0 in gate.shape or not gate.is_floating_point():
-        raise ValueError(f"gate: expected a float [N, E] or [G, N, E], not empty, got {gate.dtype} {list(gate.shape)}")
-    return gate.to(torch.promote_types(gate.dtype, torch.float32))
 
 
 def _heat_map(figure: Any, axes: Any, rows: Tensor, labels: Sequence[str] | None, ylabel: str, title: str) -> None:

@@ -155,7 +155,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+def check_tensors(path: Path | str, tensors: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Raises AdapterError unless the file's tensors have these names and shapes, and dtypes that fit these: a floating
     one for a floating one, else the same."""
     for name in expected:
