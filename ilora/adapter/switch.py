@@ -94,12 +94,12 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
             refuse_unmatched(model, config, paths)
         settings = {path: layer_settings(config, path) for path in paths}
         originals = {path: model.get_submodule(path) for path in modules_to_save(model, config, paths)}
-        blocks = list(dict.fromkeys(block_of(path) or "" for path in paths))
+        blocks = list(dict.fromkeys(block_of(path) for path in paths))
         bind(model, config, gate, len(blocks))
         bases = {path: model.get_submodule(path) for path in paths}  # one layer in two places stays one
         layers = {id(base): _wrap(base, path, config, settings[path]) for path, base in unique_modules(bases).items()}
         for layer in layers.values():
-            layer.gate_index = blocks.index(block_of(layer.name) or "")
+            layer.gate_index = blocks.index(block_of(layer.name))
         copies = {id(m): copy.deepcopy(m).requires_grad_(True) for m in unique_modules(originals).values()}
     wrapped = {path: layers[id(base)] for path, base in bases.items()}
     saved = {path: copies[id(module)] for path, module in originals.items()}

@@ -90,11 +90,10 @@ def _taken_by_peft(model: Any, saved: Path) -> Any:
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = {name: module.training for name, module in model.named_modules()}
     base = eject(model)
-    before = _snapshot(base)
     try:
         live = peft.PeftModel.from_pretrained(base, str(saved), autocast_adapter_dtype=False)
     except BaseException:
-        _restore(base, before)
+        _unwrap(base)
         install(base, injection)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -118,46 +117,30 @@ def _from_live(source: Any, num_experts: int, gate: nn.Module | None) -> Any:
     if any(getattr(module, "merged", False) for module in base.modules()):
         raise AdapterError(f"{label}: it is merged into its base; call unmerge_adapter() first")
     tensors = peft.get_peft_model_state_dict(source, adapter_name=active[0], save_embedding_layers=False)
-    before = _snapshot(base)
+    wrappers = _unwrap(base)
     try:
-        _unwrap(base)
         return install_lora(base, label, config, tensors, num_experts, gate)
     except BaseException:
-        _restore(base, before)
+        for path, wrapper in wrappers.items():
+            replace(base, path, wrapper)
+        base.peft_config = source.peft_config
         raise
 
 
-def _unwrap(base: nn.Module) -> None:
-    """Puts the modules that PEFT has wrapped back in their places."""
+def _unwrap(base: Any) -> dict[str, nn.Module]:
+    """Puts the modules that PEFT has wrapped back in their places; returns the wrappers by path."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    plain: dict[str, nn.Module] = {}
+    wrappers: dict[str, Any] = {}
     for path, module in base.named_modules(remove_duplicate=False):
-        if path.startswith(tuple(outer + "." for outer in plain)):
-            continue
-        if isinstance(module, ModulesToSaveWrapper):
-            plain[path] = module.original_module
-        elif isinstance(module, BaseTunerLayer):
-            plain[path] = module.get_base_layer()
-    for path, module in plain.items():
-        replace(base, path, module)
+        inside = path.startswith(tuple(outer + "." for outer in wrappers))
+        if not inside and isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            wrappers[path] = module
+    for path, module in wrappers.items():
+        replace(base, path, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module)
     vars(base).pop("peft_config", None)
-
-
-def _snapshot(base: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    """The modules of a model by path, and its attributes."""
-    return dict(base.named_modules(remove_duplicate=False)), dict(vars(base))
-
-
-def _restore(base: nn.Module, before: tuple[dict[str, nn.Module], dict[str, Any]]) -> None:
-    """Puts modules and attributes back as `_snapshot` found them."""
-    modules, attributes = before
-    for path, module in modules.items():  # parents first: what PEFT has wrapped is whole inside
-        if path and base.get_submodule(path) is not module:
-            replace(base, path, module)
-    vars(base).clear()
-    vars(base).update(attributes)
+    return wrappers
 
 
 def _peft() -> Any:

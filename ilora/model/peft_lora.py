@@ -16,8 +16,8 @@ from ..adapter.record import Injection
 from ..adapter.switch import build
 from ..base_layers import adapter_like, features_of, is_linear
 from ..op.checks import MAX_RANK
-from ..storage.files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
-from ..storage.format import PREFIX, Spec, exact_targets, fill, most_common, patterns, place_of, state_of, tensors_of
+from ..storage.files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, Spec, check_tensors, read_json, read_tensors
+from ..storage.format import PREFIX, exact_targets, fill, most_common, patterns, place_of, state_of, tensors_of
 from .inject import install
 
 # Fields of LoraConfig that do not change what an adapter computes, or whose effect is read off the layers.
@@ -83,7 +83,14 @@ def install_lora(
     for path in saved:
         specs |= {f"{path}.{key}": (t.shape, t.dtype) for key, t in state_of(modules[path]).items()}
     keys = {place_of(name)[1]: spec for name, spec in specs.items()}
-    check_tensors(source, _without_base(model, source, tensors, set(keys)), keys)
+    base = {PREFIX + name for name in model.state_dict()}
+    for key in tensors:
+        if key not in keys and key.replace(".base_layer.", ".") in base:
+            raise AdapterError(
+                f"{source}: {key!r} is a weight of the base model, as PEFT adds where the vocabulary was resized; load "
+                "the adapter with PEFT and pass the PeftModel, or save it with save_embedding_layers=False"
+            )
+    check_tensors(source, tensors, keys)
     if not ranks:
         raise AdapterError(f"{source}: it has no LoRA layer of {type(model).__name__}")
     values = {name: tensors[place_of(name)[1]] for name in specs}
@@ -108,24 +115,6 @@ def install_lora(
         raise AdapterError(f"{source}: cannot tell {sorted(wanted ^ made)} from {sorted(wanted)} by name")
     fill(tensors_of(adapter), values)
     return install(model, Injection(adapter))
-
-
-def _without_base(model: nn.Module, source: str, tensors: dict[str, Tensor], kept: set[str]) -> dict[str, Tensor]:
-    """The tensors without weights of the base model, which PEFT adds where a head or the embeddings are adapted or have
-    been resized. Raises AdapterError where they are not this model's."""
-    own = model.state_dict()
-    for key in tensors.keys() - kept:
-        weight = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if weight is None:
-            continue  # nobody's: refused with the others
-        value = tensors[key].to(weight.device, weight.dtype)
-        if weight.is_meta or value.shape != weight.shape or not torch.equal(value, weight):
-            raise AdapterError(
-                f"{source}: {key!r} is a weight of the base model that this model does not have; load the adapter with "
-                "PEFT and pass the PeftModel"
-            )
-        tensors = {name: tensor for name, tensor in tensors.items() if name != key}
-    return tensors
 
 
 def _dtype(model: nn.Module, paths: list[str], values: dict[str, Tensor]) -> str | None:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ..adapter.modules import unique_modules
 from ..adapter.record import Adapter
 from ..base_layers import is_conv1d
-from .files import GATE, PEFT_WEIGHTS, AdapterError
+from .files import GATE, PEFT_WEIGHTS, AdapterError, Spec
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
-Spec = tuple[torch.Size, torch.dtype]
 T = TypeVar("T")
 # PEFT trains these heads by itself for the task: without them in the files it would miss them.
 _TASKS = {
