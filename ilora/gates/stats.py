@@ -77,19 +77,19 @@ def plot_gates(gate: Tensor, path: str | os.PathLike[str], labels: Sequence[str]
     gate = gate_rows(gate).detach().cpu()
     if labels is not None and len(labels) != gate.shape[-2]:
         raise ValueError(f"labels: expected one for each of {gate.shape[-2]} instances, got {len(labels)}")
-    layered = gate.dim() == 3 and gate.shape[0] > 1
-    height = min(5.5, 2.5 + 0.3 * max(gate.shape[:-1]))
-    figure = Figure(figsize=(12 if layered else 8.5, height), layout="constrained", dpi=150)
-    heat, *rest = figure.subplots(1, 3 if layered else 2, width_ratios=[3, 3, 2] if layered else [3, 2])
+    layers = gate.mean(1) if gate.dim() == 3 and gate.shape[0] > 1 else None
     each, ylabel = gate.mean(0) if gate.dim() == 3 else gate, "instance"
     if len(each) > 40:
         weight, top = each.max(-1)
         order = (top - 0.5 * weight / weight.max()).argsort(stable=True)
         each, labels, ylabel = each[order], None, "instance, sorted by its largest expert"
-    _heat_map(figure, heat, each, labels, ylabel, "Weight")
-    if layered:
-        _heat_map(figure, rest[0], gate.mean(1), None, "layer", "Mean weight by layer")
-    _usage_bars(rest[-1], each.mean(0).tolist())
+    widths = [3, 2] if layers is None else [3, 3, 2]
+    figure = Figure(figsize=(3.5 * len(widths) + 1.5, min(5.5, 2.5 + 0.3 * len(each))), layout="constrained", dpi=150)
+    heat, *rest = figure.subplots(1, len(widths), width_ratios=widths)
+    _draw_heat_map(figure, heat, each, labels, ylabel, "Weight")
+    if layers is not None:
+        _draw_heat_map(figure, rest[0], layers, None, "layer", "Mean weight by layer")
+    _draw_usage(rest[-1], each.mean(0).tolist())
     figure.suptitle(f"{len(each)} instances, {each.shape[1]} experts, entropy {gate_stats(gate).entropy:.2f} of 1")
     path = Path(path)
     whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -101,26 +101,22 @@ def plot_gates(gate: Tensor, path: str | os.PathLike[str], labels: Sequence[str]
     return path
 
 
-def _heat_map(figure: Any, axes: Any, rows: Tensor, labels: Sequence[str] | None, ylabel: str, title: str) -> None:
-    n, E, most = *rows.shape, max(float(rows.max()), 1e-9)
+def _draw_heat_map(figure: Any, axes: Any, rows: Tensor, labels: Sequence[str] | None, ylabel: str, title: str) -> None:
+    n, E = rows.shape
     shown = F.adaptive_avg_pool1d(rows.T, min(n, 600)).T  # more rows than pixels: means of neighbours
-    style = {"aspect": "auto", "interpolation": "nearest", "vmin": 0, "vmax": most}
-    image = axes.imshow(shown.numpy(), extent=(-0.5, E - 0.5, n - 0.5, -0.5), **style)
-    figure.colorbar(image, ax=axes, aspect=40, pad=0.02).outline.set_visible(False)
+    edges = (-0.5, E - 0.5, n - 0.5, -0.5)
+    image = axes.imshow(shown.numpy(), aspect="auto", interpolation="nearest", vmin=0, extent=edges)
+    figure.colorbar(image, ax=axes, aspect=40, pad=0.02)
     axes.set(xlabel="expert", ylabel=ylabel, title=title)
     axes.set_xticks(range(0, E, -(-E // 16)))
     axes.yaxis.get_major_locator().set_params(integer=True)
     if labels is not None:
         axes.set_yticks(range(n), labels, fontsize=8)
-    for i, e in ((i, e) for i in range(n) for e in range(E) if n <= 16 and E <= 8):
-        color = "white" if rows[i, e] < 0.6 * most else "black"
-        axes.text(e, i, f"{rows[i, e]:.2f}", ha="center", va="center", fontsize=8, color=color)
 
 
-def _usage_bars(axes: Any, usage: list[float]) -> None:
+def _draw_usage(axes: Any, usage: list[float]) -> None:
     axes.bar(range(len(usage)), usage, color="#31688e", width=0.75)
     axes.axhline(1 / len(usage), color="0.35", linestyle="--", linewidth=1, label=f"uniform, {1 / len(usage):.2f}")
     axes.set(xlabel="expert", title="Mean weight", ylim=(0, 1.2 * max(*usage, 1 / len(usage))))
     axes.set_xticks(range(0, len(usage), -(-len(usage) // 16)))
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
