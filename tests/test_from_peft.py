@@ -146,24 +146,36 @@ def test_from_peft_refuses_by_name(tmp_path, why):
     assert_untouched(model, before)
 
 
-def test_from_peft_refuses_other_things(tmp_path):
-    other = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(AdapterError, match="IA3"):
-        ilora.from_peft(other, 4)
-    with pytest.raises(TypeError, match=r"expected a peft\.PeftModel"):
-        ilora.from_peft(llama(), 4)
-    with pytest.raises(TypeError, match="model="):
-        ilora.from_peft(str(tmp_path), 4)
-    merged = trained("llama")
-    merged.merge_adapter()
-    with pytest.raises(AdapterError, match="unmerge"):
-        ilora.from_peft(merged, 4)
-    source = trained("llama")
-    before, want = bits(source), logits(source)
-    with pytest.raises(ValueError, match="num_experts"):  # refused at injection, when PEFT's layers are gone already
-        ilora.from_peft(source, 4, gate=SequenceGate(6, 2))
-    assert_untouched(source, before)
-    assert torch.equal(logits(source), want)
+def ia3():
+    return peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+
+
+def merged():
+    model = trained("llama")
+    model.merge_adapter()
+    return model
+
+
+OTHERS = {  # message: (error, source, gate)
+    "expected 'LORA', got 'IA3'": (AdapterError, ia3, None),
+    r"expected a peft\.PeftModel": (TypeError, llama, None),
+    "a saved adapter needs model=": (TypeError, lambda: "somewhere", None),
+    "it is merged into its base; call unmerge_adapter": (AdapterError, merged, None),
+    # refused when PEFT's layers are gone already
+    "num_experts: expected this gate network's 2, got 4": (ValueError, lambda: trained("llama"), SequenceGate(6, 2)),
+}
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_from_peft_refuses_other_things(words):
+    error, make, gate = OTHERS[words]
+    source = make()
+    before = None if isinstance(source, str) else (bits(source), logits(source))
+    with pytest.raises(error, match=words):
+        ilora.from_peft(source, 4, gate=gate)
+    if before is not None:
+        assert_untouched(source, before[0])
+        assert torch.equal(logits(source), before[1])
 
 
 def surplus(name):
