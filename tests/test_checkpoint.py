@@ -88,33 +88,19 @@ def test_shared_and_strided_tensors_are_saved_whole(tmp_path):
 
 def test_several_adapters(tmp_path):
     model = adapted(llama(), SequenceGate(6, 4), name="one")
-    one = ilora.save_adapter(model, tmp_path / "one")
     outputs = {"one": logits(model, ilora_z=Z)}
     ilora.add_adapter(model, "two", ILoRAConfig(r=4, num_experts=2, modules_to_save=("lm_head",)), PromptGate(2))
-    randomise(model)
-    two = ilora.save_adapter(model, tmp_path / "two")
-    outputs["two"] = logits(model)
-    assert torch.equal(
-        outputs["one"],
-        logits(ilora.load_adapter(llama(), ilora.save_adapter(model, tmp_path / "1", name="one")), ilora_z=Z),
-    )
-
-    plain = ilora.load_adapter(llama(), one, name="one")
-    plain.ilora_gate = None
-    with pytest.raises(AdapterError, match=r"settings: the gate network's type is None, in the file 'SequenceGate';"):
-        ilora.load_adapter(plain, one, name="one")
-    fresh = ilora.load_adapter(llama(), one, name="one")
-    ilora.load_adapter(fresh, two, name="two")
-    assert ilora.adapters(fresh) == ("two", "one")
-    assert torch.equal(logits(fresh), outputs["two"])
-    assert torch.equal(logits(ilora.set_adapter(fresh, "one"), ilora_z=Z), outputs["one"])
-    ilora.load_adapter(fresh, two, name="two")  # a parked one is overwritten, and comes to the front
-    assert ilora.adapters(fresh) == ("two", "one")
-    assert torch.equal(logits(fresh), outputs["two"])
+    outputs["two"] = logits(randomise(model))
+    one, two = (ilora.save_adapter(model, tmp_path / name, name=name) for name in ("one", "two"))
+    fresh = ilora.load_adapter(ilora.load_adapter(llama(), one, name="one"), two, name="two")
+    for _ in range(2):
+        assert ilora.adapters(fresh) == ("two", "one")
+        assert torch.equal(logits(fresh), outputs["two"])
+        assert torch.equal(logits(ilora.set_adapter(fresh, "one"), ilora_z=Z), outputs["one"])
+        ilora.load_adapter(fresh, two, name="two")  # one that is kept beside it is overwritten, and comes to the front
     before = bits(fresh)
-    with pytest.raises(
-        AdapterError, match=r"two.*other settings.*r is 4, in the file 8.*num_experts is 2.*gate network's type"
-    ):
+    other = r"two.*other settings.*r is 4, in the file 8.*num_experts is 2.*gate network's type"
+    with pytest.raises(AdapterError, match=other):
         ilora.load_adapter(fresh, one, name="two")
     with pytest.raises(ValueError, match="no adapter 'three'"):
         ilora.save_adapter(fresh, tmp_path / "three", name="three")
