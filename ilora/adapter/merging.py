@@ -1,4 +1,4 @@
-"""One gate folded into the weights, for serving one user at the frozen model's cost."""
+"""Adds the update under one gate to the weights, to serve one user at the frozen model's cost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .record import Injection, changeable, ilora_layers, injected
 
 def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
     """W ← W + s Σ_e g_e B_e A_e in every adapted layer, for one gate [E] or [1, E] (or [blocks, 1, E]); returns the
-    model, which then runs without a gate.
+    model, which then runs without a gate. Sums in float32 or wider and rounds once.
 
-    keep_base: keep the weights as they were beside the merged ones, so that `unmerge` brings back every bit; False
-    saves that memory, layer by layer, and makes the merge final (`ilora.eject` then gives a plain model with the merged
-    weights, and with the modules that were trained whole). Sums in float32 or wider and rounds once.
+    keep_base: keep the old weights too, so that `unmerge` brings back every bit. False saves that memory, layer by
+        layer, and makes the merge final: `ilora.eject` then gives a plain model with the merged weights and with the
+        modules that were trained whole.
     Raises ValueError for a batch of gates, for a quantised base or one whose weight is computed (weight_norm), and
-    where a gate is merged already or the adapter disabled; nothing is changed then. Out of memory changes nothing
-    either, but for layers merged before it with keep_base=False, whose weights are gone.
+    where a gate is merged already or the adapter is disabled; nothing is changed then. Running out of memory changes
+    nothing either, except that layers merged before with keep_base=False stay merged.
     """
     injection, layers = changeable(model, "merge"), ilora_layers(model)
     gate = one_gate(gate, injection.config.num_experts, len(injection.adapter.blocks), "merge")

@@ -65,7 +65,7 @@ class GateCollator:
 def _prompt_mask(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
-        raise ValueError("prompt_mask=True: the collator makes no labels, which say where the answer begins")
+        raise ValueError("prompt_mask=True: the collator makes no labels, which show where the answer begins")
     shape, segments = tuple(batch["input_ids"].shape), batch.get("ilora_segments")
     return prompt_mask(batch.get("attention_mask"), labels, shape, 1, segments=segments, device=labels.device)
 
@@ -101,14 +101,14 @@ def _segments(batch: Mapping[str, Any], features: list[Mapping[str, Any]]) -> Te
         return None
     B, L = ids.shape[:2]
     packed = any(_packed(feature) for feature in features)
-    if len(features) == B and not packed and not (B == 1 and _says_packed(batch)):
+    if len(features) == B and not packed and not (B == 1 and _is_marked_as_packed(batch)):
         return None
     if B not in (1, len(features)):
         raise ValueError(f"{len(features)} examples became {B} rows: no row can be told its instance")
     lengths = [_lengths(feature) for feature in features]
     if len(features) == 1 and not packed and _restarts(batch, lengths[0][0]):
         raise ValueError("one example holds several sequences (positions restart in it), but it has no seq_lengths")
-    if len(features) == B:  # a padded row for each; its padding goes to the document beside it
+    if len(features) == B:  # each example has a padded row; the padding goes to the document next to it
         for row, own in enumerate(lengths):
             mask = batch.get("attention_mask")
             own[0 if mask is not None and not mask[row, 0] else -1] += L - sum(own)
@@ -130,13 +130,13 @@ def _lengths(feature: Mapping[str, Any]) -> list[int]:
     return lengths
 
 
-def _says_packed(batch: Mapping[str, Any]) -> bool:
+def _is_marked_as_packed(batch: Mapping[str, Any]) -> bool:
     if any(batch.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")):
         return True
     return batch.get("attention_mask") is None and _restarts(batch, batch["input_ids"].shape[1])
 
 
 def _restarts(batch: Mapping[str, Any], length: int) -> bool:
-    """Whether the positions fall within the first row's first `length` tokens."""
+    """Whether the positions start again within the first `length` tokens of the first row."""
     positions = batch.get("position_ids")
     return positions is not None and positions.dim() == 2 and bool((positions[0, :length].diff() < 0).any())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter.merging import weights_of_ranks
 from ..adapter.modules import replace
-from ..adapter.record import Adapter, adapters, changeable, find_adapter, is_injected
+from ..adapter.record import Adapter, changeable, find_adapter
 from ..gates.checks import one_gate
 from ..storage.cards import PLAIN
 from ..storage.files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
@@ -32,16 +32,14 @@ def from_peft(source: Any, num_experts: int, model: Any = None, gate: nn.Module 
         model: the base model, for a directory.
         gate: the gate network, as in `ilora.inject`.
     Raises: AdapterError for what iLoRA cannot express (DoRA, biases, trained tokens, other methods than LoRA, LoRA of
-        embeddings and convolutions, ranks that num_experts does not divide) and for damaged files; TypeError,
-        ImportError. The model is then what it was.
+        embeddings and convolutions, ranks that num_experts does not divide), for files that are damaged or repeat
+        weights of the base model; TypeError, ImportError. The model is then what it was.
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts: expected an integer >= 1, got {num_experts!r}")
     if isinstance(source, (str, os.PathLike)):
         if not isinstance(model, nn.Module):
             raise TypeError(f"from_peft: a saved adapter needs model=, its base model; got {type(model).__name__}")
-        if is_injected(model):
-            raise ValueError(f"from_peft: the model has the adapter {adapters(model)[0]!r} already: ilora.eject first")
         directory = find_directory(source)
         return install_lora(model, str(directory / PEFT_WEIGHTS), *read_lora(directory), num_experts, gate)
     if model is not None:
@@ -59,17 +57,16 @@ def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None
     ImportError, and what PEFT raises for a model that it cannot take. The model is then what it was.
     """
     changeable(model, "to_peft")
-    adapter = find_adapter(model)
-    tensors = _gated_tensors(adapter, gate)
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             return _taken_by_peft(model, to_peft(model, gate, Path(folder) / "adapter"))
+    adapter = find_adapter(model)
+    tensors = by_file(_gated_tensors(adapter, gate))[PEFT_WEIGHTS]
     if (Path(path) / CONFIG).exists():
         raise AdapterError(f"{path}: holds an iLoRA adapter, which a PEFT adapter would spoil; choose another name")
     alphas = {layer.name: layer.lora_alpha * layer.num_experts for layer in adapter.layers.values()}
     text = to_json(peft_config(model, adapter, alphas))
-    contents: dict[str, Any] = {PEFT_WEIGHTS: by_file(tensors)[PEFT_WEIGHTS], README: PLAIN}
-    return write_directory(path, contents, (PEFT_CONFIG, lambda _: text))
+    return write_directory(path, {PEFT_WEIGHTS: tensors, README: PLAIN}, (PEFT_CONFIG, lambda _: text))
 
 
 @torch.no_grad()

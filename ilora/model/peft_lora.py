@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.config import ILoRAConfig
-from ..adapter.modules import unique_modules
 from ..adapter.record import Injection
 from ..adapter.switch import build
-from ..base_layers import adapter_like, features_of, is_linear
+from ..base_layers import adapter_like, is_linear
 from ..op.checks import MAX_RANK
-from ..storage.files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, Spec, check_tensors, read_json, read_tensors
-from ..storage.format import PREFIX, exact_targets, fill, most_common, patterns, place_of, state_of, tensors_of
-from .inject import install
+from ..storage.files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
+from ..storage.format import (
+    PREFIX,
+    by_file,
+    exact_targets,
+    fill,
+    most_common,
+    patterns,
+    place_of,
+    specs_of,
+    tensors_of,
+)
+from .inject import install, refuse_model
 
 # Fields of LoraConfig that do not change what an adapter computes, or whose effect is read off the layers.
 _NEUTRAL = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -71,55 +80,54 @@ def install_lora(
 ) -> Any:
     """Injects a LoRA with PEFT's configuration and tensors into its plain base model as an iLoRA; returns the model.
     Raises AdapterError naming the source, ValueError, TypeError; the model is then as it was."""
-    modules, specs = dict(model.named_modules()), dict[str, Spec]()
-    found = [path for path in modules if place_of(f"{path}.lora_A")[1] in tensors and is_linear(modules[path])]
-    ranks = {path: _rank(source, peft, path, num_experts) for path in found}
-    alphas = {path: _alpha(source, peft, path, r) for path, r in ranks.items()}
-    for path, r in ranks.items():
-        d_in, d_out = features_of(modules[path])
-        specs[f"{path}.lora_A"] = torch.Size((r, d_in)), torch.float32
-        specs[f"{path}.lora_B"] = torch.Size((d_out, r)), torch.float32
-    saved = [path for path in _saved_paths(model, source, peft, tensors) if path not in ranks]
-    for path in saved:
-        specs |= {f"{path}.{key}": (t.shape, t.dtype) for key, t in state_of(modules[path]).items()}
-    keys = {place_of(name)[1]: spec for name, spec in specs.items()}
+    refuse_model(model)
+    adapter = build(model, "default", _config(model, source, peft, tensors, num_experts), gate)
+    expected = by_file(specs_of(adapter))[PEFT_WEIGHTS]
     base = {PREFIX + name for name in model.state_dict()}
     for key in tensors:
-        if key not in keys and key.replace(".base_layer.", ".") in base:
+        if key not in expected and key.replace(".base_layer.", ".") in base:
             raise AdapterError(
                 f"{source}: {key!r} is a weight of the base model, as PEFT adds where the vocabulary was resized; load "
                 "the adapter with PEFT and pass the PeftModel, or save it with save_embedding_layers=False"
             )
-    check_tensors(source, tensors, keys)
-    if not ranks:
+    check_tensors(source, tensors, expected)
+    fill(by_file(tensors_of(adapter))[PEFT_WEIGHTS], tensors)
+    return install(model, Injection(adapter))
+
+
+def _config(
+    model: nn.Module, source: str, peft: dict[str, Any], tensors: dict[str, Tensor], num_experts: int
+) -> ILoRAConfig:
+    """The iLoRA's, for the layers of this model that have a lora_A, in the model's order."""
+    modules = [(path, module) for path, module in model.named_modules() if path]
+    found = [path for path, module in modules if place_of(f"{path}.lora_A")[1] in tensors and is_linear(module)]
+    if not found:
         raise AdapterError(f"{source}: it has no LoRA layer of {type(model).__name__}")
-    values = {name: tensors[place_of(name)[1]] for name in specs}
-    dropout = peft.get("lora_dropout", 0.0)
+    ranks = {path: _rank(source, peft, path, num_experts) for path in found}
+    alphas = {path: _alpha(source, peft, path, r) for path, r in ranks.items()}
+    dropout, whole = peft.get("lora_dropout", 0.0), peft.get("modules_to_save") or ()
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise AdapterError(f"{source}: field 'lora_dropout': expected 0 <= p < 1, got {dropout!r}")
+    if isinstance(whole, str) or not all(isinstance(name, str) and name for name in whole):
+        raise AdapterError(f"{source}: field 'modules_to_save': expected a list of names, got {whole!r}")
+    saved = [path for path, _ in modules if path.endswith(tuple(whole)) and path not in ranks]
     r, alpha, names = most_common(ranks), most_common(alphas), exact_targets(model, found)
-    config = ILoRAConfig(
+    return ILoRAConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=float(dropout),
         num_experts=num_experts,
         target_modules=names if isinstance(names, str) else tuple(names),
-        modules_to_save=tuple(saved),
+        modules_to_save=tuple(path for path in saved if any(key.startswith(f"{PREFIX}{path}.") for key in tensors)),
         rank_pattern=patterns(ranks, r) or None,
         alpha_pattern=patterns(alphas, alpha) or None,
-        adapter_dtype=_dtype(model, found, values),
+        adapter_dtype=_dtype(model, found, tensors),
     )
-    adapter = build(model, "default", config, gate)
-    wanted, made = {*found, *saved}, {*unique_modules(adapter.layers), *unique_modules(adapter.saved)}
-    if wanted != made:
-        raise AdapterError(f"{source}: cannot tell {sorted(wanted ^ made)} from {sorted(wanted)} by name")
-    fill(tensors_of(adapter), values)
-    return install(model, Injection(adapter))
 
 
-def _dtype(model: nn.Module, paths: list[str], values: dict[str, Tensor]) -> str | None:
+def _dtype(model: nn.Module, paths: list[str], tensors: dict[str, Tensor]) -> str | None:
     """adapter_dtype under which the layers run and every value is kept; None where the base's own dtype is that."""
-    dtypes = {values[f"{path}.{part}"].dtype for path in paths for part in ("lora_A", "lora_B")}
+    dtypes = {tensor.dtype for key, tensor in tensors.items() if ".lora_" in key}
     dtypes = {dtype if dtype.itemsize > 1 else torch.float32 for dtype in dtypes}
     bases = {adapter_like(model.get_submodule(path), None).dtype for path in paths}
     kept = all(torch.promote_types(base, dtype) == base for base in bases for dtype in dtypes)
@@ -155,12 +163,3 @@ def _number(source: str, peft: dict[str, Any], name: str, path: str, pattern_nam
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e300:
         raise AdapterError(f"{source}: the {name} of {path}: expected a number, got {value!r}")
     return value
-
-
-def _saved_paths(model: nn.Module, source: str, peft: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
-    """The modules that PEFT trained whole."""
-    names = peft.get("modules_to_save") or ()
-    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
-        raise AdapterError(f"{source}: field 'modules_to_save': expected a list of names, got {names!r}")
-    meant = [path for path, _ in model.named_modules() if path.endswith(tuple(names))]
-    return [path for path in meant if any(key.startswith(f"{PREFIX}{path}.") for key in tensors)]

@@ -1,4 +1,4 @@
-"""The files of an adapter directory: written whole or not at all, and checked before anything believes them."""
+"""Writes the files of an adapter directory, all or none, and reads them with checks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from torch import Tensor
 CONFIG, GATE = "ilora_config.json", "ilora_gate.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STATE, README = "model.safetensors", "README.md"
-
-
 Spec = tuple[torch.Size, torch.dtype]  # what a tensor must be
 
 
 class AdapterError(ValueError):
-    """Files of an adapter that cannot be used: names the file, the tensor or field, what was expected and what came."""
+    """An adapter's files cannot be used. Says which file, which tensor or field, what was expected and what came."""
 
 
 def write_directory(
@@ -31,11 +29,12 @@ def write_directory(
     contents: dict[str, str | dict[str, Tensor]],
     seal: tuple[str, Callable[[dict[str, str]], str]],
 ) -> Path:
-    """Writes texts and tensors to files of these names, and last of all the seal, whose text is made from the others'
-    SHA-256 sums. A new directory appears with everything in it or not at all; in an existing one every file is complete
-    on the disk before the first takes its place. A README.md that is there already is kept, files of an earlier save
-    that this one has not are removed. Returns the directory.
+    """Writes texts and tensors to files of these names; returns the directory.
 
+    seal: the name of the file that is written last, and a function that makes its text from the others' SHA-256 sums.
+    A new directory appears with everything in it or not at all. In an existing one every file is complete on the disk
+    before the first takes its place; a README.md that is there is kept, and files of an earlier save that this one does
+    not have are removed.
     Raises: NotADirectoryError where the path is a file, OSError where it cannot be written, ImportError.
     """
     path = Path(path)
@@ -122,7 +121,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: is missing")
     try:
         tensors: dict[str, Tensor] = load(str(path))
-    except Exception as error:  # whatever a foreign parser says of bytes that may be anything
+    except Exception as error:  # whatever the parser raises for damaged bytes
         raise AdapterError(f"{path}: expected a whole safetensors file: {error}") from error
     return tensors
 

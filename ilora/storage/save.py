@@ -29,7 +29,7 @@ def save_adapter(
 
     name: which of the model's adapters; None means the active one. Dtypes are kept. A new directory appears whole or
     not at all; in an existing one complete files take the places of the old, `ilora_config.json` last, whose checksums
-    tell a mixture. PEFT reads the same directory: it computes the model under the uniform gate.
+    show a mixture of saves. PEFT reads the same directory, and computes the model under the uniform gate.
     is_main_process: False gathers what is sharded, with the other processes, and writes nothing. None means this one,
         and the first one alone where tensors are sharded (FSDP2); nobody waits for it to have written.
     Raises: ValueError for a model without iLoRA or without this adapter, AdapterError for a model of which this process
@@ -53,9 +53,9 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """What transformers' models have under this name, and its Trainer calls: `save_adapter` of the active adapter, and
-    in `model.safetensors` the same tensors by the model's own names, which is what the Trainer resumes from. There is
-    no `config.json`, so that nothing can take the directory for a whole model.
+    """The method of this name that transformers' models have and its Trainer calls. Saves the active adapter as
+    `save_adapter` does, and its tensors by the model's own names in `model.safetensors`, from which the Trainer
+    resumes. There is no `config.json`, so that nothing can take the directory for a whole model.
 
     state_dict: take the tensors from here, by the model's own names (as FSDP and DeepSpeed gather them).
     is_main_process: others gather, and write nothing. push_to_hub: then `ilora.push_adapter`, to repo_id or the
