@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from saved_cases import MODELS, adapted, assert_untouched, bert, bits, close, gpt2, llama, logits, strictly, uniform
+from saved_cases import MODELS, adapted, assert_untouched, bert, bits, close, llama, logits, strictly, uniform
 from torch import nn
 
 import ilora
@@ -174,10 +174,3 @@ def test_a_model_that_peft_refuses_keeps_its_adapter():
     assert "peft_config" not in vars(model)
     assert torch.equal(model(torch.ones(2, 8), ilora_gate=uniform()), want)
     assert isinstance(ilora.set_adapter(model, "default").ilora_gate, PromptGate)
-
-
-def test_merging_agrees_with_to_peft():
-    gate = torch.rand(4)
-    merged, model = (adapted(gpt2(), rank_pattern={"c_fc": 4}) for _ in range(2))
-    ilora.merge(merged, gate)
-    torch.testing.assert_close(logits(merged), logits(ilora.to_peft(model, gate)), rtol=1e-5, atol=1e-5)
