@@ -7,6 +7,9 @@ from torch import nn
 
 import ilora
 from ilora import ILoRAConfig, SequenceGate
+from ilora.adapter.record import Injection
+from ilora.adapter.switch import build
+from ilora.model.inject import install
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "ilora_config.json", "ilora_gate.safetensors")
 
@@ -80,6 +83,11 @@ def adapted(model, gate=None, *, name="default", std=0.1, **config):
     """The model with an adapter all of whose floating tensors are normal, and buffers that are not fresh."""
     ilora.inject(model, ILoRAConfig(**{"r": 8, "num_experts": 4, "lora_alpha": 16, **config}), gate, name=name)
     return randomise(model, std).eval()
+
+
+def as_from_a_file(model, config):
+    """The model with an adapter whose config is taken as it stands."""
+    return install(model, Injection(build(model, "default", config, None)))
 
 
 def randomise(model, std=0.1):

@@ -1,29 +1,22 @@
 """A save that fails leaves what was there, or nothing; one cut short between two files is noticed."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
-from saved_cases import (
-    adapted,
-    assert_same_state,
-    assert_untouched,
-    bits,
-    llama,
-    randomise,
-)
+from saved_cases import adapted, assert_same_state, assert_untouched, bits, llama, randomise
 
 import ilora
 from ilora import AdapterError, SequenceGate
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("transformers")
 
 
+@contextmanager
 def failing(monkeypatch, function, after):
-    """os.<function> or safetensors' save_file fails as on a full disk at its n-th call."""
-    import safetensors.torch
-
-    owner = safetensors.torch if function == "save_file" else os
+    """In this block os.<function> or safetensors' save_file fails as on a full disk, after so many calls."""
+    owner = safetensors if function == "save_file" else os
     real, calls = getattr(owner, function), []
 
     def fake(*args, **kwargs):
@@ -35,37 +28,42 @@ def failing(monkeypatch, function, after):
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(owner, function, fake)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, fake)
+        with pytest.raises(OSError, match="No space left"):
+            yield
 
 
-@pytest.mark.parametrize(("function", "after"), [("save_file", 0), ("save_file", 1), ("fsync", 3), ("rename", 0)])
-def test_a_failed_save_leaves_no_new_directory(tmp_path, monkeypatch, function, after):
-    model = adapted(llama(layers=1), SequenceGate(6, 4))
-    failing(monkeypatch, function, after)
-    with pytest.raises(OSError, match="No space left"):
+@pytest.fixture
+def model():
+    return adapted(llama(layers=1), SequenceGate(6, 4))
+
+
+FAILURES = [("save_file", 0), ("save_file", 1), ("fsync", 3)]
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, ("rename", 0)])
+def test_a_failed_save_leaves_no_new_directory(tmp_path, monkeypatch, model, failure):
+    with failing(monkeypatch, *failure):
         ilora.save_adapter(model, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("function", "after"), [("save_file", 0), ("save_file", 1), ("fsync", 3), ("replace", 0)])
-def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, function, after):
-    model = adapted(llama(layers=1), SequenceGate(6, 4))
+@pytest.mark.parametrize("failure", [*FAILURES, ("replace", 0)])
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, model, failure):
     path = ilora.save_adapter(model, tmp_path / "a")
     (path / "README.md").write_text("mine")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     randomise(model, std=0.2)
-    with monkeypatch.context() as patch:
-        failing(patch, function, after)
-        with pytest.raises(OSError, match="No space left"):
-            ilora.save_adapter(model, path)
+    with failing(monkeypatch, *failure):
+        ilora.save_adapter(model, path)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     ilora.save_adapter(model, path)
     assert_same_state(ilora.load_adapter(llama(layers=1), path).state_dict(), model.state_dict())
     assert (path / "README.md").read_text() == "mine"
 
 
-def test_a_directory_that_appears_meanwhile_is_written_into(tmp_path, monkeypatch):
-    model = adapted(llama(layers=1), SequenceGate(6, 4))
+def test_a_directory_that_appears_meanwhile_is_written_into(tmp_path, monkeypatch, model):
     real = os.rename
 
     def late(source, target):  # another process saves to the same name
@@ -80,8 +78,7 @@ def test_a_directory_that_appears_meanwhile_is_written_into(tmp_path, monkeypatc
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_an_earlier_save_left_is_removed_and_nothing_else(tmp_path):
-    model = adapted(llama(layers=1), SequenceGate(6, 4))
+def test_what_an_earlier_save_left_is_removed_and_nothing_else(tmp_path, model):
     path = tmp_path / "a"
     model.save_pretrained(path)
     (path / "trainer_state.json").write_text("{}")
@@ -113,15 +110,12 @@ def test_fragments_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_save_cut_short_between_two_files_is_noticed(tmp_path, monkeypatch, after):
-    model = adapted(llama(layers=1), SequenceGate(6, 4))
+def test_a_save_cut_short_between_two_files_is_noticed(tmp_path, monkeypatch, model, after):
     path = ilora.save_adapter(model, tmp_path / "a")
     ilora.eject(model)
     adapted(model, SequenceGate(6, 4), std=0.3, lora_alpha=8)
-    with monkeypatch.context() as patch:
-        failing(patch, "replace", after)
-        with pytest.raises(OSError, match="No space left"):
-            ilora.save_adapter(model, path)
+    with failing(monkeypatch, "replace", after):
+        ilora.save_adapter(model, path)
     assert not [file for file in path.iterdir() if file.name.startswith(".")]
     fresh = llama(layers=1)
     before = bits(fresh)

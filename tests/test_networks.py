@@ -18,6 +18,7 @@ from ilora.gates.pooling import masked_mean
 
 KINDS = ["dense", "topk", "mlp", "noisy"]
 LN2 = math.log(2)
+X, MASK = torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)
 
 
 def with_weight(net, weight):
@@ -34,18 +35,12 @@ def random_gate(kind, **settings):
     return net
 
 
-# -- SequenceGate ------------------------------------------------------------------------------------------------------
-
-
-def test_dense_is_the_softmax_of_a_product():
+def test_dense_is_the_softmax_of_a_product_over_the_temperature():
     net = with_weight(SequenceGate(2, 2), [[[LN2, 0.0], [0.0, LN2]]])
     gate = net(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]))
     torch.testing.assert_close(gate, torch.tensor([[2 / 3, 1 / 3], [1 / 5, 4 / 5], [1 / 2, 1 / 2]]))
     assert gate.dtype == torch.float32
     assert gate.is_contiguous()
-
-
-def test_temperature_divides_the_logits():
     net = with_weight(SequenceGate(1, 2, temperature=0.5), [[[LN2], [0.0]]])
     torch.testing.assert_close(net(torch.ones(1, 1)), torch.tensor([[4 / 5, 1 / 5]]))
 
@@ -68,17 +63,16 @@ def test_mlp_is_two_layers():
     torch.testing.assert_close(net(torch.ones(1, 1)), torch.tensor([[expected, 1 - expected]]))
 
 
-def test_mlp_hidden_width_is_bounded():
-    assert SequenceGate(64, 4, "mlp").weight.shape == (1, 4, 64)
-    assert SequenceGate(3, 4, "mlp").weight.shape == (1, 4, 16)
-    assert SequenceGate(4096, 4, "mlp").weight.shape == (1, 4, 256)
+@pytest.mark.parametrize(("z_dim", "width"), [(64, 64), (3, 16), (4096, 256)])
+def test_mlp_hidden_width_is_bounded(z_dim, width):
+    assert SequenceGate(z_dim, 4, "mlp").weight.shape == (1, 4, width)
 
 
-def test_noise_in_training_only():
-    net, z = SequenceGate(3, 4, "noisy"), torch.randn(2, 3)
+@pytest.mark.parametrize("net", [lambda: SequenceGate(5, 4, "noisy"), lambda: SequenceGate(5, 4, dropout=0.5)])
+def test_noise_and_dropout_in_training_only(net):
+    net, z = net(), torch.randn(8, 5)
     assert not torch.equal(net(z), net(z))
-    net.eval()
-    assert torch.equal(net(z), net(z))
+    assert torch.equal(net.eval()(z), net(z))
     assert torch.equal(net(z), (z @ net.weight[0].T).softmax(-1))
 
 
@@ -88,18 +82,8 @@ def test_noise_has_the_scale_of_a_softplus():
     gate = net(torch.ones(20_000, 1))  # noise_weight is 0: each logit has std softplus(0) = ln 2
     logits = (gate[:, 0] / gate[:, 1]).log().detach()
     assert float(logits.std()) == pytest.approx(LN2 * 2**0.5, rel=0.03)
-
-
-def test_noise_scale_is_learned():
-    net = SequenceGate(3, 4, "noisy")
-    net(torch.randn(2, 3))[:, 0].sum().backward()
+    gate[:, 0].sum().backward()
     assert net.noise_weight.grad.abs().sum() > 0
-
-
-def test_dropout_in_training_only():
-    net, z = random_gate("dense", dropout=0.5), torch.randn(8, 5)
-    assert not torch.equal(net(z), net(z))
-    assert torch.equal(net.eval()(z), net(z))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,19 +151,6 @@ def test_autocast_does_not_reach_it(kind):
         assert torch.equal(net(z), expected)
 
 
-def test_refuses_another_z():
-    net = SequenceGate(5)
-    with pytest.raises(ValueError, match=r"z: expected \[N, z_dim=5\], got \[2, 4\]"):
-        net(torch.randn(2, 4))
-    with pytest.raises(ValueError, match=r"z: expected .* got \[5\]"):
-        net(torch.randn(5))
-    with pytest.raises(TypeError, match=r"z: expected a float tensor, got torch.int64"):
-        net(torch.ones(2, 5, dtype=torch.int64))
-
-
-# -- bind and settings -------------------------------------------------------------------------------------------------
-
-
 def test_bind_keeps_what_fits():
     net = SequenceGate(5)
     weight = net.weight
@@ -200,8 +171,6 @@ def test_bind_keeps_what_fits():
 
 def test_bind_builds_what_waited():
     net = PromptGate(kind="noisy", per_layer=True).to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="hidden_size"):
-        net(torch.randn(1, 2, 8), torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="hidden_size"):
         net.bind(4, 3)
     net.bind(4, 3, 8)
@@ -240,36 +209,36 @@ def test_settings_round_trip(net, bound):
     assert repr(again) == repr(net)
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        (None, "dict"),
-        ({}, "got None"),
-        ({"type": "Nope"}, "SequenceGate, PromptGate, UniformGate, got 'Nope'"),
-        ({"type": ["SequenceGate"]}, "got"),
-        ({"type": "SequenceGate"}, "z_dim"),
-        ({"type": "SequenceGate", "z_dim": 4, "evil": 1}, "evil"),
-        ({"type": "SequenceGate", "z_dim": "4"}, "z_dim: expected an integer >= 1, got '4'"),
-        ({"type": "SequenceGate", "z_dim": True}, "z_dim"),
-        ({"type": "SequenceGate", "z_dim": 10**6, "num_experts": 10**6}, "weights"),
-        ({"type": "SequenceGate", "z_dim": 10**400}, "z_dim"),
-        ({"type": "SequenceGate", "z_dim": 4, "kind": "sparse"}, "kind: expected one of dense, topk, mlp, noisy"),
-        ({"type": "SequenceGate", "z_dim": 4, "kind": ["dense"]}, "kind"),
-        ({"type": "SequenceGate", "z_dim": 4, "kind": "topk", "top_k": 5}, "top_k"),
-        ({"type": "SequenceGate", "z_dim": 4, "top_k": 0}, "top_k"),
-        ({"type": "SequenceGate", "z_dim": 4, "hidden_dim": 0}, "hidden_dim"),
-        ({"type": "SequenceGate", "z_dim": 4, "temperature": 0}, "temperature"),
-        ({"type": "SequenceGate", "z_dim": 4, "temperature": math.nan}, "temperature"),
-        ({"type": "SequenceGate", "z_dim": 4, "dropout": 1.0}, "dropout"),
-        ({"type": "SequenceGate", "z_dim": 4, "balance": math.inf}, "balance"),
-        ({"type": "SequenceGate", "z_dim": 4, "per_layer": 1}, "per_layer"),
-        ({"type": "SequenceGate", "z_dim": 4, "num_layers": 2}, "num_layers"),
-        ({"type": "PromptGate", "hidden_size": 0}, "hidden_size"),
-        ({"type": "PromptGate", "min_tokens": -1}, "min_tokens"),
-        ({"type": "UniformGate", "num_experts": 0}, "num_experts"),
-        ({"type": "UniformGate", 3: 4}, "string"),
-    ],
-)
+BAD = {  # of SequenceGate
+    "z_dim": ("4", True, 0, 10**400),
+    "num_experts": (0, 2**31),
+    "kind": ("sparse", ["dense"]),
+    "top_k": (0, 1.5),
+    "hidden_dim": (0,),
+    "temperature": (0, math.nan),
+    "dropout": (1.0,),
+    "balance": (math.inf,),
+    "per_layer": (1,),
+    "num_layers": (2,),
+}
+BAD_SETTINGS = [
+    *(({"type": "SequenceGate", "z_dim": 4, key: value}, f"^{key}: expected") for key in BAD for value in BAD[key]),
+    ({"type": "SequenceGate", "z_dim": 4, "kind": "topk", "top_k": 5}, "top_k: expected an integer from 1 to"),
+    ({"type": "SequenceGate", "z_dim": 10**6, "num_experts": 10**6}, "weights"),
+    ({"type": "SequenceGate", "z_dim": 4, "evil": 1}, "evil"),
+    ({"type": "SequenceGate"}, "z_dim"),
+    ({"type": "PromptGate", "hidden_size": 0}, "hidden_size: expected None or an integer >= 1, got 0"),
+    ({"type": "PromptGate", "min_tokens": -1}, "min_tokens: expected an integer >= 0, got -1"),
+    ({"type": "UniformGate", "num_experts": 0}, "num_experts: expected"),
+    ({"type": "UniformGate", 3: 4}, "string"),
+    ({"type": "Nope"}, "SequenceGate, PromptGate, UniformGate, got 'Nope'"),
+    ({"type": ["SequenceGate"]}, "got"),
+    ({}, "got None"),
+    (None, "dict"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BAD_SETTINGS)
 def test_settings_from_a_file_are_not_trusted(settings, words):
     with pytest.raises(ValueError, match=words):
         gate_from_settings(settings)
@@ -280,9 +249,6 @@ def test_uniform():
     assert UniformGate(4)(2, torch.device("cpu")).tolist() == [[0.25] * 4] * 2
     assert UniformGate(1)(1).tolist() == [[1.0]]
     assert not list(UniformGate().parameters())
-
-
-# -- PromptGate --------------------------------------------------------------------------------------------------------
 
 
 def test_prompt_gate_by_hand():
@@ -335,39 +301,40 @@ def test_prompt_gate_gradients(segments):
     assert x.grad.abs().sum() == 0  # not nan: nothing was read
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_sums_in_float32(packed):
+@pytest.mark.parametrize("segments", [None, torch.tensor([0, 3, 6], dtype=torch.int32)])
+def test_prompt_gate_computes_in_float32(segments):
+    net, x = PromptGate(4, hidden_size=8), X.bfloat16()
+    expected = net(x.float(), MASK)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(net(x, MASK), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(net(x, MASK, segments), expected)
     x = torch.full((1, 4096, 1), 1.0, dtype=torch.bfloat16)
     x[0, 1::2] = 1 / 128  # a bfloat16 sum would stick at 256
-    segments = torch.tensor([0, 4096]) if packed else None
-    mean = masked_mean(x, torch.ones(1, 4096, dtype=torch.bool), segments, torch.float32)
-    assert mean.item() == (1 + 1 / 128) / 2
+    ends = None if segments is None else torch.tensor([0, 4096])
+    assert masked_mean(x, torch.ones(1, 4096, dtype=torch.bool), ends, torch.float32).item() == (1 + 1 / 128) / 2
 
 
-def test_prompt_gate_under_autocast_and_in_bfloat16():
-    net = PromptGate(4, hidden_size=8)
-    x, mask = torch.randn(2, 3, 8).bfloat16(), torch.ones(2, 3, dtype=torch.bool)
-    expected = net(x.float(), mask)
-    assert expected.dtype == torch.float32
-    torch.testing.assert_close(net(x, mask), expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        packed = net(x, mask, torch.tensor([0, 3, 6], dtype=torch.int32))
-    torch.testing.assert_close(packed, expected)
+REFUSED = [  # (function, its arguments, error, message)
+    (SequenceGate(5), (torch.randn(2, 4),), ValueError, r"z: expected \[N, z_dim=5\], got \[2, 4\]"),
+    (SequenceGate(5), (torch.randn(5),), ValueError, r"z: expected .* got \[5\]"),
+    (SequenceGate(5), (torch.ones(2, 5, dtype=torch.int64),), TypeError, "z: expected a float tensor, got torch.int64"),
+    (SequenceGate(5), ([1.0],), TypeError, "z: expected a float tensor .* got list"),
+    (PromptGate(), (X, MASK), RuntimeError, "hidden_size is not known yet"),
+    (PromptGate(4, hidden_size=8), (X[..., :4], MASK), ValueError, r"expected \[B, L, H=8\], got \[2, 3, 4\]"),
+    (PromptGate(4, hidden_size=8), (X[0], MASK), ValueError, r"got \[3, 8\]"),
+    (PromptGate(4, hidden_size=8), (X, MASK[:, :2]), ValueError, r"mask \[B, L\], got .* \[2, 2\]"),
+    (PromptGate(4, hidden_size=8), (X, MASK.long()), TypeError, r"bool mask, got .* torch.int64"),
+    (prompt_mask, (torch.ones(1, 1, 4, 4), None, (1, 4)), ValueError, r"got \[1, 1, 4, 4\]; pass ilora_prompt_mask"),
+    (prompt_mask, (None, torch.ones(2), (2, 4)), ValueError, r"labels: expected \[B, L\] = \[2, 4\], got \[2\]"),
+    (prompt_mask, ({"full": None}, None, (2, 4)), ValueError, "attention_mask: .* got dict"),
+]
 
 
-def test_prompt_gate_refuses_other_inputs():
-    net, mask = PromptGate(4, hidden_size=8), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"embeddings: expected \[B, L, H=8\], got \[2, 3, 4\]"):
-        net(torch.randn(2, 3, 4), mask)
-    with pytest.raises(ValueError, match=r"got \[3, 8\]"):
-        net(torch.randn(3, 8), mask)
-    with pytest.raises(ValueError, match=r"mask \[B, L\], got .* \[2, 3\]"):
-        net(torch.randn(2, 4, 8), mask)
-    with pytest.raises(TypeError, match=r"bool mask, got .* torch.int64"):
-        net(torch.randn(2, 3, 8), mask.long())
-
-
-# -- prompt_mask -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("function", "arguments", "error", "words"), REFUSED)
+def test_refusals_name_the_argument(function, arguments, error, words):
+    with pytest.raises(error, match=words):
+        function(*arguments)
 
 
 def bits(mask):
@@ -424,18 +391,6 @@ def test_mask_of_packed_rows():
     assert bits(two) == ["1100" + "1", "11" + "110"]
     empty_ends = torch.tensor([0, 0, 10, 10])
     assert bits(prompt_mask(None, packed, (1, 10), 1, empty_ends)) == ["1100000000"]
-
-
-def test_mask_refuses_other_shapes():
-    with pytest.raises(ValueError, match=r"attention_mask: .* got \[1, 1, 4, 4\]; pass ilora_prompt_mask"):
-        prompt_mask(torch.ones(1, 1, 4, 4), None, (1, 4))
-    with pytest.raises(ValueError, match=r"labels: expected \[B, L\] = \[2, 4\], got \[2\]"):
-        prompt_mask(None, torch.ones(2), (2, 4))
-    with pytest.raises(ValueError, match="attention_mask: .* got dict"):
-        prompt_mask({"full": None}, None, (2, 4))
-
-
-# -- compilation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

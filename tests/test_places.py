@@ -140,7 +140,7 @@ def test_running_statistics_of_a_gate_network_are_its_own():
         def forward(self, z):
             return self.norm(z).softmax(-1)
 
-    model = ilora.inject(nn.Sequential(nn.Linear(8, 8)), gate=Normed())
+    model = ilora.inject(Places(), gate=Normed())
     model.train()(X, ilora_z=torch.randn(len(X), 4))
     assert model.ilora_gate.norm.num_batches_tracked == 1
 

@@ -137,8 +137,10 @@ def test_an_adapter_is_what_it_was(case, tmp_path):
 def test_values_are_overwritten_and_the_base_comes_back(case):
     arguments, output, how = expected(case)
     model = loaded(case)
+    where = {name: id(parameter) for name, parameter in model.named_parameters()}
     overwrite(model, files_of(case))
     assert ilora.load_adapter(model, case) is model
+    assert where == {name: id(parameter) for name, parameter in model.named_parameters()}  # an optimizer keeps them
     assert_holds(model, files_of(case))
     plain = ilora.eject(model)
     assert_same_state(plain.state_dict(), base_for(case, how).state_dict())

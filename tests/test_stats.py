@@ -38,8 +38,11 @@ def test_balance_loss_gradients():
 
 
 def test_refuses_what_is_no_gate():
-    for wrong in (torch.rand(4), torch.rand(0, 4), torch.rand(1, 2, 3, 4), torch.ones(2, 4, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="gate: expected"):
+    for wrong in (torch.rand(4), torch.rand(0, 4), torch.rand(1, 2, 3, 4)):
+        with pytest.raises(ValueError, match=r"gate: expected \[N, E\] or \[G, N, E\], not empty, got \["):
+            balance_loss(wrong)
+    for wrong, got in ((torch.ones(2, 4, dtype=torch.int64), "torch.int64"), ([[1.0]], "list")):
+        with pytest.raises(TypeError, match=f"gate: expected .* a float tensor, got {got}"):
             balance_loss(wrong)
 
 

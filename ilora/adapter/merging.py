@@ -1,4 +1,4 @@
-"""One gate folded into the weights, for serving one user at the frozen model's cost."""
+"""Adds the update under one gate to the weights, to serve one user at the frozen model's cost."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from ..base_layers import is_conv1d, offloading_to
+from ..gates.checks import one_gate
 from ..layer import ILoRALinear
 from .record import Injection, changeable, ilora_layers, injected
 
 
 def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
     """W ← W + s Σ_e g_e B_e A_e in every adapted layer, for one gate [E] or [1, E] (or [blocks, 1, E]); returns the
-    model, which then runs without a gate.
+    model, which then runs without a gate. Sums in float32 or wider and rounds once.
 
-    keep_base: keep the weights as they were beside the merged ones, so that `unmerge` brings back every bit; False
-    saves that memory, layer by layer, and makes the merge final (`ilora.eject` then gives a plain model with the merged
-    weights, and with the modules that were trained whole). Sums in float32 or wider and rounds once.
+    keep_base: keep the old weights too, so that `unmerge` brings back every bit. False saves that memory, layer by
+        layer, and makes the merge final: `ilora.eject` then gives a plain model with the merged weights and with the
+        modules that were trained whole.
     Raises ValueError for a batch of gates, for a quantised base or one whose weight is computed (weight_norm), and
-    where a gate is merged already or the adapter disabled; nothing is changed then. Out of memory changes nothing
-    either, but for layers merged before it with keep_base=False, whose weights are gone.
+    where a gate is merged already or the adapter is disabled; nothing is changed then. Running out of memory changes
+    nothing either, except that layers merged before with keep_base=False stay merged.
     """
     injection, layers = changeable(model, "merge"), ilora_layers(model)
-    E, blocks = injection.config.num_experts, len(injection.adapter.blocks)
-    if not isinstance(gate, Tensor) or not gate.is_floating_point():
-        raise TypeError(f"merge: expected one user's gate, a float tensor [{E}], got {type(gate).__name__}")
-    if gate.shape not in ((E,), (1, E), (blocks, 1, E)):
-        raise ValueError(
-            f"merge: expected one user's gate, [{E}] or [1, {E}], or [{blocks}, 1, {E}], got {list(gate.shape)}"
-        )
+    gate = one_gate(gate, injection.config.num_experts, len(injection.adapter.blocks), "merge")
     for path, layer in layers.items():
         _refuse_unfit(path, layer.base_layer)
     try:
@@ -91,7 +86,12 @@ def _refuse_unfit(path: str, base: nn.Module) -> None:
 def _merged_weight(layer: ILoRALinear, gate: Tensor) -> Tensor:
     weight: Tensor = layer.base_layer.weight  # type: ignore[assignment]
     wide = torch.promote_types(torch.promote_types(weight.dtype, layer.lora_A.dtype), torch.float32)
-    own = layer.own_gate((gate[layer.gate_index] if gate.dim() == 3 else gate.reshape(1, -1)).to(weight.device))
-    ranks = (layer.scaling * own[0].to(wide)).repeat_interleave(layer.r // layer.num_experts)
+    ranks = layer.scaling * weights_of_ranks(layer, gate, weight.device, wide)
     update = (layer.lora_B.to(wide) * ranks) @ layer.lora_A.to(wide)
     return (weight.to(wide) + (update.T if is_conv1d(layer.base_layer) else update)).to(weight.dtype)
+
+
+def weights_of_ranks(layer: ILoRALinear, gate: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[R] weights, without the scaling, that `one_gate`'s gate gives to the ranks of a layer."""
+    row = gate[layer.gate_index if len(gate) > 1 else 0]
+    return layer.own_gate(row[None].to(device, dtype))[0].repeat_interleave(layer.r // layer.num_experts)

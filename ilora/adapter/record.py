@@ -15,10 +15,11 @@ from .config import ILoRAConfig
 
 @dataclass
 class Adapter:
-    """One set of updates: the layers by path (each with the frozen layer it stands for), the modules trained whole by
-    path, the gate network, and the blocks that have a gate each, in order. In the model, or kept beside it.
+    """One set of updates, in the model or kept beside it.
 
-    dtype: the frozen model's when the adapter was taken out of it."""
+    blocks: the paths of the blocks that have a gate each, in order. layers: by path; each holds the frozen layer that
+    it wraps. saved: the modules trained whole, by path. dtype: the frozen model's when the adapter was taken out.
+    """
 
     name: str
     config: ILoRAConfig
@@ -33,28 +34,27 @@ class Adapter:
 class Injection:
     """What `inject` has done to a model, so that it can be undone.
 
-    adapter: the one in the model. others: those kept beside it, by name. originals: the frozen modules that
-    modules_to_save took the place of; dtype: the frozen model's at that time. trainable: the parameters that were
-    trainable. tied: transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
-    weights; unmerged: the weights before. hook: the handle of the
-    model's hook that puts the gate in force.
-    share_inputs: whether layers share their input. norms: those of `frozen_norms` that were in the model's mode.
-    packing: the modules that would pack their weights for inference, and may not (bases.keep_unpacked).
+    adapter: the active one. others: those kept beside it, by name. share_inputs: whether layers share their input.
+    originals: the frozen modules whose places the modules trained whole have taken; dtype: the frozen model's then.
+    tied: entries of transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
+    weights; unmerged: the weights before. Of the model before `inject`: trainable, its parameters that were; norms,
+    those of `frozen_norms` in its own mode; packing, the modules that would pack their weights (`keep_unpacked`).
+    hook: the handle of the model's hook that puts the gate in force.
     """
 
-    state: GateState
-    trainable: list[str]
     adapter: Adapter
+    share_inputs: bool = False
+    state: GateState = field(default_factory=GateState)
     others: dict[str, Adapter] = field(default_factory=dict)
     originals: dict[str, nn.Module] = field(default_factory=dict)
     dtype: torch.dtype | None = None
     tied: dict[str, Any] = field(default_factory=dict)
     merged: bool = False
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
-    hook: Any = None
-    share_inputs: bool = False
-    packing: list[nn.Module] = field(default_factory=list)
+    trainable: set[str] = field(default_factory=set)
     norms: list[nn.Module] = field(default_factory=list)
+    packing: list[nn.Module] = field(default_factory=list)
+    hook: Any = None
 
     @property
     def config(self) -> ILoRAConfig:
@@ -94,6 +94,27 @@ def refuse_wrapped(model: Any) -> None:
         inner = getattr(model, name, None)
         if isinstance(inner, nn.Module):
             raise ValueError(f"{type(model).__name__} wraps a {type(inner).__name__}: give that one, model.{name}")
+
+
+def find_adapter(model: Any, name: str | None = None) -> Adapter:
+    """The adapter of this name, None for the active one. Raises ValueError where there is no such adapter."""
+    injection = injected(model)
+    if name is None or name == injection.adapter.name:
+        note_replaced_modules(model)
+        return injection.adapter
+    if name not in injection.others:
+        raise ValueError(f"there is no adapter {name!r}; the model has {adapters(model)}")
+    return injection.others[name]
+
+
+def note_replaced_modules(model: Any) -> None:
+    """Records what others have put in the place of a module trained whole, as resize_token_embeddings does with a
+    head."""
+    saved, originals = model.ilora.adapter.saved, model.ilora.originals
+    for path in saved:
+        module = model.get_submodule(path)
+        if module is not originals.get(path):  # as inside disable_adapter
+            saved[path] = module
 
 
 def adapters(model: Any) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from ..base_layers import is_linear
-from ..layer import ILoRALinear
 from .config import ALL_LINEAR, PATTERNS, ILoRAConfig
 
 
@@ -25,30 +24,19 @@ def named(path: str, names: str | Iterable[str]) -> bool:
     return any(ends(path, name) for name in names)
 
 
-def inside(path: str, names: tuple[str, ...]) -> bool:
-    """Whether the module at the path, or one that it is a part of, is named."""
-    parts = path.split(".")
-    return any(named(".".join(parts[: i + 1]), names) for i in range(len(parts)))
+def one_by_one(names: str | tuple[str, ...]) -> list[str | tuple[str, ...]]:
+    """Each of the names as `named` takes it: a string is one expression."""
+    return [names] if isinstance(names, str) else [(name,) for name in names]
 
 
-def patterned(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first key that means the path."""
-    return next((value for key, value in (patterns or {}).items() if _means(key, path)), default)
-
-
-def _means(key: str, path: str) -> bool:
+def _has_pattern(path: str, key: str) -> bool:
     return ends(path, key) or re.fullmatch(rf"(.*\.)?({key})", path) is not None
 
 
-def _means_any(key: str, paths: list[str]) -> bool:
-    # The endings first, and one expression for all: files have a key for each of hundreds of layers.
-    return any(ends(path, key) for path in paths) or any(map(re.compile(rf"(.*\.)?({key})").fullmatch, paths))
-
-
-def block_of(path: str) -> str | None:
-    """The block that a module belongs to, such as "model.layers.3": its path up to the first number."""
+def block_of(path: str) -> str:
+    """The block that a module belongs to, such as "model.layers.3": its path up to the first number, "" without one."""
     match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
-    return match.group() if match else None
+    return match.group() if match else ""
 
 
 def index_of(path: str) -> int | None:
@@ -57,82 +45,21 @@ def index_of(path: str) -> int | None:
     return int(block.rsplit(".", 1)[-1]) if block else None
 
 
-def nothing_matched(model: nn.Module, config: ILoRAConfig) -> str:
-    """Why there is nothing to adapt."""
-    kind, blocks = type(model).__name__, config.layers_to_transform
-    if is_linear(model) and not _linear(model):
-        return (
-            f"model: this {kind} is a linear layer itself, which has no place to be replaced in; wrap it: "
-            "layer = ilora.ILoRALinear(linear, r=8, num_experts=4), then layer(x, gate=g)"
-        )
-    text = (
-        f"no module of {kind} matches target_modules={config.target_modules!r} with "
-        f"exclude_modules={config.exclude_modules!r}, layers_to_transform={blocks}; {_endings(model)}"
-    )
-    if config.modules_to_save:
-        text += f"; trained whole instead: {', '.join(config.modules_to_save)} (exclude_modules leaves them out)"
-    if blocks is not None:
-        text += f"; {_blocks(model)}"
-    if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
-        text += (
-            "; a string is one regular expression for a module's whole path: give a list for path endings, such as "
-            f'["q_proj"], or "{ALL_LINEAR}"'
-        )
-    return text
-
-
-def refuse_unmatched(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> None:
-    """Raises ValueError for names that mean no module of the model, patterns that mean none of the targets, and blocks
-    that are not there: one that is misspelt would do nothing, beside others that do."""
-    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
-    for field in ("target_modules", "exclude_modules"):
-        names = getattr(config, field)
-        each = [names] if isinstance(names, str) else [(name,) for name in names]
-        lost = [name for name in each if name not in ("", ALL_LINEAR) and not any(named(path, name) for path in paths)]
-        if lost:
-            shown = ", ".join(repr(name if isinstance(name, str) else name[0]) for name in lost)
-            raise ValueError(f"{field}: no module of {type(model).__name__} matches {shown}; {_endings(model)}")
-    present = {index_of(path) for path in _linear(model)}
-    absent = [str(index) for index in config.layers_to_transform or () if index not in present]
-    if absent:
-        raise ValueError(f"layers_to_transform: there is no block {', '.join(absent)}; {_blocks(model)}")
-    for field in PATTERNS:
-        lost = [key for key in getattr(config, field) or {} if not _means_any(key, targets)]
-        if lost:
-            adapted = sorted({path.rsplit(".", 1)[-1] for path in targets})
-            raise ValueError(
-                f"{field}: {', '.join(map(repr, lost))} matches none of the adapted layers, which end in "
-                f"{', '.join(adapted)}"
-            )
-
-
-def _linear(model: nn.Module) -> list[str]:
-    return [path for path, module in model.named_modules() if path and is_linear(module)]
-
-
-def _endings(model: nn.Module) -> str:
-    names = sorted({path.rsplit(".", 1)[-1] for path in _linear(model)})
-    return f"its linear layers end in {', '.join(names) or 'nothing: it has none'}"
-
-
-def _blocks(model: nn.Module) -> str:
-    found = sorted({index for index in map(index_of, _linear(model)) if index is not None})
-    run = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
-    shown = f"{found[0]} to {found[-1]}" if run else ", ".join(map(str, found))
-    return f"its blocks are {shown}" if found else "it has no blocks"
-
-
 def layer_settings(config: ILoRAConfig, path: str) -> dict[str, Any]:
-    """r, num_experts and lora_alpha of the module at this path, its patterns applied.
+    """r, num_experts and lora_alpha of the module at this path: of each pattern, the first key that means the path.
     Raises ValueError where they do not fit each other."""
-    r = patterned(config.rank_pattern, path, config.r)
-    experts = patterned(config.expert_pattern, path, config.num_experts)
+    settings: dict[str, Any] = {"r": config.r, "num_experts": config.num_experts, "lora_alpha": config.lora_alpha}
+    patterns = (config.rank_pattern, config.expert_pattern, config.alpha_pattern)
+    for name, pattern in zip(settings, patterns, strict=True):
+        own = (value for key, value in (pattern or {}).items() if _has_pattern(path, key))
+        settings[name] = next(own, settings[name])
+    r, experts = settings["r"], settings["num_experts"]
     if config.num_experts % experts or r % experts:
         raise ValueError(
             f"{path}: r={r} and num_experts={experts} from the patterns; the experts must divide r, and "
             f"the config's num_experts={config.num_experts}"
         )
-    return {"r": r, "num_experts": experts, "lora_alpha": patterned(config.alpha_pattern, path, config.lora_alpha)}
+    return settings
 
 
 def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
@@ -145,7 +72,9 @@ def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         if not path or (config.layers_to_transform is not None and index_of(path) not in config.layers_to_transform):
             continue
-        if named(path, config.exclude_modules) or inside(path, config.modules_to_save):
+        parts = path.split(".")
+        inside = any(named(".".join(parts[: i + 1]), config.modules_to_save) for i in range(len(parts)))
+        if inside or named(path, config.exclude_modules):
             continue
         wanted = is_linear(module) and module is not head if everything else named(path, config.target_modules)
         if wanted and targets and path.startswith(targets[-1] + "."):
@@ -154,23 +83,85 @@ def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
             _refuse_unfit(model, path, module)
             targets.append(path)
     if not targets:
-        raise ValueError(nothing_matched(model, config))
+        raise ValueError(_nothing_matched(model, config))
     return targets
 
 
 def _refuse_unfit(model: nn.Module, path: str, module: nn.Module) -> None:
-    if isinstance(module, ILoRALinear):
-        raise ValueError(f"{path}: it is an ILoRALinear already")
     if not is_linear(module):
         raise ValueError(
             f"{path}: target_modules matches this {type(module).__name__}, which is no linear layer; "
             "make the name longer, or list it in exclude_modules"
         )
-    parent = model.get_submodule(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention):
         raise ValueError(f"{path}: nn.MultiheadAttention reads this weight without calling the layer; exclude it")
     if re.search(r"(^|\.)experts\.\w*\d+(\.|$)", path):
         raise ValueError(
             f"{path}: an expert of a sparse mixture sees a routed part of the rows, so a gate for each instance cannot "
             r"be mapped to them; leave the experts out, e.g. exclude_modules=r'.*\.experts\..*'"
         )
+
+
+def _nothing_matched(model: nn.Module, config: ILoRAConfig) -> str:
+    kind, blocks, targets = type(model).__name__, config.layers_to_transform, config.target_modules
+    if is_linear(model) and not _linear(model):
+        return (
+            f"model: this {kind} is a linear layer itself, which has no place to be replaced in; wrap it: "
+            "layer = ilora.ILoRALinear(linear, r=8, num_experts=4), then layer(x, gate=g)"
+        )
+    text = (
+        f"no module of {kind} matches target_modules={targets!r} with exclude_modules={config.exclude_modules!r}, "
+        f"layers_to_transform={blocks}; {_endings(model)}"
+    )
+    if config.modules_to_save:
+        text += f"; trained whole instead: {', '.join(config.modules_to_save)} (exclude_modules leaves them out)"
+    if blocks is not None:
+        text += f"; {_blocks(model)}"
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        text += (
+            "; a string is one regular expression for a module's whole path: give a list for path endings, such as "
+            f'["q_proj"], or "{ALL_LINEAR}"'
+        )
+    return text
+
+
+def refuse_unmatched(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> None:
+    """Raises ValueError for names that mean no module of the model, patterns that mean none of the targets, and blocks
+    that are not there: a misspelt one would do nothing, beside others that do something."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    for field in ("target_modules", "exclude_modules"):
+        names = [name for name in one_by_one(getattr(config, field)) if name not in ("", ALL_LINEAR)]
+        lost = [name for name in names if not any(named(path, name) for path in paths)]
+        if lost:
+            shown = ", ".join(repr(name if isinstance(name, str) else name[0]) for name in lost)
+            raise ValueError(f"{field}: no module of {type(model).__name__} matches {shown}; {_endings(model)}")
+    present = {index_of(path) for path in _linear(model)}
+    absent = [str(index) for index in config.layers_to_transform or () if index not in present]
+    if absent:
+        raise ValueError(f"layers_to_transform: there is no block {', '.join(absent)}; {_blocks(model)}")
+    for field in PATTERNS:
+        keys = [key for key in getattr(config, field) or {} if not any(_has_pattern(path, key) for path in targets)]
+        if keys:
+            raise ValueError(
+                f"{field}: {', '.join(map(repr, keys))} matches none of the adapted layers, which end in "
+                f"{', '.join(_last_names(targets))}"
+            )
+
+
+def _linear(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if path and is_linear(module)]
+
+
+def _last_names(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rsplit(".", 1)[-1] for path in paths})
+
+
+def _endings(model: nn.Module) -> str:
+    return f"its linear layers end in {', '.join(_last_names(_linear(model))) or 'nothing: it has none'}"
+
+
+def _blocks(model: nn.Module) -> str:
+    found = sorted({index for index in map(index_of, _linear(model)) if index is not None})
+    run = len(found) > 2 and found == list(range(found[0], found[-1] + 1))
+    shown = f"{found[0]} to {found[-1]}" if run else ", ".join(map(str, found))
+    return f"its blocks are {shown}" if found else "it has no blocks"

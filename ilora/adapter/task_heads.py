@@ -12,7 +12,7 @@ from torch import nn
 
 from ..base_layers import offloading_to
 from .config import ALL_LINEAR, ILoRAConfig
-from .targets import index_of, named
+from .targets import index_of, named, one_by_one
 
 # In the names of task classes. Language models are none: their heads are in the checkpoint.
 _TASKS = re.compile(
@@ -20,15 +20,19 @@ _TASKS = re.compile(
     r"|XVector|Regression)"
 )
 _HEADS = re.compile(r"(classifier|score|qa_outputs)$")  # which PEFT trains whole, new or not
-_LOADED = "_is_hf_initialized"  # transformers' mark on the parameters that it has read from a file
 
 
 def with_heads(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
     """The config with a task's head among its modules_to_save, as PEFT does for such tasks. What exclude_modules names
     is left out, and what target_modules names by itself, which is adapted then."""
     heads = [path for path in task_heads(model) if not named(path, config.exclude_modules)]
-    if heads:
-        _warn_of_bare_parameters(model)
+    bare = [name for name, parameter in model.named_parameters(recurse=False) if not _has_mark(parameter)]
+    if heads and bare:
+        warnings.warn(
+            f"{type(model).__name__}: {', '.join(bare)} stays frozen and is not saved, being in no module that could "
+            "be trained whole; if no checkpoint has it, another loading gives other values",
+            stacklevel=4,
+        )
     new = [path for path in heads if not named(path, config.modules_to_save) and not _targeted(model, config, path)]
     others = [path for path, _ in model.named_modules()]
     pinned = ["^" + path if any(other.endswith("." + path) for other in others) else path for path in new]
@@ -42,12 +46,20 @@ def task_heads(model: nn.Module) -> list[str]:
     prefix = getattr(model, "base_model_prefix", None)
     if prefix is None or not _TASKS.search(type(model).__name__):
         return []
-    children = dict(model.named_children())
-    pretrained = [name for name, child in children.items() if name == prefix or _has_pretrained(child)]
-    known = {id(parameter) for name in pretrained for parameter in children[name].parameters()}  # shared embeddings too
-    around = [name for name in children if name not in pretrained and not _all_in(known, children[name])]
-    around = [name for name in around if _HEADS.search(name) or not _marked(children[name])]
-    return outermost([*(around if pretrained else ()), *_not_loaded(model)])
+    pretrained, around = [], {}
+    for name, child in model.named_children():
+        if name == prefix or any(hasattr(part, "base_model_prefix") for part in child.modules()):
+            pretrained.append(child)
+        else:
+            around[name] = child
+    known = {id(parameter) for child in pretrained for parameter in child.parameters()}  # shared embeddings too
+    heads = [
+        name
+        for name, child in around.items()
+        if not all(id(parameter) in known for parameter in child.parameters())
+        and (_HEADS.search(name) or not all(map(_has_mark, child.parameters())))
+    ]
+    return outermost([*(heads if pretrained else ()), *_not_loaded(model)])
 
 
 def modules_to_save(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> list[str]:
@@ -76,52 +88,40 @@ def modules_to_save(model: nn.Module, config: ILoRAConfig, targets: list[str]) -
     return paths
 
 
-def _warn_of_bare_parameters(model: nn.Module) -> None:
-    bare = [name for name, p in model.named_parameters(recurse=False) if not getattr(p, _LOADED, False)]
-    if bare:
-        warnings.warn(
-            f"{type(model).__name__}: {', '.join(bare)} stays frozen and is not saved, being in no module that could "
-            "be trained whole; if no checkpoint has it, another loading gives other values",
-            stacklevel=5,
-        )
+def outermost(paths: Iterable[str]) -> list[str]:
+    """The paths that are not inside another of them."""
+    found = list(dict.fromkeys(paths))
+    return [path for path in found if not any(path.startswith(outer + ".") for outer in found)]
 
 
-def _has_pretrained(module: nn.Module) -> bool:
-    return any(hasattr(part, "base_model_prefix") for part in module.modules())
-
-
-def _all_in(known: set[int], module: nn.Module) -> bool:
-    return all(id(parameter) in known for parameter in module.parameters())
-
-
-def _marked(module: nn.Module) -> bool:
-    return all(getattr(parameter, _LOADED, False) for parameter in module.parameters())
+def _has_mark(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)  # transformers' mark on what it has read from a file
 
 
 def _not_loaded(model: nn.Module) -> list[str]:
     """The paths of the modules none of whose parameters came from the checkpoint; none where nothing shows it.
 
     A parameter loses the mark when another takes its place (dequantize, a merge by hand, a block that is copied, a
-    vocabulary that is cut), so the numbered blocks and the input embeddings always count as loaded.
+    vocabulary that is cut), so the numbered blocks, the input embeddings and what is quantised or offloaded always
+    count as loaded.
     """
-    if not any(getattr(parameter, _LOADED, False) for parameter in model.parameters()):
+    if not any(map(_has_mark, model.parameters())):
         return []
-    loaded = {id(parameter) for parameter in model.parameters() if _was_loaded(parameter)}
-    paths = [path for path, _ in model.named_modules() if path]
-    for path in paths:
-        if index_of(path) is not None:
-            loaded.update(map(id, model.get_submodule(path).parameters()))
-    loaded.update(map(id, _words(model)))
+    loaded = {id(parameter) for parameter in _input_embeddings(model)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1
+        if _has_mark(parameter) or index_of(name) is not None or not plain or parameter.is_meta:
+            loaded.add(id(parameter))
     found = []
-    for path in paths:
-        parameters = list(model.get_submodule(path).parameters())
-        if parameters and loaded.isdisjoint(map(id, parameters)):
+    for path, module in model.named_modules():
+        parameters = list(map(id, module.parameters()))
+        if path and parameters and loaded.isdisjoint(parameters):
             found.append(path)
     return found
 
 
-def _words(model: nn.Module) -> list[nn.Parameter]:
-    """Of the input embeddings, where the model says which they are."""
+def _input_embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """Their parameters, where the model says which they are."""
     try:
         module = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -129,28 +129,13 @@ def _words(model: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
-def _was_loaded(parameter: nn.Parameter) -> bool:
-    # What is quantised or offloaded has been loaded too, and may have lost the mark.
-    plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1
-    return getattr(parameter, _LOADED, False) or not plain or parameter.is_meta
-
-
-def outermost(paths: Iterable[str]) -> list[str]:
-    """The paths that are not inside another of them."""
-    found = list(dict.fromkeys(paths))
-    return [path for path in found if not any(path.startswith(outer + ".") for outer in found)]
-
-
 def _targeted(model: nn.Module, config: ILoRAConfig, head: str) -> bool:
     """Whether target_modules means this head by itself, and not by a name that others have too."""
-    targets = config.target_modules
-    if targets == ALL_LINEAR:
+    if config.target_modules == ALL_LINEAR:
         return False
-    if named(head, targets):
-        return True
     paths = [path for path, _ in model.named_modules() if path]
-    for name in [targets] if isinstance(targets, str) else [(name,) for name in targets]:
+    for name in one_by_one(config.target_modules):
         meant = [path for path in paths if named(path, name)]
-        if meant and all(path.startswith(head + ".") for path in meant):
+        if head in meant or (meant and all(path.startswith(head + ".") for path in meant)):
             return True
     return False

@@ -1,1 +1,1 @@
-"""What decides the mixture of experts: gate networks, pooling, statistics, collating."""
+"""What decides the mixture of experts: gate networks, pooling, statistics, and a collator for their inputs."""

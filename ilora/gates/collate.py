@@ -1,4 +1,4 @@
-"""Batches for any training loop: the gate's columns beside what another collator makes of the rest."""
+"""Adds what the gate needs to the batches of another collator, for any training loop."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ COLUMNS = ("ilora_z", "ilora_gate")
 
 
 class GateCollator:
-    """`GateCollator(collator)`: what the collator makes of the features, and what the model's gate needs.
+    """`GateCollator(collator)`: the collator's batch, and with it what the model's gate needs.
 
-    Columns `ilora_z` or `ilora_gate` hold one row of numbers for each example. They are taken out of the features, so
-    that no collator drops or pads them, and come back in the batch as float32 [N, z_dim] or [N, E].
+    Columns `ilora_z` or `ilora_gate` hold one row of numbers for each example. The collator does not see them; they are
+    in the batch as float32 [N, z_dim] or [N, E].
     Where the collator lays several examples in one row (padding-free batches: transformers' DataCollatorWithFlattening,
-    TRL's padding_free), the batch gets `ilora_segments`, int32 [N+1]: each example is an instance with its own gate. A
-    feature that is packed already, as by TRL's packing, has a column `seq_lengths`: each of its documents is an
-    instance, and has its row in the feature's columns, [documents, z_dim]. Rows that fill the end (pad_to_multiple_of)
-    go to the last instance. Padded batches stay as they are. (transformers keeps packed sequences apart in attention
+    TRL's padding_free), the batch gets `ilora_segments`, int32 [N+1]: each example is an instance with its own gate. An
+    example that is packed already, as by TRL's packing, has a column `seq_lengths`: each of its documents is an
+    instance, and has its row in the example's columns, [documents, z_dim]. Rows that fill the end (pad_to_multiple_of)
+    go to the last instance. Padded batches get no segments. (transformers keeps packed sequences apart in attention
     only with use_cache=False, which its Trainer and TRL's set.)
 
-    With transformers' Trainer: `Trainer(..., data_collator=GateCollator(collator))`. The model's signature names the
-    columns, so they are not removed; `seq_lengths` needs `remove_unused_columns=False`.
-    With TRL's SFTTrainer, which keeps columns of its own choice and refuses a collator for padding-free batches:
-    `SFTConfig(remove_unused_columns=False)` where there are columns, and once the trainer is made
-    `trainer.data_collator = GateCollator(trainer.data_collator)`. Its packing drops all columns but its own, so packed
-    batches are for PromptGate; for columns use `padding_free=True`, or a dataset that is packed by yourself.
+    transformers' Trainer: `Trainer(..., data_collator=GateCollator(collator))`; `seq_lengths` also needs
+    `remove_unused_columns=False`. TRL's SFTTrainer refuses a collator for padding-free batches, so set it afterwards:
+    `trainer.data_collator = GateCollator(trainer.data_collator)`, with `SFTConfig(remove_unused_columns=False)` where
+    there are columns. TRL's packing drops all columns but its own, so it goes with PromptGate only; for columns use
+    `padding_free=True`, or a dataset that you have packed yourself.
 
     prompt_mask=True adds `ilora_prompt_mask`, bool as input_ids: what the labels leave for PromptGate to read (the
     first token of a row that is labelled from its start). It is for trainers that take the labels away from the model
@@ -66,7 +65,7 @@ class GateCollator:
 def _prompt_mask(batch: Mapping[str, Any]) -> Tensor:
     labels = batch.get("labels")
     if labels is None:
-        raise ValueError("prompt_mask=True: the collator makes no labels, which say where the answer begins")
+        raise ValueError("prompt_mask=True: the collator makes no labels, which show where the answer begins")
     shape, segments = tuple(batch["input_ids"].shape), batch.get("ilora_segments")
     return prompt_mask(batch.get("attention_mask"), labels, shape, 1, segments=segments, device=labels.device)
 
@@ -102,14 +101,14 @@ def _segments(batch: Mapping[str, Any], features: list[Mapping[str, Any]]) -> Te
         return None
     B, L = ids.shape[:2]
     packed = any(_packed(feature) for feature in features)
-    if len(features) == B and not packed and not (B == 1 and _says_packed(batch)):
+    if len(features) == B and not packed and not (B == 1 and _is_marked_as_packed(batch)):
         return None
     if B not in (1, len(features)):
         raise ValueError(f"{len(features)} examples became {B} rows: no row can be told its instance")
     lengths = [_lengths(feature) for feature in features]
     if len(features) == 1 and not packed and _restarts(batch, lengths[0][0]):
         raise ValueError("one example holds several sequences (positions restart in it), but it has no seq_lengths")
-    if len(features) == B:  # a padded row for each; its padding goes to the document beside it
+    if len(features) == B:  # each example has a padded row; the padding goes to the document next to it
         for row, own in enumerate(lengths):
             mask = batch.get("attention_mask")
             own[0 if mask is not None and not mask[row, 0] else -1] += L - sum(own)
@@ -131,13 +130,13 @@ def _lengths(feature: Mapping[str, Any]) -> list[int]:
     return lengths
 
 
-def _says_packed(batch: Mapping[str, Any]) -> bool:
+def _is_marked_as_packed(batch: Mapping[str, Any]) -> bool:
     if any(batch.get(name) is not None for name in ("cu_seq_lens_q", "cu_seqlens", "seq_idx")):
         return True
     return batch.get("attention_mask") is None and _restarts(batch, batch["input_ids"].shape[1])
 
 
 def _restarts(batch: Mapping[str, Any], length: int) -> bool:
-    """Whether the positions fall within the first row's first `length` tokens."""
+    """Whether the positions start again within the first `length` tokens of the first row."""
     positions = batch.get("position_ids")
     return positions is not None and positions.dim() == 2 and bool((positions[0, :length].diff() < 0).any())

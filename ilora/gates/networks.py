@@ -34,9 +34,9 @@ def _is_real(value: object, low: float, high: float = 1e9) -> bool:
 
 
 class GateNetwork(nn.Module):
-    """What every gate network has; a subclass adds `forward`.
+    """The base class of gate networks; a subclass adds `forward`.
 
-    num_experts: E. per_layer: each adapted layer has a gate of its own; num_layers: how many (1 where they share one).
+    num_experts: E. per_layer: each block of the model has its own gate; num_layers: how many (1 if they share one).
     balance: the coefficient of `ilora.balance_loss` in the training loss.
     A subclass keeps its constructor's arguments as attributes of the same names, which `settings` reads.
     Raises: ValueError for settings of a wrong type or range.
@@ -54,13 +54,13 @@ class GateNetwork(nn.Module):
     def bind(self, num_experts: int, num_layers: int, hidden_size: int | None = None) -> None:
         """Fits the network to a model; parameters that fit already are kept. Call it before making an optimizer.
 
-        num_experts: the model's, which must be this network's. num_layers: its adapted layers, for per_layer.
-        hidden_size: the width of its input embeddings, for a network that reads them.
-        Raises: ValueError where they disagree, or where the network is already bound to another number of layers.
+        num_experts: the model's, which must be this network's. num_layers: the model's adapted blocks, for per_layer.
+        hidden_size: the width of the model's input embeddings, for a network that reads them.
+        Raises: ValueError where they disagree, or where the network has been bound to another number of blocks.
         """
         _check(num_experts == self.num_experts, "num_experts", f"this gate network's {self.num_experts}", num_experts)
         _check(_is_int(num_layers), "num_layers", "an integer >= 1", num_layers)
-        kept = not self.per_layer or self.num_layers in (1, num_layers)  # gates may be trained by now: never drop them
+        kept = not self.per_layer or self.num_layers in (1, num_layers)  # never drop gates that may be trained by now
         _check(kept, "num_layers", f"{self.num_layers}, to which this gate network is bound", num_layers)
         num_layers = num_layers if self.per_layer else 1
         if num_layers != self.num_layers:
@@ -86,12 +86,12 @@ class SequenceGate(GateNetwork):
         kind: "dense" softmax(W z / T), as in the paper; "topk" the same over the top_k largest logits, the others
             exactly 0; "mlp" with W silu(W' z + b') for W z, hidden_dim wide (None: at least 4·E, at most 256 of z_dim);
             "noisy" with W z + softplus(W_noise z) · normal noise, in training only (arXiv 1701.06538).
-        top_k: of kind "topk": how many experts an instance has, 1 to num_experts. Other kinds do not read it.
-        temperature, dropout: T above, of any kind: below 1 gates are sharper; dropout acts on z, in training only.
+        top_k: for kind "topk" alone: how many experts an instance has, 1 to num_experts.
+        temperature: T above, for all kinds: below 1 gates are sharper. dropout: acts on z, in training only.
         per_layer, balance, num_layers: as in `GateNetwork`; num_layers is set by `bind`.
     Parameters: weight [G, E, z_dim], without bias; "mlp": weight [G, E, hidden], hidden_weight [G, hidden, z_dim],
         hidden_bias [G, 1, hidden]; "noisy": also noise_weight [G, E, z_dim].
-    Raises: ValueError naming a setting of a wrong type or range, or that asks for 2³¹ weights.
+    Raises: ValueError naming a setting of a wrong type or range, or one that asks for 2³¹ weights.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class SequenceGate(GateNetwork):
             return self._gate(z)
 
     def _build(self) -> None:
-        # In the dtype and on the device of the old ones; small, so that gates start near-uniform.
+        # In the dtype and on the device of the old parameters. They are small, so that gates start near-uniform.
         G, E, D, like, mlp = self.num_layers, self.num_experts, self.z_dim, self.weight, self.kind == "mlp"
         hidden = self.hidden_dim or max(4 * E, min(D, 256))
         elements = G * max(E * D, hidden * max(D, E) * mlp)
@@ -172,10 +172,10 @@ class SequenceGate(GateNetwork):
 
 
 class PromptGate(SequenceGate):
-    """The gate from the prompt itself: the mean of its input embeddings, layer-normed, is the z of a `SequenceGate`.
+    """The gate from the prompt itself: the layer-normed mean of its input embeddings is the z of a `SequenceGate`.
 
     hidden_size: H, the width of the embeddings; None waits for `bind`. min_tokens: as in `prompt_mask`.
-    The other arguments, the parameters and what raises are those of `SequenceGate` with z_dim = H.
+    The other arguments, the parameters and the errors are those of `SequenceGate` with z_dim = H.
     """
 
     def __init__(
@@ -203,11 +203,11 @@ class PromptGate(SequenceGate):
     def bind(self, num_experts: int, num_layers: int, hidden_size: int | None = None) -> None:
         """As `GateNetwork.bind`; the first hidden_size makes the parameters, if the constructor was given none.
 
-        Raises: ValueError also where nobody says hidden_size, or where it is not this network's.
+        Raises: ValueError also where nobody gives hidden_size, or where it is not this network's.
         """
         width = self.hidden_size or hidden_size
         if width is None:
-            raise ValueError("hidden_size: neither PromptGate nor the model says it; pass PromptGate(hidden_size=...)")
+            raise ValueError("hidden_size: neither PromptGate nor the model gives it; pass PromptGate(hidden_size=...)")
         _check(hidden_size in (None, width), "hidden_size", f"this PromptGate's {width}", hidden_size)
         super().bind(num_experts, num_layers, hidden_size)
         if self.hidden_size is None:
@@ -217,8 +217,8 @@ class PromptGate(SequenceGate):
     def forward(self, embeddings: Tensor, mask: Tensor, segments: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """gate [N, E], or [num_layers, N, E] if per_layer; N = B, or that of segments.
 
-        embeddings: [B, L, H] of any float dtype. mask: bool [B, L], the tokens to average (see `prompt_mask`); where
-        an instance has none its mean is zero. segments: int32 [N+1] over the B·L rows of a packed batch.
+        embeddings: [B, L, H] of any float dtype. mask: bool [B, L], the tokens to average (see `prompt_mask`); the mean
+        of an instance without any is zero. segments: int32 [N+1] over the B·L rows of a packed batch.
         Raises: RuntimeError before hidden_size is known, ValueError for other shapes, TypeError for other dtypes.
         """
         if self.hidden_size is None:

@@ -27,7 +27,7 @@ def masked_mean(x: Tensor, mask: Tensor, segments: Tensor | None, dtype: torch.d
 
 
 def _count_so_far(flags: Tensor, segments: Tensor | None) -> Tensor:
-    """[B, L] int64: how many flags are true up to and with each token, in its row or, packed, in its segment."""
+    """[B, L] int64: how many flags are true up to each token and with it, in its row or, if packed, its segment."""
     if segments is None:
         return flags.cumsum(1)
     segments = segments.to(flags.device)
@@ -47,9 +47,9 @@ def prompt_mask(
 ) -> Tensor:
     """The tokens a gate may read: bool [B, L] on the device (None: that of the tensors given).
 
-    Without labels every attended token. With labels those before the first labelled one (label != -100): a gate that
-    saw the answer in training would miss it when generating. The first min_tokens attended ones count always, so that
-    a row labelled from its start has a prompt.
+    Without labels these are all attended tokens. With labels they are those before the first labelled one
+    (label != -100): a gate that saw the answer in training would not find it when generating. The first min_tokens
+    attended ones always count, so that a row that is labelled from its start has a prompt.
     attention_mask, labels: [B, L] = shape; nonzero means attended. segments: int32 [N+1], the rule then holds per
     instance of the B·L packed rows.
     Raises: ValueError for another shape, such as a 4-D attention_mask.

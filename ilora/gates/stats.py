@@ -1,4 +1,4 @@
-"""How a gate uses its experts: a loss that balances them, numbers, and a picture. gate is [N, E] or [G, N, E]."""
+"""How a gate uses its experts: the balance loss, statistics and a picture. A gate is [N, E] or [G, N, E]."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import gate_rows
 
 
 def balance_loss(gate: Tensor) -> Tensor:
@@ -19,9 +20,10 @@ def balance_loss(gate: Tensor) -> Tensor:
 
     E · Σ_e share_e² - 1 with share_e = mean_i g_ie / Σ_e' mean_i g_ie', averaged over layers: 0 when all experts are
     used alike, E - 1 when one does everything. In float32 or wider.
-    Raises: ValueError for a gate that is not [N, E] or [G, N, E] with at least one instance, TypeError for no tensor.
+    Raises: ValueError for a gate that is not [N, E] or [G, N, E] with at least one instance, TypeError for one that is
+    no float tensor.
     """
-    gate = _checked(gate)
+    gate = gate_rows(gate)
     importance = gate.mean(-2)
     mean = importance.mean(-1)
     variance = (importance - mean[..., None]).square().mean(-1)  # this form is exactly 0 for equal experts
@@ -49,7 +51,7 @@ class GateStats:
 
 def gate_stats(gate: Tensor) -> GateStats:
     """The numbers of a gate [N, E] or [G, N, E]. Raises as `balance_loss`."""
-    gate = _checked(gate).detach().cpu()
+    gate = gate_rows(gate).detach().cpu()
     N, E = gate.shape[-2:]
     shares = gate / gate.sum(-1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny)
     entropy = float(torch.special.entr(shares.clamp_min(0)).sum(-1).mean()) / math.log(E) if E > 1 else 0.0
@@ -62,33 +64,48 @@ def gate_stats(gate: Tensor) -> GateStats:
 def plot_gates(gate: Tensor, path: str | os.PathLike[str], labels: Sequence[str] | None = None) -> Path:
     """Draws a gate [N, E] or [G, N, E] into an image file of the path's type (png, pdf, svg); returns the path.
 
-    A heat map of instances × experts (of the layers' mean), the experts' usage and, if layers have their own gates,
-    layers × experts. labels: the instances' N names, shown where they can be read. More than 40 instances are sorted
-    by their largest expert. The file appears whole or not at all.
+    A heat map of instances × experts (of the layers' mean), if layers have their own gates one of layers × experts, and
+    the experts' mean weights. labels: the instances' N names, shown where they can be read. More than 40 instances are
+    sorted by their largest expert. The file appears whole or not at all.
     Raises: ImportError without matplotlib; ValueError as `balance_loss`, or for another number of labels.
     """
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError as error:
         raise ImportError("plot_gates needs matplotlib: pip install matplotlib") from error
-    gate = _checked(gate).detach().cpu()
+    gate = gate_rows(gate).detach().cpu()
     if labels is not None and len(labels) != gate.shape[-2]:
         raise ValueError(f"labels: expected one for each of {gate.shape[-2]} instances, got {len(labels)}")
-    layered = gate.dim() == 3 and gate.shape[0] > 1
-    height = min(5.5, 2.5 + 0.3 * max(gate.shape[:-1]))
-    figure = Figure(figsize=(12 if layered else 8.5, height), layout="constrained", dpi=150)
-    heat, *rest = figure.subplots(1, 3 if layered else 2, width_ratios=[3, 3, 2] if layered else [3, 2])
-    each, ylabel = gate.mean(0) if gate.dim() == 3 else gate, "instance"
+    each, title = gate.reshape(-1, *gate.shape[-2:]).mean(0), "Weight of each instance"
     if len(each) > 40:
         weight, top = each.max(-1)
-        order = (top - 0.5 * weight / weight.max()).argsort(stable=True)
-        each, labels, ylabel = each[order], None, "instance, sorted by its largest expert"
-    _heat_map(figure, heat, each, labels, ylabel, "Weight")
-    if layered:
-        _heat_map(figure, rest[0], gate.mean(1), None, "layer", "Mean weight by layer")
-    _usage_bars(rest[-1], each.mean(0).tolist())
-    figure.suptitle(f"{len(each)} instances, {each.shape[1]} experts, entropy {gate_stats(gate).entropy:.2f} of 1")
-    path = Path(path)
+        each, labels = each[(top - 0.5 * weight / weight.max()).argsort(stable=True)], None
+        title += ", sorted by its largest expert"
+    maps = [("instance", title, each)]
+    if gate.dim() == 3 and len(gate) > 1:
+        maps.append(("layer", "Mean weight in each layer", gate.mean(1)))
+    figure = Figure(figsize=(5 * len(maps) + 3.5, min(5.5, 2.5 + 0.3 * len(each))), layout="constrained", dpi=150)
+    *heat, bars = figure.subplots(1, len(maps) + 1, width_ratios=[3] * len(maps) + [2])
+    for axes, (what, title, rows) in zip(heat, maps, strict=True):
+        figure.colorbar(axes.imshow(rows.numpy(), aspect="auto", vmin=0), ax=axes, aspect=40, pad=0.02)
+        axes.set(xlabel="expert", ylabel=what, title=title)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    if labels is not None:
+        heat[0].set_yticks(range(len(each)), labels, fontsize=8)
+    E = each.shape[1]
+    bars.bar(range(E), each.mean(0).tolist(), color="#31688e")
+    bars.axhline(1 / E, color="0.35", linestyle="--", linewidth=1, label=f"uniform, {1 / E:.2f}")
+    bars.set(xlabel="expert", title="Mean weight")
+    bars.margins(y=0.25)
+    bars.legend(frameon=False)
+    for axes in (*heat, bars):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(f"{len(each)} instances, {E} experts, entropy {gate_stats(gate).entropy:.2f} of 1")
+    return _save_whole(figure, Path(path))
+
+
+def _save_whole(figure: Any, path: Path) -> Path:
+    """Writes the picture beside its place first, so that there is never half a file."""
     whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         figure.savefig(whole, format=path.suffix[1:] or "png")
@@ -96,36 +113,3 @@ def plot_gates(gate: Tensor, path: str | os.PathLike[str], labels: Sequence[str]
     finally:
         whole.unlink(missing_ok=True)
     return path
-
-
-def _checked(gate: Tensor) -> Tensor:
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"gate: expected a float tensor [N, E] or [G, N, E], got {type(gate).__name__}")
-    if gate.dim() not in (2, 3) or 0 in gate.shape or not gate.is_floating_point():
-        raise ValueError(f"gate: expected a float [N, E] or [G, N, E], not empty, got {gate.dtype} {list(gate.shape)}")
-    return gate.to(torch.promote_types(gate.dtype, torch.float32))
-
-
-def _heat_map(figure: Any, axes: Any, rows: Tensor, labels: Sequence[str] | None, ylabel: str, title: str) -> None:
-    n, E, most = *rows.shape, max(float(rows.max()), 1e-9)
-    shown = F.adaptive_avg_pool1d(rows.T, min(n, 600)).T  # more rows than pixels: means of neighbours
-    style = {"aspect": "auto", "interpolation": "nearest", "vmin": 0, "vmax": most}
-    image = axes.imshow(shown.numpy(), extent=(-0.5, E - 0.5, n - 0.5, -0.5), **style)
-    figure.colorbar(image, ax=axes, aspect=40, pad=0.02).outline.set_visible(False)
-    axes.set(xlabel="expert", ylabel=ylabel, title=title)
-    axes.set_xticks(range(0, E, -(-E // 16)))
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    if labels is not None:
-        axes.set_yticks(range(n), labels, fontsize=8)
-    for i, e in ((i, e) for i in range(n) for e in range(E) if n <= 16 and E <= 8):
-        color = "white" if rows[i, e] < 0.6 * most else "black"
-        axes.text(e, i, f"{rows[i, e]:.2f}", ha="center", va="center", fontsize=8, color=color)
-
-
-def _usage_bars(axes: Any, usage: list[float]) -> None:
-    axes.bar(range(len(usage)), usage, color="#31688e", width=0.75)
-    axes.axhline(1 / len(usage), color="0.35", linestyle="--", linewidth=1, label=f"uniform, {1 / len(usage):.2f}")
-    axes.set(xlabel="expert", title="Mean weight", ylim=(0, 1.2 * max(*usage, 1 / len(usage))))
-    axes.set_xticks(range(0, len(usage), -(-len(usage) // 16)))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper right")

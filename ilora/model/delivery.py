@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.modules import hold_statistics
+from ..adapter.modules import freeze_statistics
 from ..adapter.record import Injection, is_injected, print_trainable_parameters
 from ..adapter.switch import bind, disable_adapter
 from ..current_gate import Frame, capture_checkpoints, framed
@@ -66,7 +66,7 @@ class ILoRAModel:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own train; frozen norms that keep running statistics stay in eval mode."""
         result = super().train(*args, **kwargs)  # type: ignore[misc]
-        hold_statistics(self)
+        freeze_statistics(self)
         return result
 
     def disable_adapter(self) -> AbstractContextManager[Any]:

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter.config import ILoRAConfig
-from ..adapter.modules import keep_saved, refuse_resized
+from ..adapter.modules import keep_trained_modules, refuse_resized
 from ..adapter.record import Injection, changeable, injected, refuse_wrapped
 from ..adapter.switch import attach, build, detach
 from ..base_layers import frozen_norms, keep_unpacked, let_pack
-from ..current_gate import GateState, release_checkpoints
+from ..current_gate import release_checkpoints
 from ..layer import ILoRALinear
 from ..shared import group
 from .batch import read_inputs
@@ -42,35 +42,17 @@ def inject(
     Raises: ValueError, TypeError naming the module that cannot be adapted, or the name, pattern or block of the config
     that is not in the model, before anything is changed; ValueError for a bare linear layer, which `ILoRALinear` wraps.
     """
-    return put(model, ILoRAConfig() if config is None else config, gate, name, share_inputs, fresh=True)
+    refuse_model(model)
+    adapter = build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True)
+    return install(model, Injection(adapter, share_inputs))
 
 
-def put(
-    model: Any,
-    config: ILoRAConfig,
-    gate: nn.Module | None,
-    name: str = "default",
-    share_inputs: bool = False,
-    *,
-    fresh: bool = False,
-) -> Any:
-    """`inject`; fresh as in `ilora.adapter.build`."""
-    _refuse(model)
-    packing = keep_unpacked(model)
-    try:
-        adapter = build(model, name, config, gate, GateState(), fresh)
-    except BaseException:
-        let_pack(packing)
-        raise
-    trainable = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
-    state = next(iter(adapter.layers.values())).gate_state
-    return enter(model, Injection(state, trainable, adapter, share_inputs=share_inputs, packing=packing))
-
-
-def enter(model: Any, injection: Injection) -> Any:
-    """Puts an injection into a plain model: a new one, or the one that `eject` has taken out of it."""
+def install(model: Any, injection: Injection) -> Any:
+    """Records the injection in a plain model, and attaches its adapter; returns the model. Undone by `eject`."""
+    injection.trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     injection.norms = [norm for norm in frozen_norms(model) if norm.training == model.training]
+    injection.packing = keep_unpacked(model)
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
     model.ilora = injection
@@ -93,7 +75,7 @@ def eject(model: Any) -> Any:
             "eject: a gate is merged into the weights; ilora.unmerge(model), or merge with keep_base=False"
         )
     if injection.merged:  # for good
-        keep_saved(model)
+        keep_trained_modules(model)
     else:
         changeable(model, "eject")
         refuse_resized(model)
@@ -103,9 +85,8 @@ def eject(model: Any) -> Any:
     injection.hook.remove()
     model.__class__ = base
     del model.ilora, model.ilora_gate, model._hf_peft_config_loaded
-    trainable = set(injection.trainable)
     for key, parameter in model.named_parameters():
-        if key in trainable:
+        if key in injection.trainable:
             parameter.requires_grad_(True)
     for norm in injection.norms:
         norm.training = model.training
@@ -156,7 +137,8 @@ def last_gate(model: Any) -> Tensor:
     return last
 
 
-def _refuse(model: Any) -> None:
+def refuse_model(model: Any) -> None:
+    """Raises TypeError, ValueError for a model that no adapter can be injected into."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, ILoRAModel):

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..adapter.config import ILoRAConfig
-from ..adapter.record import Adapter, adapters, changeable, injected, is_injected, refuse_wrapped
-from ..adapter.switch import add, delete_adapter, set_adapter
+from ..adapter.record import Adapter, Injection, adapters, changeable, find_adapter, is_injected
+from ..adapter.switch import activate, build
 from ..storage.files import CONFIG, AdapterError
-from ..storage.format import Layout, fill, tensors_of
-from ..storage.read import Stored, find_directory, read_adapter
-from ..storage.save import adapter_named, describe_gate
-from .inject import eject, put
+from ..storage.format import fill, tensors_of
+from ..storage.read import UNFIT, SavedAdapter, find_directory, read_adapter
+from ..storage.save import describe_gate
+from .inject import install, refuse_model
 
 
 def load_adapter(
@@ -36,7 +35,7 @@ def load_adapter(
             else it gets one more. The adapter is the active one afterwards.
         path: the directory, or "owner/name" on the Hub where no such directory is (with revision and token).
         gate: the gate network, for a saved one of a class of your own; else it is built from its settings.
-        verify: compare checksums. Names, shapes, dtypes and fields are checked in any case.
+        verify: compare checksums. Names, shapes, dtypes and settings are checked in any case.
     Values are exact where the model's adapter has the dtype of the file; else they are rounded as `copy_` does, such as
     a float32 adapter into a bfloat16 model without adapter_dtype. A gate network built here has the file's dtype.
     Raises: AdapterError (a ValueError) for files that are missing, damaged, or do not fit the model or each other,
@@ -44,55 +43,38 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    refuse_wrapped(model)
-    if is_injected(model):
-        try:
-            changeable(model, "load_adapter")
-        except ValueError as error:
-            raise AdapterError(str(error)) from None
-    stored = read_adapter(find_directory(path, revision, token), verify)
-    if is_injected(model) and name in adapters(model):
-        return _overwrite(model, stored, name, gate)
-    return _add(model, stored, name, gate)
-
-
-def _add(model: Any, stored: Stored, name: str, gate: nn.Module | None) -> Any:
-    gate = stored.check_new(model, gate)
-    before = model.ilora.adapter.name if is_injected(model) else None
-    make: Callable[..., Any] = put if before is None else add
     try:
-        make(model, config=stored.config, gate=gate, name=name)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{stored.directory / CONFIG}: does not fit {type(model).__name__}: {error}") from error
-    try:
-        fill(tensors_of(injected(model).adapter), stored.tensors)
-    except BaseException:
-        if before is None:
-            eject(model)
-        else:
-            set_adapter(model, before)
-            delete_adapter(model, name)
-        raise
-    if gate is not None:
-        gate.train(model.training)  # a noisy gate in a model that is in eval mode would be a surprise
-    return model
-
-
-def _overwrite(model: Any, stored: Stored, name: str, gate: nn.Module | None) -> Any:
-    adapter = adapter_named(model, name)
-    if gate is not None:
+        changeable(model, "load_adapter") if is_injected(model) else refuse_model(model)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    saved = read_adapter(find_directory(path, revision, token), verify)
+    there = is_injected(model) and name in adapters(model)
+    if there and gate is not None:
         raise AdapterError(
             f"gate: the model's adapter {name!r} has its gate network; leave it out, or load as a new name"
         )
-    differ = differences(adapter, stored.config, stored.gate)
+    adapter = find_adapter(model, name) if there else _build(model, saved, name, gate)
+    differ = differences(adapter, saved.config, saved.gate)
     if differ:
+        whose = f"the model's adapter {name!r}" if there else "the adapter in this model"
         raise AdapterError(
-            f"{stored.directory / CONFIG}: the model's adapter {name!r} has other settings: {'; '.join(differ)}; "
-            "load it under a new name"
+            f"{saved.directory / CONFIG}: {whose} has other settings: {'; '.join(differ)}"
+            + ("; load it under a new name" if there else "")
         )
-    stored.check(model, Layout.of(adapter), adapter.gate)
-    fill(tensors_of(adapter), stored.tensors)
-    return set_adapter(model, name)
+    fill(tensors_of(adapter), saved.values_for(adapter))
+    return activate(model, adapter) if is_injected(model) else install(model, Injection(adapter))
+
+
+def _build(model: Any, saved: SavedAdapter, name: str, gate: nn.Module | None) -> Adapter:
+    """The saved adapter as the model would have it, not in the model yet."""
+    file = saved.directory / CONFIG
+    if gate is not None and saved.gate is None:
+        raise AdapterError(f"{file}: gate: the adapter was saved without a gate network, but gate= is given")
+    gate = saved.new_gate() if gate is None else gate
+    try:
+        return build(model, name, saved.config, gate)
+    except UNFIT as error:
+        raise AdapterError(f"{file}: does not fit {type(model).__name__}: {error}") from error
 
 
 def differences(adapter: Adapter, config: ILoRAConfig, gate: dict[str, Any] | None) -> list[str]:
@@ -108,8 +90,7 @@ def differences(adapter: Adapter, config: ILoRAConfig, gate: dict[str, Any] | No
         return [*found, f"the gate network's type is {mine.get('type')!r}, in the file {theirs.get('type')!r}"]
     custom = mine.get("type") == "custom"  # tensors tell whether they fit: classes move
     for key in () if custom else sorted({*mine, *theirs}):
-        same = mine.get(key) == theirs.get(key) and isinstance(mine.get(key), bool) == isinstance(theirs.get(key), bool)
-        if not (same and key in mine and key in theirs):
+        if key not in mine or key not in theirs or mine[key] != theirs[key]:
             found.append(f"the gate network's {key} is {mine.get(key)!r}, in the file {theirs.get(key)!r}")
     return found
 

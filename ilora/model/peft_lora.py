@@ -1,10 +1,9 @@
-"""A PEFT LoRA taken apart: read from its directory, and put into a model as an iLoRA."""
+"""A PEFT LoRA becomes an iLoRA: its configuration and tensors are checked, and put into the base model."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.config import ILoRAConfig
-from ..base_layers import adapter_like, features_of, is_linear
+from ..adapter.record import Injection
+from ..adapter.switch import build
+from ..base_layers import adapter_like, is_linear
 from ..op.checks import MAX_RANK
 from ..storage.files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
-from ..storage.format import PREFIX, Layout, exactly, fill, most_common, patterns, peft_key, specs_of, tensors_of
-from .inject import eject, put
+from ..storage.format import (
+    PREFIX,
+    by_file,
+    exact_targets,
+    fill,
+    most_common,
+    patterns,
+    place_of,
+    specs_of,
+    tensors_of,
+)
+from .inject import install, refuse_model
 
 # Fields of LoraConfig that do not change what an adapter computes, or whose effect is read off the layers.
 _NEUTRAL = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
@@ -24,7 +35,7 @@ _NEUTRAL |= {"inference_mode", "r", "target_modules", "exclude_modules", "lora_a
 _NEUTRAL |= {"use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"}
 _NEUTRAL |= {"megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
 _NEUTRAL |= {"runtime_config", "ensure_weight_tying", "init_lora_weights"}
-REASONS = {
+_REASONS = {
     "use_dora": "DoRA rescales whole weights, which a gated sum cannot",
     "bias": "trained biases are not part of an iLoRA; train with bias='none'",
     "lora_bias": "a bias on lora_B has no gate",
@@ -35,172 +46,120 @@ REASONS = {
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-@dataclass
-class PlainLora:
-    """A PEFT LoRA taken apart: ranks, alphas (scaling = alpha / r) by path; tensors named as in `ilora.layout`."""
-
-    source: str
-    dropout: float = 0.0
-    ranks: dict[str, int] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-    saved: list[str] = field(default_factory=list)
-    values: dict[str, Tensor] = field(default_factory=dict)
-
-
-def read_peft(model: nn.Module, directory: Path) -> PlainLora:
-    """A PEFT directory, checked against the model."""
+def read_lora(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors by PEFT's keys) of a saved PEFT LoRA. Raises AdapterError for files that are damaged or
+    that an iLoRA cannot express."""
     file, weights = directory / PEFT_CONFIG, directory / PEFT_WEIGHTS
     config = read_json(file)
-    refuse(str(file), config)
+    refuse_config(str(file), config)
     if config.get("init_lora_weights") not in _KEEPS_BASE:
         value = config["init_lora_weights"]
         raise AdapterError(f"{file}: init_lora_weights={value!r} changes the base's weights: convert it with PEFT")
     if not weights.exists() and (directory / "adapter_model.bin").exists():
         raise AdapterError(f"{weights} is missing; adapter_model.bin is a pickle: load and save the adapter with PEFT")
-    tensors, lora = read_tensors(weights), PlainLora(str(weights), _number(file, config, "lora_dropout", 0.0))
-    modules = dict(model.named_modules())
-    ends = tuple(_strings(file, config, "modules_to_save"))
-    specs = {}
-    for key in tensors:
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_A\.weight", key)
-        if match and is_linear(modules.get(match[1], nn.Identity())):
-            path = match[1]
-            lora.ranks[path] = r = _rank(file, config, path)
-            lora.alphas[path] = _alpha(file, config, path) / (math.sqrt(r) if config.get("use_rslora") else r) * r
-            d_in, d_out = features_of(modules[path])
-            specs[f"{path}.lora_A"] = torch.Size((r, d_in)), torch.float32
-            specs[f"{path}.lora_B"] = torch.Size((d_out, r)), torch.float32
-        elif not match:
-            lora.saved += [p for p in _parents(key.removeprefix(PREFIX)) if ends and p.endswith(ends) and p in modules]
-    lora.saved = list(dict.fromkeys(lora.saved))
-    for path in lora.saved:
-        specs |= {f"{path}.{key}": spec for key, spec in specs_of(modules[path]).items()}
-    tensors = _without_base(model, weights, tensors, {peft_key(name) for name in specs})
-    check_tensors(weights, tensors, {peft_key(name): spec for name, spec in specs.items()})
-    lora.values = {name: tensors[peft_key(name)] for name in specs}
-    return lora
+    return config, read_tensors(weights)
 
 
-def _without_base(model: nn.Module, file: Path, tensors: dict[str, Tensor], kept: set[str]) -> dict[str, Tensor]:
-    """The tensors without weights of the base model, which PEFT adds where a head or the embeddings are adapted or have
-    been resized. Raises AdapterError where they are not this model's."""
-    own = model.state_dict()
-    for key in tensors.keys() - kept:
-        weight = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if weight is None:
-            continue  # nobody's: refused with the others
-        value = tensors[key].to(weight.device, weight.dtype)
-        if weight.is_meta or value.shape != weight.shape or not torch.equal(value, weight):
-            raise AdapterError(
-                f"{file}: {key!r} is a weight of the base model that this model does not have; load the adapter with "
-                "PEFT and pass the PeftModel"
-            )
-        tensors = {name: tensor for name, tensor in tensors.items() if name != key}
-    return tensors
-
-
-def refuse(source: str, config: dict[str, Any]) -> None:
+def refuse_config(source: str, config: dict[str, Any]) -> None:
     """Raises AdapterError for a PEFT configuration that an iLoRA cannot express, naming the field and the reason."""
     kind = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     if kind != "LORA":
         raise AdapterError(f"{source}: peft_type: expected 'LORA', got {kind!r}, which is another method")
     for key, value in config.items():
-        if key in _NEUTRAL or not value or (key, value) == ("bias", "none"):
-            continue
-        raise AdapterError(f"{source}: {key}={value!r}: {REASONS.get(key, 'iLoRA has no counterpart for it')}")
+        if value and key not in _NEUTRAL and (key, value) != ("bias", "none"):
+            raise AdapterError(f"{source}: {key}={value!r}: {_REASONS.get(key, 'iLoRA has no counterpart for it')}")
 
 
-def take_over(model: Any, lora: PlainLora, num_experts: int, gate: nn.Module | None) -> Any:
-    """Injects the LoRA into its base model as an iLoRA. Raises ValueError, TypeError; the model is then as it was."""
-    if not lora.ranks:
-        raise AdapterError(f"{lora.source}: it has no LoRA layer of {type(model).__name__}")
-    for path, r in lora.ranks.items():
-        if r > MAX_RANK or r % num_experts:
-            why = f"more than the {MAX_RANK} of an iLoRA" if r > MAX_RANK else f"which {num_experts=} does not divide"
-            raise AdapterError(f"{lora.source}: {path} has rank {r}, {why}")
-    order = [path for path, _ in model.named_modules()]  # not the file's, so that the config is the same either way
-    ranks = {path: lora.ranks[path] for path in order if path in lora.ranks}
-    alphas = {path: _tidy(lora.alphas[path]) for path in ranks}
-    r, alpha, names = most_common(ranks), most_common(alphas), exactly(model, list(ranks))
-    config = ILoRAConfig(
+def install_lora(
+    model: Any,
+    source: str,
+    peft: dict[str, Any],
+    tensors: dict[str, Tensor],
+    num_experts: int,
+    gate: nn.Module | None,
+) -> Any:
+    """Injects a LoRA with PEFT's configuration and tensors into its plain base model as an iLoRA; returns the model.
+    Raises AdapterError naming the source, ValueError, TypeError; the model is then as it was."""
+    refuse_model(model)
+    adapter = build(model, "default", _config(model, source, peft, tensors, num_experts), gate)
+    expected = by_file(specs_of(adapter))[PEFT_WEIGHTS]
+    base = {PREFIX + name for name in model.state_dict()}
+    for key in tensors:
+        if key not in expected and key.replace(".base_layer.", ".") in base:
+            raise AdapterError(
+                f"{source}: {key!r} is a weight of the base model, as PEFT adds where the vocabulary was resized; load "
+                "the adapter with PEFT and pass the PeftModel, or save it with save_embedding_layers=False"
+            )
+    check_tensors(source, tensors, expected)
+    fill(by_file(tensors_of(adapter))[PEFT_WEIGHTS], tensors)
+    return install(model, Injection(adapter))
+
+
+def _config(
+    model: nn.Module, source: str, peft: dict[str, Any], tensors: dict[str, Tensor], num_experts: int
+) -> ILoRAConfig:
+    """The iLoRA's, for the layers of this model that have a lora_A, in the model's order."""
+    modules = [(path, module) for path, module in model.named_modules() if path]
+    found = [path for path, module in modules if place_of(f"{path}.lora_A")[1] in tensors and is_linear(module)]
+    if not found:
+        raise AdapterError(f"{source}: it has no LoRA layer of {type(model).__name__}")
+    ranks = {path: _rank(source, peft, path, num_experts) for path in found}
+    alphas = {path: _alpha(source, peft, path, r) for path, r in ranks.items()}
+    dropout, whole = peft.get("lora_dropout", 0.0), peft.get("modules_to_save") or ()
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise AdapterError(f"{source}: field 'lora_dropout': expected 0 <= p < 1, got {dropout!r}")
+    if isinstance(whole, str) or not all(isinstance(name, str) and name for name in whole):
+        raise AdapterError(f"{source}: field 'modules_to_save': expected a list of names, got {whole!r}")
+    saved = [path for path, _ in modules if path.endswith(tuple(whole)) and path not in ranks]
+    r, alpha, names = most_common(ranks), most_common(alphas), exact_targets(model, found)
+    return ILoRAConfig(
         r=r,
         lora_alpha=alpha,
-        lora_dropout=lora.dropout,
+        lora_dropout=float(dropout),
         num_experts=num_experts,
         target_modules=names if isinstance(names, str) else tuple(names),
-        modules_to_save=tuple(path for path in order if path in lora.saved),
+        modules_to_save=tuple(path for path in saved if any(key.startswith(f"{PREFIX}{path}.") for key in tensors)),
         rank_pattern=patterns(ranks, r) or None,
         alpha_pattern=patterns(alphas, alpha) or None,
-        adapter_dtype=_dtype(model, lora),
+        adapter_dtype=_dtype(model, found, tensors),
     )
-    layout = Layout.planned(model, config)
-    wanted, planned = {*lora.ranks, *lora.saved}, {*layout.layers, *layout.saved}
-    if wanted != planned:
-        raise AdapterError(f"{lora.source}: cannot tell {sorted(wanted ^ planned)} from {sorted(wanted)} by name")
-    put(model, config, gate)
-    try:
-        fill(tensors_of(model.ilora.adapter), lora.values)
-    except BaseException:
-        eject(model)
-        raise
-    return model
 
 
-def _dtype(model: nn.Module, lora: PlainLora) -> str | None:
+def _dtype(model: nn.Module, paths: list[str], tensors: dict[str, Tensor]) -> str | None:
     """adapter_dtype under which the layers run and every value is kept; None where the base's own dtype is that."""
-    values = {lora.values[f"{path}.{part}"].dtype for path in lora.ranks for part in ("lora_A", "lora_B")}
-    values = {dtype if dtype.itemsize > 1 else torch.float32 for dtype in values}
-    bases = {adapter_like(model.get_submodule(path), None).dtype for path in lora.ranks}
-    kept = all(torch.promote_types(base, value) == base for base in bases for value in values)
+    dtypes = {tensor.dtype for key, tensor in tensors.items() if ".lora_" in key}
+    dtypes = {dtype if dtype.itemsize > 1 else torch.float32 for dtype in dtypes}
+    bases = {adapter_like(model.get_submodule(path), None).dtype for path in paths}
+    kept = all(torch.promote_types(base, dtype) == base for base in bases for dtype in dtypes)
     return None if kept or torch.float64 in bases else "float32"  # beside 16 bits nothing but float32 runs
 
 
-def _tidy(alpha: float) -> float:
-    # PEFT keeps alpha / r: multiplied back it may miss the integer by its last bit
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-
-
-def _rank(file: Path, config: dict[str, Any], path: str) -> int:
-    r = _patterned(file, config, "rank_pattern", path, config.get("r", 8))
-    if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < 2**31:
-        raise AdapterError(f"{file}: the rank of {path}: expected an integer >= 1, got {r!r}")
+def _rank(source: str, peft: dict[str, Any], path: str, num_experts: int) -> int:
+    r = _number(source, peft, "r", path, "rank_pattern")
+    if not isinstance(r, int) or r < 1:
+        raise AdapterError(f"{source}: the r of {path}: expected an integer >= 1, got {r!r}")
+    if r > MAX_RANK or r % num_experts:
+        why = f"more than the {MAX_RANK} of an iLoRA" if r > MAX_RANK else f"which {num_experts=} does not divide"
+        raise AdapterError(f"{source}: {path} has rank {r}, {why}")
     return r
 
 
-def _alpha(file: Path, config: dict[str, Any], path: str) -> float:
-    alpha = _patterned(file, config, "alpha_pattern", path, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or abs(alpha) > 1e300:
-        raise AdapterError(f"{file}: the lora_alpha of {path}: expected a number, got {alpha!r}")
-    return alpha
+def _alpha(source: str, peft: dict[str, Any], path: str, r: int) -> float:
+    """lora_alpha of an iLoRA, whose scaling is alpha / r."""
+    alpha = _number(source, peft, "lora_alpha", path, "alpha_pattern")
+    alpha = alpha / math.sqrt(r) * r if peft.get("use_rslora") else alpha
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
-def _patterned(file: Path, config: dict[str, Any], name: str, path: str, default: Any) -> Any:
-    pattern = config.get(name) or {}
+def _number(source: str, peft: dict[str, Any], name: str, path: str, pattern_name: str) -> Any:
+    """r or lora_alpha of the layer at the path."""
+    value, pattern = peft.get(name, 8), peft.get(pattern_name) or {}
     if not isinstance(pattern, dict):
-        raise AdapterError(f"{file}: field {name!r}: expected an object, got {pattern!r}")
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(?:.*\.)?(?:{key})$", path):
-                return value
-        except re.error as error:
-            raise AdapterError(f"{file}: field {name!r}: {key!r} is no regular expression: {error}") from error
-    return default
-
-
-def _number(file: Path, config: dict[str, Any], name: str, default: float) -> float:
-    value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise AdapterError(f"{file}: field {name!r}: expected 0 <= p < 1, got {value!r}")
-    return float(value)
-
-
-def _strings(file: Path, config: dict[str, Any], name: str) -> list[str]:
-    value = config.get(name) or []
-    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-        raise AdapterError(f"{file}: field {name!r}: expected a list of names, got {value!r}")
+        raise AdapterError(f"{source}: field {pattern_name!r}: expected an object, got {pattern!r}")
+    try:
+        value = next((own for key, own in pattern.items() if re.match(rf"(?:.*\.)?(?:{key})$", path)), value)
+    except re.error as error:
+        raise AdapterError(f"{source}: field {pattern_name!r}: a key is no regular expression: {error}") from error
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 1e300:
+        raise AdapterError(f"{source}: the {name} of {path}: expected a number, got {value!r}")
     return value
-
-
-def _parents(key: str) -> list[str]:
-    parts = key.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -1,11 +1,9 @@
-"""The files of an adapter directory: written whole or not at all, and checked before anything believes them."""
+"""Writes the files of an adapter directory, all or none, and reads them with checks."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
@@ -19,10 +17,11 @@ from torch import Tensor
 CONFIG, GATE = "ilora_config.json", "ilora_gate.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STATE, README = "model.safetensors", "README.md"
+Spec = tuple[torch.Size, torch.dtype]  # what a tensor must be
 
 
 class AdapterError(ValueError):
-    """Files of an adapter that cannot be used: names the file, the tensor or field, what was expected and what came."""
+    """An adapter's files cannot be used. Says which file, which tensor or field, what was expected and what came."""
 
 
 def write_directory(
@@ -30,11 +29,12 @@ def write_directory(
     contents: dict[str, str | dict[str, Tensor]],
     seal: tuple[str, Callable[[dict[str, str]], str]],
 ) -> Path:
-    """Writes texts and tensors to files of these names, and last of all the seal, whose text is made from the others'
-    SHA-256 sums. A new directory appears with everything in it or not at all; in an existing one every file is complete
-    on the disk before the first takes its place. A README.md that is there already is kept, files of an earlier save
-    that this one has not are removed. Returns the directory.
+    """Writes texts and tensors to files of these names; returns the directory.
 
+    seal: the name of the file that is written last, and a function that makes its text from the others' SHA-256 sums.
+    A new directory appears with everything in it or not at all. In an existing one every file is complete on the disk
+    before the first takes its place; a README.md that is there is kept, and files of an earlier save that this one does
+    not have are removed.
     Raises: NotADirectoryError where the path is a file, OSError where it cannot be written, ImportError.
     """
     path = Path(path)
@@ -49,50 +49,35 @@ def write_directory(
             _write(stage / name, content)
             sums[name] = checksum(stage / name)
         _write(stage / seal[0], seal[1](sums))
-        if not path.exists() and _renamed(stage, path):
-            return path
+        if not path.exists():
+            try:
+                os.rename(stage, path)
+                return path
+            except OSError:
+                if not path.is_dir():  # else another process was faster
+                    raise
         ours = (path / CONFIG).exists() and not (path / "config.json").exists()
         for name in [*contents, seal[0]]:
             if name != README or not (path / README).exists():
                 os.replace(stage / name, path / name)
-        for name in {GATE, STATE}.difference(contents) if ours else ():
-            (path / name).unlink(missing_ok=True)  # of an earlier save here, which nothing must take for this one's
+        for name in {GATE, STATE}.difference(contents) if ours else ():  # of an earlier save, not of this one
+            (path / name).unlink(missing_ok=True)
         return path
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _renamed(stage: Path, path: Path) -> bool:
-    try:
-        os.rename(stage, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False  # another process was faster
-    return True
 
 
 def _write(path: Path, content: str | dict[str, Tensor]) -> None:
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
     else:
-        _safetensors().save_file(_separate(content), str(path), metadata={"format": "pt"})
+        # Copies that share no memory: safetensors refuses views and ties.
+        copies = {
+            name: torch.empty(t.shape, dtype=t.dtype, device="cpu").copy_(t.detach()) for name, t in content.items()
+        }
+        _safetensors().save_file(copies, str(path), metadata={"format": "pt"})
     with open(path, "rb+") as file:  # a rename must not reach the disk before the bytes do
         os.fsync(file.fileno())
-
-
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same values as contiguous CPU tensors that share no memory: views and ties would be refused or cut."""
-    seen: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        separate[name] = tensor
-    return separate
 
 
 def checksum(path: Path) -> str:
@@ -117,10 +102,9 @@ def to_json(fields: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file: finite numbers, no key twice. Raises AdapterError naming the file."""
+    """The JSON object in a file. Raises AdapterError naming the file."""
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -130,19 +114,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError(f"a key stands twice among {', '.join(repr(key) for key, _ in pairs)}")
-    return fields
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError(f"expected a finite number, got {text}")
-    return float(text)
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises AdapterError naming the file, ImportError."""
     load = _safetensors().load_file
@@ -150,27 +121,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path}: is missing")
     try:
         tensors: dict[str, Tensor] = load(str(path))
-    except Exception as error:  # whatever a foreign parser says of bytes that may be anything
+    except Exception as error:  # whatever the parser raises for damaged bytes
         raise AdapterError(f"{path}: expected a whole safetensors file: {error}") from error
     return tensors
 
 
-def check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+def check_tensors(file: Path | str, tensors: dict[str, Tensor], expected: dict[str, Spec]) -> None:
     """Raises AdapterError unless the file's tensors have these names and shapes, and dtypes that fit these: a floating
     one for a floating one, else the same."""
     for name in expected:
         if name not in tensors:
-            raise AdapterError(f"{path}: tensor {name!r} of shape {list(expected[name][0])} is missing")
+            raise AdapterError(f"{file}: tensor {name!r} of shape {list(expected[name][0])} is missing")
     for name, tensor in tensors.items():
         if name not in expected:
-            raise AdapterError(f"{path}: unexpected tensor {name!r} of shape {list(tensor.shape)}: nothing takes it")
+            raise AdapterError(f"{file}: unexpected tensor {name!r} of shape {list(tensor.shape)}: nothing takes it")
         shape, dtype = expected[name]
         if tensor.shape != shape:
-            raise AdapterError(f"{path}: tensor {name!r}: expected shape {list(shape)}, got {list(tensor.shape)}")
+            raise AdapterError(f"{file}: tensor {name!r}: expected shape {list(shape)}, got {list(tensor.shape)}")
         fits = tensor.is_floating_point() if dtype.is_floating_point else tensor.dtype == dtype
         if not fits:
             wanted = f"a floating dtype such as {dtype}" if dtype.is_floating_point else str(dtype)
-            raise AdapterError(f"{path}: tensor {name!r}: expected {wanted}, got {tensor.dtype}")
+            raise AdapterError(f"{file}: tensor {name!r}: expected {wanted}, got {tensor.dtype}")
 
 
 def _safetensors() -> Any:

@@ -1,4 +1,4 @@
-"""The tensors of an adapter, whole, also of a model that is spread over processes."""
+"""The whole tensors of an adapter, also of a model that is spread over processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..adapter.record import Adapter
 from .files import AdapterError
-from .format import GATE_PREFIX, Layout, specs_of, tensors_of
+from .format import specs_of, tensors_of
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
-def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
+def gather_full_tensors(tensors: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors, those that are sharded (FSDP2) gathered, by all processes together. Raises ValueError for one that
     has no values here."""
     for name, tensor in tensors.items():
@@ -23,12 +23,12 @@ def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.full_tensor() if _sharded(tensor) else tensor for name, tensor in tensors.items()}
 
 
-def writes(tensors: dict[str, Any]) -> bool:
+def is_writer(tensors: dict[str, Any]) -> bool:
     """Whether this process is the one to write the tensors: the first of those that share them."""
     return not any(any(tensor.device_mesh.get_coordinate() or ()) for tensor in tensors.values() if _sharded(tensor))
 
 
-def taken(adapter: Adapter, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def select_from_state_dict(adapter: Adapter, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors by name from a state dict that somebody gathered. Raises AdapterError for missing ones."""
     given = {_WRAPPERS.sub("", key): tensor for key, tensor in state_dict.items()}
     wanted = tensors_of(adapter)
@@ -38,12 +38,9 @@ def taken(adapter: Adapter, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: given[name] for name in wanted}
 
 
-def check_whole(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+def refuse_fragments(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     """Raises AdapterError for a tensor that is not of the shape it has in the model."""
-    specs = Layout.of(adapter).specs()
-    if adapter.gate is not None:
-        specs |= {GATE_PREFIX + name: spec for name, spec in specs_of(adapter.gate).items()}
-    for name, (shape, _) in specs.items():
+    for name, (shape, _) in specs_of(adapter).items():
         got = tensors[name].shape
         # What stands in the model may be a fragment itself, of what was gathered for here.
         if got != shape and (name.endswith((".lora_A", ".lora_B")) or got.numel() <= shape.numel()):

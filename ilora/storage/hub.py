@@ -20,8 +20,8 @@ def push_folder(
     token: str | bool | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Uploads the files of a saved adapter, and no others that the folder may hold, in one commit. A README.md that is
-    there already is kept."""
+    """Uploads the files of a saved adapter, and no others that the folder may hold, in one commit; returns its address.
+    A README.md that the repository has already is kept."""
     api = _api(token)
     repo_id = str(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
     files = [name for name in FILES if name != README or not api.file_exists(repo_id, README)]
@@ -37,7 +37,7 @@ def download(repo_id: str, *, revision: str | None = None, token: str | bool | N
     api = _api(token)
     try:
         return Path(api.snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
-    except Exception as error:  # whatever its HTTP client, another with every few versions, says of a connection
+    except Exception as error:  # its HTTP client, and so its errors, change with versions
         raise AdapterError(f"{repo_id}: there is no such directory, and not on the Hub either: {error}") from error
 
 

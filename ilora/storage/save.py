@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapter.modules import refresh
-from ..adapter.record import Adapter, adapters, injected
+from ..adapter.record import Adapter, find_adapter
 from ..gates.networks import GATE_TYPES
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory
-from .format import GATE_PREFIX, Layout, peft_config, peft_key, tensors_of
-from .gather import check_whole, taken, whole, writes
+from .format import by_file, peft_config, tensors_of
+from .gather import gather_full_tensors, is_writer, refuse_fragments, select_from_state_dict
 from .hub import MESSAGE, push_folder
 
 _PUSH = ("repo_id", "token", "private", "commit_message")
@@ -30,18 +29,18 @@ def save_adapter(
 
     name: which of the model's adapters; None means the active one. Dtypes are kept. A new directory appears whole or
     not at all; in an existing one complete files take the places of the old, `ilora_config.json` last, whose checksums
-    tell a mixture. PEFT reads the same directory: it computes the model under the uniform gate.
+    show a mixture of saves. PEFT reads the same directory, and computes the model under the uniform gate.
     is_main_process: False gathers what is sharded, with the other processes, and writes nothing. None means this one,
         and the first one alone where tensors are sharded (FSDP2); nobody waits for it to have written.
     Raises: ValueError for a model without iLoRA or without this adapter, AdapterError for a model of which this process
     has fragments (FSDP1: save_pretrained with the state_dict it gathers), NotADirectoryError, OSError, ImportError.
     """
-    adapter = adapter_named(model, name)
+    adapter = find_adapter(model, name)
     tensors = tensors_of(adapter)
     if is_main_process is None:
-        is_main_process = writes(tensors)
-    tensors = whole(tensors)
-    check_whole(adapter, tensors)
+        is_main_process = is_writer(tensors)
+    tensors = gather_full_tensors(tensors)
+    refuse_fragments(adapter, tensors)
     return _write(model, path, adapter, tensors) if is_main_process else Path(path)
 
 
@@ -54,9 +53,9 @@ def save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """What transformers' models have under this name, and its Trainer calls: `save_adapter` of the active adapter, and
-    in `model.safetensors` the same tensors by the model's own names, which is what the Trainer resumes from. There is
-    no `config.json`, so that nothing can take the directory for a whole model.
+    """The method of this name that transformers' models have and its Trainer calls. Saves the active adapter as
+    `save_adapter` does, and its tensors by the model's own names in `model.safetensors`, from which the Trainer
+    resumes. There is no `config.json`, so that nothing can take the directory for a whole model.
 
     state_dict: take the tensors from here, by the model's own names (as FSDP and DeepSpeed gather them).
     is_main_process: others gather, and write nothing. push_to_hub: then `ilora.push_adapter`, to repo_id or the
@@ -68,11 +67,13 @@ def save_pretrained(
         raise TypeError(f"save_pretrained: unexpected arguments {', '.join(unknown)}")
     if not kwargs.get("safe_serialization", True):
         raise ValueError("save_pretrained: safe_serialization=False asks for a pickle; adapters are safetensors files")
-    adapter = adapter_named(model, None)
-    tensors = whole(tensors_of(adapter) if state_dict is None else taken(adapter, state_dict))
+    adapter = find_adapter(model)
+    tensors = gather_full_tensors(
+        tensors_of(adapter) if state_dict is None else select_from_state_dict(adapter, state_dict)
+    )
     if not is_main_process:
         return
-    check_whole(adapter, tensors)
+    refuse_fragments(adapter, tensors)
     _write(model, save_directory, adapter, tensors, state=tensors)
     if push_to_hub:
         options = {key: kwargs[key] for key in _PUSH[1:] if key in kwargs}
@@ -112,15 +113,6 @@ def describe_gate(gate: nn.Module | None) -> dict[str, Any] | None:
     return {"type": "custom", "class": f"{type(gate).__module__}.{type(gate).__qualname__}"}
 
 
-def adapter_named(model: Any, name: str | None) -> Adapter:
-    injection = injected(model)
-    refresh(model)
-    found = injection.adapter if name in (None, injection.adapter.name) else injection.others.get(name)
-    if found is None:
-        raise ValueError(f"there is no adapter {name!r}; the model has {adapters(model)}")
-    return found
-
-
 def _write(
     model: Any,
     path: str | os.PathLike[str],
@@ -128,25 +120,23 @@ def _write(
     tensors: dict[str, Tensor],
     state: dict[str, Tensor] | None = None,
 ) -> Path:
+    """state: the tensors by the model's own names, for a file of their own."""
     from .. import __version__
 
-    layout = Layout.of(adapter)
-    gate = {name: tensor for name, tensor in tensors.items() if name.startswith(GATE_PREFIX)}
-    lora = {peft_key(name): tensor for name, tensor in tensors.items() if name not in gate}
-    described = peft_config(model, layout)
-    contents: dict[str, Any] = {PEFT_CONFIG: to_json(described), PEFT_WEIGHTS: lora}
+    config, described, files = adapter.config, peft_config(model, adapter), by_file(tensors)
+    contents: dict[str, Any] = {PEFT_CONFIG: to_json(described), PEFT_WEIGHTS: files[PEFT_WEIGHTS]}
     if adapter.gate is not None:
-        contents[GATE] = {name.removeprefix(GATE_PREFIX): tensor for name, tensor in gate.items()}
+        contents[GATE] = files[GATE]
     fields = {
         "format": 1,
         "ilora_version": __version__,
-        "config": layout.config.to_dict(),
+        "config": config.to_dict(),
         "gate": describe_gate(adapter.gate),
     }
-    read = tuple(contents)
+    checked = tuple(contents)
     contents[README] = ADAPTER.format(
-        experts=layout.config.num_experts,
-        r=layout.config.r,
+        experts=config.num_experts,
+        r=config.r,
         base=described["base_model_name_or_path"] or "not recorded",
         gate=type(adapter.gate).__name__ if adapter.gate is not None else "none, every call is given its gate",
     )
@@ -154,7 +144,7 @@ def _write(
         contents[STATE] = state
 
     def seal(sums: dict[str, str]) -> str:
-        sealed = {**fields, "files": {name: sums[name] for name in read}}
+        sealed = {**fields, "files": {name: sums[name] for name in checked}}
         return to_json({**sealed, "digest": digest_of(sealed)})
 
     return write_directory(path, contents, (CONFIG, seal))

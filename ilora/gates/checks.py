@@ -1,0 +1,34 @@
+"""What is a gate: a float tensor, one weight for each expert in its last dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def float_gate(gate: Any, expected: str, what: str = "gate") -> Tensor:
+    """The gate. Raises TypeError for anything but a float tensor, in the name of `what`."""
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        got = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
+        raise TypeError(f"{what}: expected {expected}, a float tensor, got {got}")
+    return gate
+
+
+def gate_rows(gate: Any) -> Tensor:
+    """A gate [N, E] or [G, N, E] of at least one instance, in float32 or wider. Raises ValueError, TypeError."""
+    gate = float_gate(gate, "[N, E] or [G, N, E]")
+    if gate.dim() not in (2, 3) or 0 in gate.shape:
+        raise ValueError(f"gate: expected [N, E] or [G, N, E], not empty, got {list(gate.shape)}")
+    return gate.to(torch.promote_types(gate.dtype, torch.float32))
+
+
+def one_gate(gate: Any, num_experts: int, blocks: int, what: str) -> Tensor:
+    """One gate for a whole model, [1, E] or [blocks, E] from [E], [1, E] or [blocks, 1, E].
+    Raises ValueError, TypeError in the name of `what`."""
+    E = num_experts
+    expected = f"one user's gate, [{E}] or [1, {E}] or, with one for each block, [{blocks}, 1, {E}]"
+    if float_gate(gate, expected, what).shape not in ((E,), (1, E), (blocks, 1, E)):
+        raise ValueError(f"{what}: expected {expected}, got {list(gate.shape)}")
+    return gate.reshape(-1, E)
