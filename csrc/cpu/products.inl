@@ -65,15 +65,18 @@ FN void outer_tile(const C* h, int64_t ld_h, const D* x, int64_t ld, int64_t row
 }
 
 // sums[m, k] = Σ_r h[m, r] · w[r, k] for 4 rows and 3 vectors of columns.
-template <class C>
-FN void expand_tile(const C* h, int64_t ld_h, const C* w, int64_t ld, int64_t R, Vec<C> (&sums)[4][3]) {
+template <class C> struct Sums { Vec<C> of[4][3]; };
+
+template <class C> FN Sums<C> expand_tile(const C* h, int64_t ld_h, const C* w, int64_t ld, int64_t R) {
   constexpr int W = Simd<C>::W;
+  Sums<C> sums = {};
   for (int64_t r = 0; r < R; ++r) {
     Vec<C> ws[3];
     for (int i = 0; i < 3; ++i) ws[i] = load<Vec<C>>(w + r * ld + i * W);
     for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < 3; ++i) sums[j][i] += ws[i] * h[j * ld_h + r];
+      for (int i = 0; i < 3; ++i) sums.of[j][i] += ws[i] * h[j * ld_h + r];
   }
+  return sums;
 }
 
 #ifdef ILORA_PAIRS
@@ -117,7 +120,7 @@ FN void outer_tile(const bf16* h, int64_t Rp, const bf16* x, int64_t ld, int64_t
 }
 
 // w is [Rp / 2][ld][2].
-FN void expand_tile(const bf16* h, int64_t ld_h, const bf16* w, int64_t ld, int64_t R, Vec<float> (&sums)[4][3]) {
+FN Sums<float> expand_tile(const bf16* h, int64_t ld_h, const bf16* w, int64_t ld, int64_t R) {
   __m512 acc[4][3] = {};
   for (int64_t r = 0; r < R; r += 2) {
     __m512bh ws[3];
@@ -127,8 +130,10 @@ FN void expand_tile(const bf16* h, int64_t ld_h, const bf16* w, int64_t ld, int6
       for (int i = 0; i < 3; ++i) acc[j][i] = _mm512_dpbf16_ps(acc[j][i], ranks, ws[i]);
     }
   }
+  Sums<float> sums;
   for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 3; ++i) sums[j][i] = (Vec<float>)acc[j][i];
+    for (int i = 0; i < 3; ++i) sums.of[j][i] = (Vec<float>)acc[j][i];
+  return sums;
 }
 #endif
 
