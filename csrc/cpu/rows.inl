@@ -13,6 +13,10 @@ template <class C> FN void fill_zero(C* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
 
+template <class T> FN T* at(const Matrix& t, int64_t row, int64_t column) {
+  return static_cast<T*>(t.data) + row * t.row_stride + column;
+}
+
 // γ of a block's rows, [rows, Rp]; zero for the ranks of the padding.
 template <class C> ILORA_TARGET void fill_gamma(const Gates& g, int64_t row, int64_t rows, C* gamma, int64_t Rp) {
   const int64_t per_gate = g.N ? g.M / g.N : 1, ranks = g.R / g.E;
@@ -39,17 +43,25 @@ template <class C> ILORA_TARGET void fill_gamma(const Gates& g, int64_t row, int
   }
 }
 
-// p [rows, Rp] = rows of src [M, R], zero for the ranks and rows (up to a multiple of kRowPad or 4) of the padding.
+// p [rows, Rp] = rows of src [M, R], zero for the ranks and rows of the padding.
 template <class T, class C>
 ILORA_TARGET void get_ranks(const Ranks& src, int64_t row, int64_t rows, int64_t R, C* p, int64_t Rp) {
-  const int64_t at = row * R;
+  constexpr int64_t W = Simd<C>::W;
+  const int64_t at = row * R, n = rows * R;
+  fill_zero(p + rows * Rp, (round_up(rows, kRowPad) - rows) * Rp);
+  if (src.narrow && Rp == R) {  // no padding between the rows, so they go as one
+    const T* from = static_cast<const T*>(src.data) + at;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(p + i, Memory<C, T>::get(from + i));
+    for (; i < n; ++i) convert(p[i], from[i]);
+    return;
+  }
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t r = 0; r < R; ++r)
       if (src.narrow) convert(p[m * Rp + r], static_cast<const T*>(src.data)[at + m * R + r]);
       else p[m * Rp + r] = static_cast<const C*>(src.data)[at + m * R + r];
     for (int64_t r = R; r < Rp; ++r) p[m * Rp + r] = 0;
   }
-  fill_zero(p + rows * Rp, (round_up(rows, 12) - rows) * Rp);
 }
 
 // The reverse.
@@ -61,7 +73,7 @@ ILORA_TARGET void put_ranks(const C* p, int64_t Rp, const Ranks& dst, int64_t ro
     const int64_t n = rows * R;
     int64_t i = 0;
     for (; i + W <= n; i += W) Memory<C, T>::put(out + i, load<Vec<C>>(p + i));
-    if (i < n) put_some<C, T>(out + i, load<Vec<C>>(p + i), n - i);
+    for (; i < n; ++i) convert(out[i], p[i]);
     return;
   }
   for (int64_t m = 0; m < rows; ++m)
