@@ -13,7 +13,7 @@ template <class C> FN void put_gate_rows(const C* dh, const C* xa, int64_t rows,
 template <class T, class C, class D>
 ILORA_TARGET void backward_dy(const BackwardDy& f, int64_t begin, int64_t end, void* partial, void* memory) {
   const Scratch<C> s(memory, f.b);
-  const int64_t R = f.b.R, Rp = f.b.Rp, ld = f.b.width;
+  const int64_t R = f.b.R, Rp = f.b.Rp, ld = f.b.width, stride = f.dy.row_stride;
   const D* b = static_cast<const D*>(f.packed_b);
   C* dB = static_cast<C*>(partial);
   D* block = reinterpret_cast<D*>(s.block);
@@ -26,9 +26,17 @@ ILORA_TARGET void backward_dy(const BackwardDy& f, int64_t begin, int64_t end, v
     fill_zero(s.p, kRowBlock * Rp);
     for (int64_t c = 0; c < f.b.n_chunks; ++c) {
       const int64_t n = f.b.columns(c);
-      copy_rows<T, C>(f.dy, row, rows, c * ld, n, ld, Dropout{}, block, static_cast<C*>(nullptr));
-      dot(block, b + f.b.offset(c), ld, rows, n, s.p, Rp);
-      outer(h, block, ld, rows, n, dB + f.b.offset(c), Rp, row == begin);
+      const int64_t in_place = columns_in_place<T, C, D>(rows, n, Dropout{});
+      if (in_place) {
+        const D* dy = at<D>(f.dy, row, c * ld);
+        dot(dy, stride, kRowBlock * stride, b + f.b.offset(c), ld, rows, in_place, s.p, Rp);
+        outer(h, Rp, dy, stride, 0, rows, in_place, dB + f.b.offset(c), ld, row == begin);
+      }
+      if (in_place == n) continue;
+      const int64_t rest = f.b.offset(c) + in_place;
+      copy_rows<T, C>(f.dy, row, rows, c * ld + in_place, n - in_place, ld, Dropout{}, block, static_cast<C*>(nullptr));
+      dot(block, ld, 0, b + rest, ld, rows, n - in_place, s.p, Rp);
+      outer(h, Rp, block, ld, 0, rows, n - in_place, dB + rest, ld, row == begin);
     }
     get_ranks<T>(f.xa, row, rows, R, s.h, Rp);
     put_gate_rows(s.p, s.h, rows, Rp, f.gates, static_cast<C*>(f.dgate_rows) + row * f.gates.E);
@@ -52,11 +60,16 @@ ILORA_TARGET void backward_x_into(const BackwardX& f, int64_t begin, int64_t end
     const D* by_ranks = pairs_of_ranks(s.p, round_up(rows, 4), Rp, reinterpret_cast<D*>(s.h));
     for (int64_t c = 0; c < f.a.n_chunks; ++c) {
       const int64_t n = f.a.columns(c);
-      copy_rows<T, C>(f.x, row, rows, c * ld, n, ld, f.dropout, block, mask);
-      outer(by_rows, block, ld, rows, n, dA + f.a.offset(c), Rp, row == begin);
+      const int64_t in_place = columns_in_place<T, C, D>(rows, n, f.dropout), rest = f.a.offset(c) + in_place;
+      if (in_place)
+        outer(by_rows, Rp, at<D>(f.x, row, c * ld), f.x.row_stride, kRowBlock * f.x.row_stride, rows, in_place,
+              dA + f.a.offset(c), ld, row == begin);
+      if (in_place < n) {
+        copy_rows<T, C>(f.x, row, rows, c * ld + in_place, n - in_place, ld, f.dropout, block, mask);
+        outer(by_rows, Rp, block, ld, 0, rows, n - in_place, dA + rest, ld, row == begin);
+      }
       if (!f.dx.data) continue;
-      O* out = static_cast<O*>(f.dx.data) + row * f.dx.row_stride + c * ld;
-      const Rows<T, C, O> to{out, f.dx.row_stride, nullptr, 0, mask, ld};
+      const Rows<T, C, O> to{at<O>(f.dx, row, c * ld), f.dx.row_stride, nullptr, 0, mask, ld};
       expand(by_ranks, a + f.a.offset(c), f.a, n, rows, to);
     }
   }

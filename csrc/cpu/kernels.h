@@ -8,8 +8,8 @@
 
 namespace ilora {
 
-constexpr int64_t kRowBlock = 48;   // rows copied into scratch at a time; a multiple of the row tiles 2, 3 and 4
-constexpr int64_t kRowPad = 6;      // copied rows are padded with zeros to a multiple of the row tiles 2 and 3
+constexpr int64_t kRowBlock = 48;   // rows taken at a time
+constexpr int64_t kRowPad = 12;     // in scratch they are padded with zeros to a multiple of the row tiles 2, 3 and 4
 constexpr int64_t kColStep = 96;    // column chunks are multiples of 3 vectors of the widest instruction set, of bf16
 constexpr int64_t kColChunk = 576;  // at most: a block of 48 rows and its mask take half of 512 KB of L2
 constexpr int64_t kRankStep = 4;    // packed operands are padded with zeros to a multiple of this many ranks

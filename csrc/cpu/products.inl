@@ -1,6 +1,13 @@
-// The three products, on packed operands that are padded with zeros, so that no tile has an edge. Tiles of 3×4 or 4×3
-// accumulators fit 16 registers and load 7 vectors for 12 fused multiply-adds. With bf16 operands an instruction
+// The three products. No tile has an edge: what does not fill one is copied and padded with zeros first. Tiles of 3×4 or
+// 4×3 accumulators fit 16 registers and load 7 vectors for 12 fused multiply-adds. With bf16 operands an instruction
 // multiplies pairs: of columns in dot, of rows in outer, of ranks in expand.
+// x may lie in scratch or in the tensor itself; `ahead`, if not 0, is how many elements further on the tensor will be
+// read next, and is asked for now.
+constexpr int kDotRows = ILORA_BYTES == 64 ? 4 : 3;
+
+template <class D> FN void prefetch(const D* x, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += kAlign) __builtin_prefetch(reinterpret_cast<const char*>(x) + b, 0, 2);
+}
 
 template <class C, int BYTES> struct Sum {  // of the lanes of BYTES bytes, by halves
   typedef C V __attribute__((vector_size(BYTES)));
@@ -33,22 +40,27 @@ FN void add_sums(const Vec<float>* acc, float* p) {
 }
 #endif
 
-// p[m, r] += Σ_k x[m, k] · w[r, k] for 3 rows and 4 ranks; n is a multiple of the vector's elements.
-template <class C> FN void dot_tile(const C* x, const C* w, int64_t ld, int64_t n, C* p, int64_t ld_p) {
-  Vec<C> acc[3][4] = {};
+// p[m, r] += Σ_k x[m, k] · w[r, k] for kDotRows rows and 4 ranks; n is a multiple of the vector's elements.
+template <class C>
+FN void dot_tile(const C* x, int64_t ld_x, int64_t ahead, const C* w, int64_t ld_w, int64_t n, C* p, int64_t Rp) {
+  Vec<C> acc[kDotRows][4] = {};
   for (int64_t k = 0; k < n; k += Simd<C>::W) {
-    Vec<C> xs[3], ws[4];
-    for (int i = 0; i < 3; ++i) xs[i] = load<Vec<C>>(x + i * ld + k);
-    for (int j = 0; j < 4; ++j) ws[j] = load<Vec<C>>(w + j * ld + k);
-    for (int i = 0; i < 3; ++i)
+    Vec<C> xs[kDotRows], ws[4];
+    for (int i = 0; i < kDotRows; ++i) {
+      xs[i] = load<Vec<C>>(x + i * ld_x + k);
+      if (ahead) prefetch(x + i * ld_x + k + ahead, ILORA_BYTES);
+    }
+    for (int j = 0; j < 4; ++j) ws[j] = load<Vec<C>>(w + j * ld_w + k);
+    for (int i = 0; i < kDotRows; ++i)
       for (int j = 0; j < 4; ++j) acc[i][j] += xs[i] * ws[j];
   }
-  for (int i = 0; i < 3; ++i) add_sums(acc[i], p + i * ld_p);
+  for (int i = 0; i < kDotRows; ++i) add_sums(acc[i], p + i * Rp);
 }
 
 // g[r, k] (+)= Σ_m h[m, r] · x[m, k] for J ranks and 3 vectors of columns.
-template <int J, class C, class D>
-FN void outer_tile(const C* h, int64_t ld_h, const D* x, int64_t ld, int64_t rows, C* g, bool first) {
+template <int J, class C>
+FN void outer_tile(const C* h, int64_t Rp, const C* x, int64_t ld_x, int64_t ahead, int64_t rows, C* g, int64_t ld,
+                   bool first) {
   constexpr int W = Simd<C>::W;
   Vec<C> acc[J][3] = {};
   if (!first)
@@ -56,55 +68,65 @@ FN void outer_tile(const C* h, int64_t ld_h, const D* x, int64_t ld, int64_t row
       for (int i = 0; i < 3; ++i) acc[j][i] = load<Vec<C>>(g + j * ld + i * W);
   for (int64_t m = 0; m < rows; ++m) {
     Vec<C> xs[3];
-    for (int i = 0; i < 3; ++i) xs[i] = Memory<C, D>::get(x + m * ld + i * W);
+    for (int i = 0; i < 3; ++i) xs[i] = load<Vec<C>>(x + m * ld_x + i * W);
+    if (ahead) prefetch(x + m * ld_x + ahead, 3 * ILORA_BYTES);
     for (int j = 0; j < J; ++j)
-      for (int i = 0; i < 3; ++i) acc[j][i] += xs[i] * h[m * ld_h + j];
+      for (int i = 0; i < 3; ++i) acc[j][i] += xs[i] * h[m * Rp + j];
   }
   for (int j = 0; j < J; ++j)
     for (int i = 0; i < 3; ++i) store(g + j * ld + i * W, acc[j][i]);
 }
 
 // sums[m, k] = Σ_r h[m, r] · w[r, k] for 4 rows and 3 vectors of columns.
-template <class C>
-FN void expand_tile(const C* h, int64_t ld_h, const C* w, int64_t ld, int64_t R, Vec<C> (&sums)[4][3]) {
+template <class C> struct Sums { Vec<C> of[4][3]; };
+
+template <class C> FN Sums<C> expand_tile(const C* h, int64_t ld_h, const C* w, int64_t ld, int64_t R) {
   constexpr int W = Simd<C>::W;
+  Sums<C> sums = {};
   for (int64_t r = 0; r < R; ++r) {
     Vec<C> ws[3];
     for (int i = 0; i < 3; ++i) ws[i] = load<Vec<C>>(w + r * ld + i * W);
     for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < 3; ++i) sums[j][i] += ws[i] * h[j * ld_h + r];
+      for (int i = 0; i < 3; ++i) sums.of[j][i] += ws[i] * h[j * ld_h + r];
   }
+  return sums;
 }
 
 #ifdef ILORA_PAIRS
 FN __m512bh pair_everywhere(const bf16* p) { return (__m512bh)_mm512_set1_epi32(load<int32_t>(p)); }
 
-FN void dot_tile(const bf16* x, const bf16* w, int64_t ld, int64_t n, float* p, int64_t ld_p) {
-  __m512 acc[3][4] = {};
+FN void dot_tile(const bf16* x, int64_t ld_x, int64_t ahead, const bf16* w, int64_t ld_w, int64_t n, float* p,
+                 int64_t Rp) {
+  __m512 acc[kDotRows][4] = {};
   for (int64_t k = 0; k < n; k += 32) {
-    __m512bh xs[3], ws[4];
-    for (int i = 0; i < 3; ++i) xs[i] = load<__m512bh>(x + i * ld + k);
-    for (int j = 0; j < 4; ++j) ws[j] = load<__m512bh>(w + j * ld + k);
-    for (int i = 0; i < 3; ++i)
+    __m512bh xs[kDotRows], ws[4];
+    for (int i = 0; i < kDotRows; ++i) {
+      xs[i] = load<__m512bh>(x + i * ld_x + k);
+      if (ahead) prefetch(x + i * ld_x + k + ahead, ILORA_BYTES);
+    }
+    for (int j = 0; j < 4; ++j) ws[j] = load<__m512bh>(w + j * ld_w + k);
+    for (int i = 0; i < kDotRows; ++i)
       for (int j = 0; j < 4; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], xs[i], ws[j]);
   }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kDotRows; ++i) {
     Vec<float> sums[4];
     for (int j = 0; j < 4; ++j) sums[j] = (Vec<float>)acc[i][j];
-    add_sums(sums, p + i * ld_p);
+    add_sums(sums, p + i * Rp);
   }
 }
 
 // J ranks and 32 columns; h is [rows / 2][Rp][2]. Two rows of x are interleaved within 128 bits, so that g's columns
 // come out in the order of column_of_lane.
 template <int J>
-FN void outer_tile(const bf16* h, int64_t Rp, const bf16* x, int64_t ld, int64_t rows, float* g, bool first) {
+FN void outer_tile(const bf16* h, int64_t Rp, const bf16* x, int64_t ld_x, int64_t ahead, int64_t rows, float* g,
+                   int64_t ld, bool first) {
   __m512 acc[J][2] = {};
   if (!first)
     for (int j = 0; j < J; ++j)
       for (int i = 0; i < 2; ++i) acc[j][i] = load<__m512>(g + j * ld + i * 16);
   for (int64_t m = 0; m < rows; m += 2) {
-    const __m512i even = load<__m512i>(x + m * ld), odd = load<__m512i>(x + (m + 1) * ld);
+    const __m512i even = load<__m512i>(x + m * ld_x), odd = load<__m512i>(x + (m + 1) * ld_x);
+    if (ahead) prefetch(x + m * ld_x + ahead, ILORA_BYTES), prefetch(x + (m + 1) * ld_x + ahead, ILORA_BYTES);
     const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd), high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
     for (int j = 0; j < J; ++j) {
       const __m512bh ranks = pair_everywhere(h + m * Rp + 2 * j);
@@ -117,7 +139,7 @@ FN void outer_tile(const bf16* h, int64_t Rp, const bf16* x, int64_t ld, int64_t
 }
 
 // w is [Rp / 2][ld][2].
-FN void expand_tile(const bf16* h, int64_t ld_h, const bf16* w, int64_t ld, int64_t R, Vec<float> (&sums)[4][3]) {
+FN Sums<float> expand_tile(const bf16* h, int64_t ld_h, const bf16* w, int64_t ld, int64_t R) {
   __m512 acc[4][3] = {};
   for (int64_t r = 0; r < R; r += 2) {
     __m512bh ws[3];
@@ -127,8 +149,10 @@ FN void expand_tile(const bf16* h, int64_t ld_h, const bf16* w, int64_t ld, int6
       for (int i = 0; i < 3; ++i) acc[j][i] = _mm512_dpbf16_ps(acc[j][i], ranks, ws[i]);
     }
   }
+  Sums<float> sums;
   for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < 3; ++i) sums[j][i] = (Vec<float>)acc[j][i];
+    for (int i = 0; i < 3; ++i) sums.of[j][i] = (Vec<float>)acc[j][i];
+  return sums;
 }
 #endif
 
@@ -139,22 +163,36 @@ template <class C, class D> FN int64_t column_of_lane(int64_t k) {
   return group + quarter * 8 + half * 4 + k % 4;
 }
 
-// p [rows, Rp] += block · wᵀ
+// p [rows, Rp] += x · wᵀ
 template <class C, class D>
-FN void dot(const D* block, const D* w, int64_t ld, int64_t rows, int64_t n, C* p, int64_t Rp) {
+FN void dot(const D* x, int64_t ld_x, int64_t ahead, const D* w, int64_t ld_w, int64_t rows, int64_t n, C* p,
+            int64_t Rp) {
   n = round_up(n, ILORA_BYTES / sizeof(D));
-  for (int64_t m = 0; m < rows; m += 3)
-    for (int64_t r = 0; r < Rp; r += 4) dot_tile(block + m * ld, w + r * ld, ld, n, p + m * Rp + r, Rp);
+  for (int64_t m = 0; m < rows; m += kDotRows)
+    for (int64_t r = 0; r < Rp; r += 4)
+      dot_tile(x + m * ld_x, ld_x, r ? 0 : ahead, w + r * ld_w, ld_w, n, p + m * Rp + r, Rp);
 }
 
-// g [Rp, ld] (+)= hᵀ · block
+// Columns of an outer tile.
+template <class C, class D> constexpr int64_t kOuterColumns = sizeof(D) < sizeof(C) ? 32 : 3 * Simd<C>::W;
+
+// g [Rp, ld] (+)= hᵀ · x
 template <class C, class D>
-FN void outer(const D* h, const D* block, int64_t ld, int64_t rows, int64_t n, C* g, int64_t Rp, bool first) {
-  constexpr bool pairs = sizeof(D) < sizeof(C);
-  constexpr int64_t wide = ILORA_BYTES == 64 ? 8 : 4, columns = pairs ? 32 : 3 * Simd<C>::W, step = pairs ? 2 : 1;
-  for (int64_t k = 0; k < n; k += columns) {
+FN void outer(const D* h, int64_t Rp, const D* x, int64_t ld_x, int64_t ahead, int64_t rows, int64_t n, C* g,
+              int64_t ld, bool first) {
+  constexpr int64_t wide = ILORA_BYTES == 64 ? 8 : 4, step = sizeof(C) / sizeof(D);
+  for (int64_t k = 0; k < n; k += kOuterColumns<C, D>) {
     int64_t r = 0;
-    for (; r + wide <= Rp; r += wide) outer_tile<wide>(h + step * r, Rp, block + k, ld, rows, g + r * ld + k, first);
-    if (r < Rp) outer_tile<4>(h + step * r, Rp, block + k, ld, rows, g + r * ld + k, first);
+    for (; r + wide <= Rp; r += wide)
+      outer_tile<wide>(h + step * r, Rp, x + k, ld_x, r ? 0 : ahead, rows, g + r * ld + k, ld, first);
+    if (r < Rp) outer_tile<4>(h + step * r, Rp, x + k, ld_x, r ? 0 : ahead, rows, g + r * ld + k, ld, first);
   }
+}
+
+// How many of a block's n columns can be multiplied where they lie in the tensor; the rest is copied first.
+template <class A, class B> constexpr bool kSame = false;
+template <class A> constexpr bool kSame<A, A> = true;
+template <class T, class C, class D> FN int64_t columns_in_place(int64_t rows, int64_t n, const Dropout& dropout) {
+  const bool fits = kSame<T, D> && !dropout.on && rows % kDotRows == 0 && rows % 2 == 0;
+  return fits ? n / kOuterColumns<C, D> * kOuterColumns<C, D> : 0;
 }

@@ -13,6 +13,10 @@ template <class C> FN void fill_zero(C* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
 
+template <class T> FN T* at(const Matrix& t, int64_t row, int64_t column) {
+  return static_cast<T*>(t.data) + row * t.row_stride + column;
+}
+
 // γ of a block's rows, [rows, Rp]; zero for the ranks of the padding.
 template <class C> ILORA_TARGET void fill_gamma(const Gates& g, int64_t row, int64_t rows, C* gamma, int64_t Rp) {
   const int64_t per_gate = g.N ? g.M / g.N : 1, ranks = g.R / g.E;
@@ -39,22 +43,39 @@ template <class C> ILORA_TARGET void fill_gamma(const Gates& g, int64_t row, int
   }
 }
 
-// p [rows, Rp] = rows of src [M, R], zero for the ranks and rows (up to a multiple of kRowPad or 4) of the padding.
+// p [rows, Rp] = rows of src [M, R], zero for the ranks and rows of the padding.
 template <class T, class C>
 ILORA_TARGET void get_ranks(const Ranks& src, int64_t row, int64_t rows, int64_t R, C* p, int64_t Rp) {
-  const int64_t at = row * R;
+  constexpr int64_t W = Simd<C>::W;
+  const int64_t at = row * R, n = rows * R;
+  fill_zero(p + rows * Rp, (round_up(rows, kRowPad) - rows) * Rp);
+  if (src.narrow && Rp == R) {  // no padding between the rows, so they go as one
+    const T* from = static_cast<const T*>(src.data) + at;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(p + i, Memory<C, T>::get(from + i));
+    for (; i < n; ++i) convert(p[i], from[i]);
+    return;
+  }
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t r = 0; r < R; ++r)
       if (src.narrow) convert(p[m * Rp + r], static_cast<const T*>(src.data)[at + m * R + r]);
       else p[m * Rp + r] = static_cast<const C*>(src.data)[at + m * R + r];
     for (int64_t r = R; r < Rp; ++r) p[m * Rp + r] = 0;
   }
-  fill_zero(p + rows * Rp, (round_up(rows, 12) - rows) * Rp);
 }
 
 // The reverse.
 template <class T, class C>
 ILORA_TARGET void put_ranks(const C* p, int64_t Rp, const Ranks& dst, int64_t row, int64_t rows, int64_t R) {
+  constexpr int64_t W = Simd<C>::W;
+  if (dst.narrow && Rp == R) {  // no padding between the rows, so they go as one
+    T* out = static_cast<T*>(dst.data) + row * R;
+    const int64_t n = rows * R;
+    int64_t i = 0;
+    for (; i + W <= n; i += W) Memory<C, T>::put(out + i, load<Vec<C>>(p + i));
+    for (; i < n; ++i) convert(out[i], p[i]);
+    return;
+  }
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t r = 0; r < R; ++r)
       if (dst.narrow) convert(static_cast<T*>(dst.data)[(row + m) * R + r], p[m * Rp + r]);
@@ -129,10 +150,21 @@ template <class T, class C, class O> struct Rows {
     if (add) v += Memory<C, T>::get(add + m * add_stride + k);
     Memory<C, O>::put(out + m * stride + k, v);
   }
-  FN void put_some(int64_t m, int64_t k, Vec<C> v, int64_t n) const {
-    if (mask) v = masked<C>(v, load<MaskVec<C>>(mask + m * mask_stride + k));
-    if (add) v += get_some<C, T>(add + m * add_stride + k, n);
-    ILORA_ISA::put_some<C, O>(out + m * stride + k, v, n);
+  // At the edges: `rows` rows of 3 vectors, of which n elements belong to out.
+  ILORA_TARGET __attribute__((noinline)) void put_strip(int64_t m, int64_t k, const C* strip, int64_t rows,
+                                                        int64_t n) const {
+    constexpr int64_t W = Simd<C>::W;
+    for (int64_t end = m + rows; m < end; ++m, strip += 3 * W)
+      for (int64_t i = 0; i < 3 * W && i < n; i += W) {
+        auto v = load<Vec<C>>(strip + i);
+        if (i + W <= n) {
+          put(m, k + i, v);
+          continue;
+        }
+        if (mask) v = masked<C>(v, load<MaskVec<C>>(mask + m * mask_stride + k + i));
+        if (add) v += get_some<C, T>(add + m * add_stride + k + i, n - i);
+        put_some<C, O>(out + m * stride + k + i, v, n - i);
+      }
   }
   FN void prefetch(int64_t m, int64_t rows, int64_t n) const {  // so that the lines are there when they are written
     for (int64_t j = m; j < m + rows; ++j)
@@ -142,24 +174,24 @@ template <class T, class C, class O> struct Rows {
 
 // A chunk of columns: out = keep ⊙ (h · w) + add
 template <class T, class C, class D, class O>
-ILORA_TARGET void expand(const D* h, const D* w, const Packing& pack, int64_t n, int64_t rows,
-                         const Rows<T, C, O>& to) {
+ILORA_TARGET void expand(const D* h, const D* w, const Packing& pack, int64_t n, int64_t rows, Rows<T, C, O> to) {
   constexpr int64_t W = Simd<C>::W, step = sizeof(C) / sizeof(D);  // pairs of ranks lie side by side in w
+  const int64_t R = pack.R, Rp = pack.Rp, ld = pack.width;
   for (int64_t m = 0; m < rows; m += 4) {
     const int64_t count = rows - m < 4 ? rows - m : 4;
     to.prefetch(m, count, n);
     for (int64_t k = 0; k < n; k += 3 * W) {
-      Vec<C> sums[4][3] = {};
-      expand_tile(h + m * pack.Rp, pack.Rp, w + k * step, pack.width, pack.R, sums);
+      const Sums<C> sums = expand_tile(h + m * Rp, Rp, w + k * step, ld, R);
       if (count == 4 && k + 3 * W <= n) {
+#pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
-          for (int i = 0; i < 3; ++i) to.put(m + j, k + i * W, sums[j][i]);
-        continue;
+#pragma GCC unroll 3
+          for (int i = 0; i < 3; ++i) to.put(m + j, k + i * W, sums.of[j][i]);
+      } else {
+        C strip[4][3 * W];
+        store(&strip[0][0], sums);
+        to.put_strip(m, k, &strip[0][0], count, n - k);
       }
-      for (int j = 0; j < count; ++j)
-        for (int64_t i = 0; i < 3 && k + i * W < n; ++i)
-          if (k + (i + 1) * W <= n) to.put(m + j, k + i * W, sums[j][i]);
-          else to.put_some(m + j, k + i * W, sums[j][i], n - k - i * W);
     }
   }
 }

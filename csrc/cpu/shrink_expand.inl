@@ -10,8 +10,13 @@ ILORA_TARGET void shrink_x(const ShrinkX& f, int64_t begin, int64_t end, void* m
     fill_zero(s.p, kRowBlock * Rp);
     for (int64_t c = 0; c < f.a.n_chunks; ++c) {
       const int64_t n = f.a.columns(c);
-      copy_rows<T, C>(f.x, row, rows, c * ld, n, ld, f.dropout, block, static_cast<C*>(nullptr));
-      dot(block, a + f.a.offset(c), ld, rows, n, s.p, Rp);
+      const int64_t in_place = columns_in_place<T, C, D>(rows, n, f.dropout);
+      if (in_place)
+        dot(at<D>(f.x, row, c * ld), f.x.row_stride, kRowBlock * f.x.row_stride, a + f.a.offset(c), ld, rows, in_place,
+            s.p, Rp);
+      if (in_place == n) continue;
+      copy_rows<T, C>(f.x, row, rows, c * ld + in_place, n - in_place, ld, f.dropout, block, static_cast<C*>(nullptr));
+      dot(block, ld, 0, a + f.a.offset(c) + in_place, ld, rows, n - in_place, s.p, Rp);
     }
     put_ranks<T>(s.p, Rp, f.xa, row, rows, f.R);
   }
@@ -32,9 +37,8 @@ ILORA_TARGET void expand_xa_into(const ExpandXa& f, int64_t begin, int64_t end, 
     for (int64_t c = 0; c < f.b.n_chunks; ++c) {
       const int64_t column = c * f.b.width;
       const T* add = f.bias ? static_cast<const T*>(f.bias) + column : nullptr;
-      if (added.data) add = static_cast<const T*>(added.data) + row * added.row_stride + column;
-      O* out = static_cast<O*>(f.y.data) + row * f.y.row_stride + column;
-      const Rows<T, C, O> to{out, f.y.row_stride, add, added.data ? added.row_stride : 0, nullptr, 0};
+      if (added.data) add = at<T>(added, row, column);
+      const Rows<T, C, O> to{at<O>(f.y, row, column), f.y.row_stride, add, added.data ? added.row_stride : 0, nullptr, 0};
       expand(h, b + f.b.offset(c), f.b, f.b.columns(c), rows, to);
     }
   }
