@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .base_layers import adapter_like, features_of, is_conv1d, keep_unpacked
 from .current_gate import GateState
+from .op.checks import check_settings, dtype_named
 from .op.functional import ilora_linear, ilora_update
-from .op.settings import check_settings, dtype_named
 from .shared import SharedInputGroup
 
 # What x Wᵀ may be computed of; a FakeTensor is a weight in a model that is being exported.

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..op.checks import MAX_RANK
-from ..op.settings import check_settings, dtype_name, is_finite, is_number
+from ..op.checks import MAX_RANK, check_settings, dtype_name, is_finite, is_number
 
 ALL_LINEAR = "all-linear"
 PATTERNS = ("rank_pattern", "alpha_pattern", "expert_pattern")

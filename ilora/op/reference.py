@@ -111,7 +111,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return seed
 
 
-# The four primitives, which every backend gives under these names; composition.py makes forward and backward of them.
+# The four primitives, which every backend gives under these names; backends.py composes forward and backward of them.
 # Here every tensor is 2-D and checked, scaling holds the 1/(1-p) of dropout, and seed is a tensor whenever dropout_p is
 # not 0. `backward_dy` and `backward_x` are the gradients of `expand_xa` and `shrink_x`.
 

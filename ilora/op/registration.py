@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, composition
+from . import backends
 from .checks import check_segments, rows
 from .reference import as_seed
 
@@ -50,7 +50,7 @@ def forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, see
     module = backends.select(backend, x.device.type, x.dtype)
     flat_x, flat_base = x.reshape(-1, x.shape[-1]), None if base is None else base.reshape(-1, B.shape[0])
     settings = (A, B, gate, segments, scaling, dropout_p, seed)
-    y, xa = composition.forward(module, flat_x, weight, bias, flat_base, *settings)
+    y, xa = backends.forward(module, flat_x, weight, bias, flat_base, *settings)
     # Not view: autograd would refuse in-place operations on the output of a Function.
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], B.shape[0]]), xa
 
@@ -62,7 +62,7 @@ def backward(dy, x, xa, weight, A, B, gate, segments, scaling, dropout_p, seed, 
     module = backends.select(backend, x.device.type, x.dtype)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     settings = (A, B, gate, segments, scaling, dropout_p, seed)
-    dx, dA, dB, dgate = composition.backward(module, flat_dy, flat_x, xa, weight, *settings, need_dx)
+    dx, dA, dB, dgate = backends.backward(module, flat_dy, flat_x, xa, weight, *settings, need_dx)
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB, dgate
 
 
