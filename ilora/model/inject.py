@@ -98,7 +98,7 @@ def share_inputs(model: Any, share: bool = True) -> tuple[tuple[str, ...], ...]:
     paths of those that may, by group. It holds for the model's other adapters too, and is not saved.
 
     Results are those of separate layers, but for the order of sums; with dropout the layers of a group have one mask.
-    A group are children of one module with known names (`ilora.siblings.FAMILIES`) and plain weights, of the same r,
+    A group are children of one module with known names (`ilora.shared.FAMILIES`) and plain weights, of the same r,
     num_experts and scaling. That they do share is seen at every call, by the very same tensor. Compiled models and
     decoding steps compute every layer by itself. share=False: as before. Raises ValueError where nothing was injected.
     """
