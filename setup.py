@@ -43,9 +43,11 @@ def cpu_kernels():
 
 
 def layer_call():
+    import torch
     from torch.utils.cpp_extension import CppExtension
 
-    return CppExtension("ilora._call", **sources("call"), extra_compile_args=CXX_FLAGS)
+    version = ("ILORA_TORCH_VERSION", torch.__version__)
+    return CppExtension("ilora._call", **sources("call"), define_macros=[version], extra_compile_args=CXX_FLAGS)
 
 
 def cuda_kernels():

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import ilora
-from ilora.op import backends
+from ilora.op import backends, native
 
 
 def _version(package: str) -> str:
@@ -33,6 +33,8 @@ def report() -> str:
         for kind in types:
             reason = backends.why_not(name, kind)
             lines.append(f"  {name:10} {kind:5} {'works' if reason is None else 'no: ' + reason}")
+    reason = native.CALL_UNAVAILABLE
+    lines.append(f"  {'call':10} cpu   {'works' if reason is None else 'no: ' + reason}")
     return "\n".join(lines)
 
 

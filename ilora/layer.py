@@ -7,12 +7,16 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .base_layers import adapter_like, features_of, is_conv1d, keep_unpacked
 from .current_gate import GateState
 from .op.functional import ilora_linear, ilora_update
 from .op.settings import check_settings, dtype_named
-from .shared import shared_output
+from .shared import SharedInputGroup
+
+# What x Wᵀ may be computed of; a FakeTensor is a weight in a model that is being exported.
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 class ILoRALinear(nn.Module):
@@ -33,7 +37,7 @@ class ILoRALinear(nn.Module):
     Raises: TypeError, ValueError naming a base or a setting that does not fit, before the base is changed.
     """
 
-    siblings: tuple[ILoRALinear, ...] = ()  # with itself, those that it may share its input with (ilora.share_inputs)
+    input_group: SharedInputGroup | None = None  # with others that get the same input (ilora.share_inputs)
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class ILoRALinear(nn.Module):
         if not self.gate_state.enabled or self.merged:
             return self.base_layer(x)
         if gate is None:
-            y = shared_output(self, x) if self.siblings else None
+            y = None if self.input_group is None else self.input_group.output(self, x)
             if y is not None:
                 return y
             gate, segments = self.gate_state.gate_for(x, self.gate_index, self.name)
@@ -115,15 +119,17 @@ class ILoRALinear(nn.Module):
     def plain_weight(self) -> Tensor | None:
         """[d_out, d_in] if x Wᵀ + b is all that calling the base does; None where it must be called itself."""
         base = self.base_layer
-        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        replaced = "forward" in base.__dict__  # as accelerate's device maps do
-        conv1d = is_conv1d(base)
-        if hooked or replaced or not (conv1d or type(base) is nn.Linear):
+        linear = type(base) is nn.Linear
+        if not linear and not is_conv1d(base):
+            return None
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return None
+        if "forward" in base.__dict__:  # as accelerate's device maps put there
             return None
         weight = cast(Tensor, base.weight)
-        if type(weight) not in (Tensor, nn.Parameter):
+        if type(weight) not in _PLAIN:
             return None
-        return weight.T if conv1d else weight
+        return weight if linear else weight.T
 
     def own_gate(self, gate: Tensor) -> Tensor:
         """[N, num_experts] from the model's [N, gate_experts]: a layer with fewer experts sums neighbours' gates.

@@ -369,7 +369,7 @@ def test_adapters_merging_disabling_copies_and_ejection(passes):
         torch.testing.assert_close(logits(clone, ilora_gate=g), expected, **EXACT)
         assert len(passes) == 4
         attention = clone.model.layers[0].self_attn
-        assert attention.q_proj.siblings == (attention.q_proj, attention.k_proj, attention.v_proj)
+        assert attention.q_proj.input_group.layers == (attention.q_proj, attention.k_proj, attention.v_proj)
     ilora.add_adapter(model, "other", ilora.ILoRAConfig(r=4, num_experts=E, target_modules=["k_proj", "v_proj"]))
     randomised(model, 3)
     passes.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import native
 from .checks import as_number, check_dtypes, check_tensors, checked_seed
 from .registration import FORWARD, Eager, forward, seed_tensor, unseen
 
@@ -41,6 +42,10 @@ def ilora_linear(
     Saved for backward: x, xa [M, R], the arguments and the seed. The same inputs give the same bits.
     Formula: arXiv 2408.10159, with the experts' sum written as a scaling in rank space.
     """
+    if native.DIRECT_CALL is not None and segments is None and seed is None and not torch.compiler.is_compiling():
+        y = native.DIRECT_CALL(x, weight, bias, A, B, gate, scaling, dropout_p, backend)
+        if y is not None:
+            return y
     if weight is None:
         raise TypeError("weight: expected a torch.Tensor, got None; ilora_update computes the update alone")
     return _apply(x, weight, bias, None, A, B, gate, scaling, segments, dropout_p, seed, backend)

@@ -7,10 +7,12 @@ The library is built when the package is installed (see setup.py) and found here
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,21 @@ def unavailable() -> str | None:
 def cuda_unavailable() -> str | None:
     """None if `decode` works here, else why not."""
     return _UNAVAILABLE or _load("ilora._native_cuda", "nvcc beside a torch for CUDA", "ILORA_BUILD_CUDA")
+
+
+def _load_call() -> tuple[Any, str | None]:
+    """(the function ilora_linear of ilora._call or None, the reason why not)."""
+    if _UNAVAILABLE is not None:
+        return None, _UNAVAILABLE
+    again = "ILORA_BUILD_CALL=1 pip install --no-build-isolation builds it"
+    try:
+        call = importlib.import_module("ilora._call")
+    except ImportError as error:
+        return None, f"it was not built, or not for torch {torch.__version__} ({error}); {again}"
+    if call.torch_version != torch.__version__:
+        return None, f"it was built for torch {call.torch_version}, and this is torch {torch.__version__}; {again}"
+    call.set_hardware_bfloat16(_HARDWARE_BFLOAT16)
+    return call.ilora_linear, None
 
 
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -157,3 +174,7 @@ _HARDWARE_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._
 def _dense_gate(gate: Tensor, x: Tensor) -> Tensor:
     """The gate as the kernels read it."""
     return gate.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+# A call of `ilora_linear` in one step of C++, for the common case on the CPU; see csrc/call/call.cpp.
+DIRECT_CALL, CALL_UNAVAILABLE = _load_call()
