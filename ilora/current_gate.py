@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .op.checks import float_gate
+
 
 class Frame(NamedTuple):
     """What holds for the layers now.
@@ -133,8 +135,7 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
     arguments. Raises ValueError where the model holds no iLoRA layer, TypeError for a gate that is no float tensor and
     segments that are no integer one.
     """
-    if not isinstance(gate, Tensor) or not gate.is_floating_point():
-        raise TypeError(f"gate: expected a float tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
+    float_gate(gate, "[N, E] or [layers, N, E]")
     if segments is not None and (not isinstance(segments, Tensor) or segments.is_floating_point()):
         got = getattr(segments, "dtype", type(segments).__name__)
         raise TypeError(f"segments: expected int32 [N+1] row offsets, got {got}")

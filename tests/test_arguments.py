@@ -107,7 +107,7 @@ IDS = prompts((5, 5))[0]
         ({"ilora_z": [[1.0] * 6] * 2}, TypeError, r"z: expected a float tensor \[N, z_dim=6\], got list"),
         ({"ilora_z": np.ones((2, 6), "f")}, TypeError, "z: expected a float tensor .* got ndarray"),
         ({"ilora_z": torch.ones(2, 6, device="meta")}, ValueError, "z: expected it on the gate network's device cpu"),
-        ({"ilora_gate": [[1.0] * 4] * 2}, TypeError, "gate: expected a float tensor, got list"),
+        ({"ilora_gate": [[1.0] * 4] * 2}, TypeError, "gate: expected a float tensor, .*, got list"),
         (
             {"ilora_gate": gates(2), "ilora_segments": [0, 5, 10]},
             TypeError,

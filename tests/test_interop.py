@@ -123,8 +123,8 @@ def test_to_peft_computes_what_the_gated_model_computes(tmp_path, family, config
 
 REFUSED = {  # message: (error, gate)
     r"to_peft: expected one user's gate, \[4\] or .* got \[2, 4\]": (ValueError, torch.rand(2, 4)),
-    "expected one user's gate, .* a float tensor, got torch.int64": (TypeError, torch.ones(4).long()),
-    "a float tensor, got NoneType": (TypeError, None),
+    "expected a float tensor, one user's gate, .*, got torch.int64": (TypeError, torch.ones(4).long()),
+    "a float tensor, .*, got NoneType": (TypeError, None),
     "a: holds an iLoRA adapter.*choose another name": (AdapterError, torch.rand(4)),
 }
 

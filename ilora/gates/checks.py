@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def float_gate(gate: Any, expected: str, what: str = "gate") -> Tensor:
-    """The gate. Raises TypeError for anything but a float tensor, in the name of `what`."""
-    if not isinstance(gate, Tensor) or not gate.is_floating_point():
-        got = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
-        raise TypeError(f"{what}: expected {expected}, a float tensor, got {got}")
-    return gate
+from ..op.checks import float_gate
 
 
 def gate_rows(gate: Any) -> Tensor:

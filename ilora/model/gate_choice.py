@@ -12,6 +12,7 @@ from ..base_layers import home
 from ..current_gate import Frame
 from ..gates.networks import PromptGate, UniformGate
 from ..gates.pooling import prompt_mask
+from ..op.checks import float_gate
 from .batch import Inputs, packed_by
 
 
@@ -153,8 +154,7 @@ def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs
     """Raises ValueError unless there is one gate row for each sequence, or one for all, or segments that say which row
     belongs to which instance; TypeError for a gate that is no float tensor."""
     E, layers = model.ilora.config.num_experts, len(model.ilora.adapter.blocks)
-    if not isinstance(gate, Tensor) or not gate.is_floating_point():
-        raise TypeError(f"gate: expected a float tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
+    float_gate(gate, f"[N, {E}] or [{layers}, N, {E}]")
     if gate.dim() not in (2, 3) or gate.shape[-1] != E or (gate.dim() == 3 and gate.shape[0] != layers):
         raise ValueError(
             f"gate: expected [N, {E}], or [{layers}, N, {E}] with one for each block, got {list(gate.shape)}"

@@ -53,6 +53,14 @@ def check_tensors(
     _check_gate(gate, segments, M, R)
 
 
+def float_gate(gate: Any, expected: str, what: str = "gate") -> Tensor:
+    """The gate. Raises TypeError for anything but a float tensor. expected: its shape, in words; what: who asks."""
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        got = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
+        raise TypeError(f"{what}: expected a float tensor, {expected}, got {got}")
+    return gate
+
+
 def _misfit(x: Tensor, weight: Tensor | None, A: Tensor) -> str:
     """What is wrong where x and A have no d_in in common: x, if the weight agrees with A."""
     if weight is not None and A.dim() == weight.dim() == 2 and A.shape[1] == weight.shape[1]:
