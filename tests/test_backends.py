@@ -40,6 +40,8 @@ EDGES = {
     "wide": Case(M=9, d_in=1030, d_out=517),
     "tall": Case(M=1100, N=2, d_in=9, d_out=7),
     "one long instance": Case(M=1100, N=1, d_in=9, d_out=7),
+    "whole blocks": Case(M=192, N=2, d_in=192, d_out=96),
+    "blocks and a rest": Case(M=156, N=1, R=12, d_in=250, d_out=1201),
     "no bias": Case(bias=False),
     "strided": Case(strided=True),
     "dropout": Case(M=66, N=2, d_in=77, dropout_p=0.3),

@@ -63,11 +63,21 @@ std::tuple<Tensor, Tensor> forward(const Arguments& f, const MaybeTensor& seed) 
   static const auto expand_xa =
       find_op<Tensor(const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&,
                      const MaybeTensor&, double, bool)>("ilora_native::expand_xa");
+  static const auto decode =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                                         const Tensor&, const Tensor&, const Tensor&, const MaybeTensor&, double)>(
+          "ilora_native::decode");
   const Tensor x = f.x.dim() == 2 ? f.x : f.x.reshape({-1, f.x.size(-1)}), turned = f.weight.t();
-  Tensor xa = shrink_x.call(x, f.A, drop_below(f.dropout_p), seed);
-  Tensor y = expand_xa.call(x, xa, f.bias, std::nullopt, f.B, dense_gate(f.gate, x), std::nullopt, f.scaling,
-                            through_float32(x, turned.stride(0)));
-  y = add_product(std::move(y), x, turned);
+  const Tensor gate = dense_gate(f.gate, x);
+  const bool wide = through_float32(x, turned.stride(0));
+  Tensor y, xa;
+  if (x.size(0) < kFewRows && !seed && !wide) {
+    std::tie(y, xa) = decode.call(x, f.weight, f.bias, std::nullopt, f.A, f.B, gate, std::nullopt, f.scaling);
+  } else {
+    xa = shrink_x.call(x, f.A, drop_below(f.dropout_p), seed);
+    y = expand_xa.call(x, xa, f.bias, std::nullopt, f.B, gate, std::nullopt, f.scaling, wide);
+    y = add_product(std::move(y), x, turned);
+  }
   if (f.x.dim() != 2) {
     auto shape = f.x.sizes().vec();
     shape.back() = f.B.size(0);

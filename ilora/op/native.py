@@ -1,8 +1,6 @@
-"""The native backend: C++ kernels for the low-rank term on the CPU, torch's matrix multiplication on top of it; and
-`decode`, CUDA kernels for a few rows, where they were built.
-
-A backend as `ilora.reference` is one: `forward` and `backward` below take 2-D tensors that `ilora.ops` has checked.
-The library is built when the package is installed (see setup.py) and found here; nothing is compiled at run time.
+"""The native backend: C++ loops for the four primitives on the CPU, and torch's matrix multiplication for the frozen
+layer. Each function takes 2-D tensors that have been checked, as `composition` describes them. The libraries are built
+when ilora is installed (see setup.py).
 """
 
 from __future__ import annotations
@@ -25,19 +23,15 @@ DECODE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DECODE_ROWS, DECODE_FUSED_ROWS, DECODE_RANKS = 64, 16, 128  # as csrc/cuda/decode.h has them
 
 
-def _load(name: str, wants: str, variable: str) -> str | None:
-    """Registers torch.ops.ilora_native; returns the reason when that cannot be done."""
+def _load(name: str, needs: str, variable: str) -> str | None:
+    """Registers the ops of a library; returns the reason when that cannot be done."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        checkout = Path(__file__).resolve().parents[2]
-        if (checkout / "setup.py").exists():  # it hides an installed ilora from Python processes that start there
-            return (
-                f"it was not built in {checkout}, which ilora is imported from; "
-                f"to build it there: {variable}=1 pip install --no-build-isolation -e {checkout}"
-            )
+        checkout = Path(__file__).resolve().parents[2]  # it hides an installed ilora from a Python that starts there
+        here, what = (f" in {checkout}", f"-e {checkout}") if (checkout / "setup.py").exists() else ("", ".")
         return (
-            f"it was not built when ilora was installed, for want of torch or of {wants}; "
-            f"to build it, and see what fails: {variable}=1 pip install --no-build-isolation ."
+            f"it was not built{here}; it needs torch and {needs}; "
+            f"this builds it or says what fails: {variable}=1 pip install --no-build-isolation {what}"
         )
     try:
         torch.ops.load_library(spec.origin)
@@ -57,7 +51,7 @@ def unavailable() -> str | None:
 @cache
 def cuda_unavailable() -> str | None:
     """None if `decode` works here, else why not."""
-    return _UNAVAILABLE or _load("ilora._native_cuda", "nvcc beside a torch for CUDA", "ILORA_BUILD_CUDA")
+    return _UNAVAILABLE or _load("ilora._native_cuda", "nvcc, and the torch for CUDA", "ILORA_BUILD_CUDA")
 
 
 def _load_call() -> tuple[Any, str | None]:
@@ -73,6 +67,27 @@ def _load_call() -> tuple[Any, str | None]:
         return None, f"it was built for torch {call.torch_version}, and this is torch {torch.__version__}; {again}"
     call.set_hardware_bfloat16(_HARDWARE_BFLOAT16)
     return call.ilora_linear, None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    gate: Tensor,
+    segments: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y [M, d_out], xa [M, R]). A few rows are one call of C++, which saves half of what our part of the call takes."""
+    if weight is not None and seed is None and len(x) < FEW_ROWS and not _through_float32(x, weight.t()):
+        op = torch.ops.ilora_native.decode.default
+        return op(x, weight, bias, None, A, B, _dense_gate(gate, x), segments, scaling)
+    xa = shrink_x(x, A, dropout_p, seed)
+    return expand_xa(x, xa, weight, bias, base, B, gate, segments, scaling), xa
 
 
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
