@@ -1,4 +1,4 @@
-"""How a gate reaches the layers that need it: one plain object a model, which its layers share."""
+"""The gate in force: one plain object a model, which its layers share and read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .op.checks import float_gate
 
 
 class Frame(NamedTuple):
-    """What holds for the layers now.
+    """The gate in force and the batch that it belongs to.
 
     gate: [N, E], or [layers, N, E] with one gate for each layer of the model; None where there is none.
     segments: int32 [N+1] row offsets, or None for instances of equal length.
-    rows, lengths: how many sequences the model's forward has been given, and how long they may be; None where nobody
-        knows, as for an encoder that is called by itself. They let a layer refuse an x that the gate does not fit.
-    expanded: whether a sequence may be one of several of its instance (beams, return sequences).
+    rows, lengths: how many sequences the model's forward was given, and how long they may be; None where that is not
+        known, as for an encoder that is called by itself. By them a layer refuses an x that the gate does not fit.
+    expanded: whether an instance may have several sequences (beams, return sequences).
     """
 
     gate: Tensor | None = None
@@ -32,16 +32,17 @@ class Frame(NamedTuple):
 
 
 class GateState:
-    """Holds the frame in force. Set for a forward and cleared after it, never copied, pickled or saved.
+    """What the layers of a model share. A call sets the frame and puts the one before back afterwards. It is never
+    copied, pickled or saved.
 
     enabled: False makes the layers compute their frozen base alone.
     last: the gate of the last forward, detached, for statistics.
-    shared: the input that layers are sharing (see siblings.py); it goes with the frame.
-    called, read: the names of the layers that were called in this forward of the model, and of those whose weight was
-        read: a layer that is read only is one whose update the model leaves out. Not kept in compiled code.
+    shared: the input that several layers are reading together (shared.py); a new frame drops it.
+    called, read: the names of the layers that this forward of the model has called, and of those whose weight it has
+        read. A layer whose weight is read and that is not called would lose its update. Not recorded in compiled code.
     balance_due: whether the gate network's balance term is still to be added to this forward's loss.
-    expansion: how many rows of a step generate makes of each prompt (beams, return sequences).
-    running: held by the thread in whose forward or generate the layers are; threads take turns.
+    expansion: how many sequences generate makes of each prompt (beams, return sequences).
+    running: the lock of the thread that is in a forward or generate of the model; other threads wait.
     """
 
     __slots__ = ("balance_due", "called", "enabled", "expansion", "frame", "last", "read", "running", "shared")
@@ -55,7 +56,7 @@ class GateState:
         self.expansion, self.running = 1, threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
-        copy = memo[id(self)] = GateState()  # layers that shared a state share its copy; live tensors stay behind
+        copy = memo[id(self)] = GateState()  # layers that share a state share its copy; the gate in force is not copied
         copy.enabled = self.enabled
         return copy
 
@@ -63,15 +64,15 @@ class GateState:
         return GateState, ()
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Around a forward or generate: another thread's waits until it is over, since they share the frame."""
+        """The lock for a forward or generate: another thread waits until it is over, since both would set the frame."""
         return nullcontext() if torch.compiler.is_compiling() else self.running
 
     def enter(self, frame: Frame) -> None:
-        """The frame in force from here on."""
+        """Puts the frame in force."""
         self.frame, self.shared = frame, None
 
     def begin(self, frame: Frame) -> None:
-        """The frame of a forward of the whole model, in which no layer has been called yet."""
+        """Puts the frame of a new forward of the whole model in force."""
         self.enter(frame)
         self.last = None if frame.gate is None else frame.gate.detach()
         if not torch.compiler.is_compiling():
@@ -79,7 +80,8 @@ class GateState:
             self.read.clear()
 
     def refuse_reading(self) -> None:
-        """At that forward's end. Raises RuntimeError where the model computed with a layer's weight by itself."""
+        """To call when that forward has ended. Raises RuntimeError where the model has read the weight of a layer that
+        it has not called."""
         ignored = [] if torch.compiler.is_compiling() else sorted(self.read - self.called)
         if ignored:
             endings = sorted({name.rsplit(".", 1)[-1] for name in ignored})
@@ -156,7 +158,7 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
 
 
 class CapturingCheckpoint:
-    """A checkpoint function under which the recomputation sees the gate of its own forward.
+    """Wraps a checkpoint function so that recomputation runs under the gate of its own forward.
 
     The recomputation runs when the forward is long over, and perhaps after others. So the frame is captured, and the
     gate goes through `checkpoint`, a function like torch.utils.checkpoint.checkpoint, as an explicit argument: only so
