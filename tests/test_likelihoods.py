@@ -105,7 +105,9 @@ def plainly(model, prompts, example, gate):
     for item in example.candidates:
         ids, items = prompts.prompt(example, STANDARD)
         answer = prompts.answer(item)
-        embeddings = model.embed(torch.tensor([ids + answer]), torch.tensor([items + [-1] * len(answer)]))
+        embeddings = model.embed(
+            {"input_ids": torch.tensor([ids + answer]), "item_ids": torch.tensor([items + [-1] * len(answer)])}
+        )
         with ilora.gated(model.lm, gate):
             logits = model.lm(inputs_embeds=embeddings, use_cache=False).logits[0]
         predicted = logits[len(ids) - 1 : -1].float().log_softmax(-1)

@@ -42,7 +42,7 @@ def test_defect_1_candidates_of_lastfm_hold_the_target_and_nineteen_others(tmp_p
 def test_defect_9_merging_follows_the_gate(prompts, examples):  # noqa: F811
     model = make(prompts)
     batch = prompts.collate(examples, [STANDARD] * 3, answers=False)
-    inputs = {"inputs_embeds": model.embed(batch["input_ids"], batch["item_ids"])[:1]}
+    inputs = {"inputs_embeds": model.embed(batch)[:1]}
     inputs["attention_mask"] = batch["attention_mask"][:1]
     gate = model.gate(batch)[:1].detach()
     with torch.no_grad():

@@ -136,7 +136,7 @@ def test_defect_6_no_vocabulary_is_added(prompts, examples):
     assert rows == len(prompts.tokenizer)
     assert batch["input_ids"].max() < rows
     assert (batch["input_ids"][batch["item_ids"] >= 0] == prompts.pad).all()
-    embeddings = model.embed(batch["input_ids"], batch["item_ids"])
+    embeddings = model.embed(batch)
     expected = model.projector(model.items[batch["item_ids"][0][batch["item_ids"][0] >= 0]])
     torch.testing.assert_close(embeddings[0][batch["item_ids"][0] >= 0], expected)
     words = batch["item_ids"] < 0

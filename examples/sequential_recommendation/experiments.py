@@ -38,11 +38,13 @@ class OtherData(ValueError):
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table. gate: as in `RecommenderConfig`; None: the language model as it is, not trained."""
+    """A row of the table. gate: as in `RecommenderConfig`; None: the language model as it is, not trained.
+    soft_prompt: as there."""
 
     name: str
     gate: str | None
     num_experts: int = 1
+    soft_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,9 @@ class Run(NamedTuple):
 
     @property
     def recommender(self) -> RecommenderConfig:
-        return RecommenderConfig(gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts)
+        return RecommenderConfig(
+            gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts, soft_prompt=self.arm.soft_prompt
+        )
 
     def described(self) -> dict[str, Any]:
         """All that decides its result, JSON-able."""

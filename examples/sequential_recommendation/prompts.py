@@ -40,7 +40,7 @@ TEMPLATES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("Chosen so far:", ".\nOne of these comes next:", ".\nIt is"),
     ),
 }
-NO_ITEM, NO_LABEL = -1, -100
+NO_ITEM, USER, NO_LABEL = -1, -2, -100  # USER: the place of the user's z
 
 
 class Choice(NamedTuple):
@@ -73,17 +73,18 @@ class Prompts:
     Args:
         tokenizer: any transformers tokenizer. Pieces (template words, titles) are tokenised apart and joined, so that a
             title has the same tokens wherever it stands.
-        dataset: for its titles. kind: of TEMPLATES.
+        dataset: for its titles. kind: of TEMPLATES. soft_prompt: whether z has a place, behind the history.
     Raises: ValueError for another kind, a tokenizer without a pad or end token, or a title or newline without a token.
     """
 
-    def __init__(self, tokenizer: Any, dataset: Dataset, kind: str = "neutral") -> None:
+    def __init__(self, tokenizer: Any, dataset: Dataset, kind: str = "neutral", soft_prompt: bool = False) -> None:
         if kind not in TEMPLATES:
             raise ValueError(f"unknown prompts {kind!r}: expected one of {', '.join(TEMPLATES)}")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
             raise ValueError("the tokenizer has neither a pad nor an end token; set tokenizer.pad_token")
         self.kind, self.tokenizer, self.dataset, self.pad = kind, tokenizer, dataset, int(pad)
+        self.soft_prompt = soft_prompt
         start = tokenizer.bos_token_id
         begins = start is not None and tokenizer("")["input_ids"][:1] == [start]
         self.start = [start] if begins else []
@@ -105,7 +106,8 @@ class Prompts:
         return self.titles[item] + self.newline
 
     def prompt(self, example: Example, choice: Choice) -> tuple[list[int], list[int]]:
-        """(token ids, item ids), of one length; item ids are -1 but where an embedding goes."""
+        """(token ids, item ids), of one length; item ids are -1 but where an embedding goes: an item's
+        number for that item's, USER (-2) for the user's z."""
         before, between, behind = self.words[choice.template]
         ids, items = [*self.start], [NO_ITEM] * len(self.start)
 
@@ -120,6 +122,9 @@ class Prompts:
                 if choice.hybrid:
                     ids.append(self.pad)
                     items.append(item)
+            if self.soft_prompt and words is before:
+                ids.append(self.pad)
+                items.append(USER)
         write(behind)
         return ids, items
 
@@ -156,13 +161,13 @@ class Prompts:
         return [title.strip() for title in self.tokenizer.batch_decode(self.titles)]
 
     def text(self, example: Example, choice: Choice) -> str:
-        """The prompt as a person reads it, [item 7] where an embedding goes."""
+        """The prompt as a person reads it, [item 7] where an item's embedding goes, [user] where z goes."""
         ids, items = self.prompt(example, choice)
         parts, run = [], []
         for token, item in zip(ids, items, strict=True):
             if item == NO_ITEM:
                 run.append(token)
             else:
-                parts += [self.tokenizer.decode(run), f" [item {item}]"]
+                parts += [self.tokenizer.decode(run), " [user]" if item == USER else f" [item {item}]"]
                 run = []
         return "".join([*parts, self.tokenizer.decode(run)])

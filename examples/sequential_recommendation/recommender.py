@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 import ilora
 
 from . import sequence_models
-from .prompts import NO_ITEM, NO_LABEL
+from .prompts import NO_ITEM, NO_LABEL, USER
 from .sequence_models import SequenceEncoder, SequenceModel
 from .settings import RecommenderConfig
 
@@ -56,7 +56,8 @@ class Recommender(nn.Module):
         lm: any transformers causal language model, without adapters.
         sequence_model: trained; it is frozen here, and runs without dropout whatever mode the recommender is in.
         config: see `RecommenderConfig`.
-    Trained are the adapters, the gate network and the projector of item embeddings [z_dim] -> [H], two linear layers.
+    Trained are the adapters, the gate network and the projector of item embeddings [z_dim] -> [H], two linear layers;
+    with config.soft_prompt also a projector of the same form for z.
     """
 
     items: Tensor
@@ -69,13 +70,9 @@ class Recommender(nn.Module):
         embedding = lm.get_input_embeddings()
         self.lm = ilora.inject(lm, _adapter(self.settings, embedding), gate=gate)
         self.encoder = SequenceEncoder(sequence_model)
-        hidden = embedding.embedding_dim
-        last = nn.Linear(hidden, hidden)
-        with torch.no_grad():  # as large as the embeddings of words, so that the model can take them in
-            last.weight.normal_(std=float(embedding.weight.float().std()) / (0.65 * hidden**0.5))
-            last.bias.zero_()
-        projector = nn.Sequential(nn.Linear(sequence_model.dim, hidden), nn.GELU(), last)
-        self.projector = projector.to(embedding.weight.device)
+        self.projector = _projector(sequence_model.dim, embedding)
+        self.user_projector = _projector(sequence_model.dim, embedding) if self.settings.soft_prompt else None
+        lm.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self.register_buffer("items", self._items(), persistent=False)
         accepted = inspect.signature(lm.forward).parameters
         self._keeps = "logits_to_keep" in accepted
@@ -92,12 +89,24 @@ class Recommender(nn.Module):
     def device(self) -> torch.device:
         return next(self.lm.parameters()).device
 
-    def embed(self, input_ids: Tensor, item_ids: Tensor) -> Tensor:
-        """[B, L, H]: the tokens' embeddings; where item_ids are not -1, the projected embedding of that item."""
-        embeddings = self.lm.get_input_embeddings()(input_ids)
-        chosen = item_ids != NO_ITEM
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, L, H]: the tokens' embeddings; where item_ids name an item, its projected embedding, and where they are
+        USER, the user's projected z. Raises ValueError unless each row has one USER with a soft prompt, else none."""
+        item_ids = batch["item_ids"]
+        embeddings = self.lm.get_input_embeddings()(batch["input_ids"])
+        chosen, user = item_ids >= 0, item_ids == USER
         vectors = self.projector(self.items[item_ids[chosen]])  # of nothing, where there is none: no unused parameters
-        return embeddings.masked_scatter(chosen[..., None], vectors.to(embeddings.dtype))
+        embeddings = embeddings.masked_scatter(chosen[..., None], vectors.to(embeddings.dtype))
+        expected = int(self.user_projector is not None)
+        if (user.sum(1) != expected).any():
+            raise ValueError(
+                f"soft_prompt={self.settings.soft_prompt}: expected {expected} place for z in each prompt, got "
+                f"{user.sum(1).tolist()}: make Prompts with soft_prompt={self.settings.soft_prompt}"
+            )
+        if self.user_projector is None:
+            return embeddings
+        z = self.user_projector(self.encoder(batch["history"]))
+        return embeddings.masked_scatter(user[..., None], z.to(embeddings.dtype))
 
     def gate(self, batch: dict[str, Tensor]) -> Tensor:
         """The gate [B, E] (or [blocks, B, E]) of a batch of prompts, with or without answers."""
@@ -128,7 +137,7 @@ class Recommender(nn.Module):
             inputs.pop("position_ids", None)
         if self._keeps:
             inputs["logits_to_keep"] = keep  # the vocabulary is large, and prompts are long
-        return self.lm(inputs_embeds=self.embed(batch["input_ids"], batch["item_ids"]), **inputs).logits[:, -keep:]
+        return self.lm(inputs_embeds=self.embed(batch), **inputs).logits[:, -keep:]
 
     def forward(
         self,
@@ -169,6 +178,8 @@ class Recommender(nn.Module):
             ilora.save_adapter(self.lm, stage / _ADAPTER)
             sequence_models.save(self.encoder.model, stage / _SEQUENCE)
             kept = {**self.projector.state_dict(), "z.mean": self.encoder.mean, "z.deviation": self.encoder.deviation}
+            if self.user_projector is not None:
+                kept |= self.user_projector.state_dict(prefix="user.")
             save_file({name: tensor.detach().contiguous() for name, tensor in kept.items()}, stage / _PROJECTOR)
             (stage / _SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
             if not path.exists():
@@ -194,13 +205,32 @@ class Recommender(nn.Module):
         return self
 
     def _fill(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        projector = {name: tensor for name, tensor in tensors.items() if not name.startswith("z.")}
+        user = {name.removeprefix("user."): tensor for name, tensor in tensors.items() if name.startswith("user.")}
+        projector = {name: tensor for name, tensor in tensors.items() if not name.startswith(("z.", "user."))}
         try:
             self.projector.load_state_dict(projector)
+            if self.user_projector is not None:
+                self.user_projector.load_state_dict(user)
             self.encoder.mean.copy_(tensors["z.mean"])
             self.encoder.deviation.copy_(tensors["z.deviation"])
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path / _PROJECTOR}: does not fit this language model: {error}") from error
+
+
+def _projector(dim: int, embedding: nn.Module) -> nn.Sequential:
+    """[dim] -> [H], two linear layers in float32, on the embedding's device."""
+    hidden = embedding.embedding_dim
+    last = nn.Linear(hidden, hidden)
+    with torch.no_grad():  # as large as the embeddings of words, so that the model can take them in
+        last.weight.normal_(std=float(embedding.weight.float().std()) / (0.65 * hidden**0.5))
+        last.bias.zero_()
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last).to(embedding.weight.device)
+
+
+def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Before the output embeddings: torch multiplies a cut of the last columns row by row, and for that copies the
+    weights of the whole vocabulary once for every row."""
+    return (args[0].contiguous(), *args[1:])
 
 
 def _reach(lm: Any) -> int:
