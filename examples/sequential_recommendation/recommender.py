@@ -217,7 +217,7 @@ class Recommender(nn.Module):
             raise ValueError(f"{path / _PROJECTOR}: does not fit this language model: {error}") from error
 
 
-def _projector(dim: int, embedding: nn.Module) -> nn.Sequential:
+def _projector(dim: int, embedding: Any) -> nn.Sequential:
     """[dim] -> [H], two linear layers in float32, on the embedding's device."""
     hidden = embedding.embedding_dim
     last = nn.Linear(hidden, hidden)
