@@ -6,6 +6,7 @@ test_models.py, test_delivery.py and test_quantised.py.
 
 import pytest
 import torch
+from recommenders import EXAMPLES, PROMPTS, collated, recommender
 from sequential_recommendation import sequence_models
 from sequential_recommendation.experiments import Experiment
 from sequential_recommendation.metrics import match_title
@@ -13,7 +14,6 @@ from sequential_recommendation.recommender import GATES, Recommender
 from sequential_recommendation.scoring import STANDARD, gates, generate, score
 from sequential_recommendation.settings import RecommenderConfig
 from sequential_recommendation.tiny_model import tiny_lm
-from test_recommender import examples, films, make, prompts  # noqa: F401
 
 import ilora
 
@@ -39,10 +39,10 @@ def test_defect_1_candidates_of_lastfm_hold_the_target_and_nineteen_others(tmp_p
             assert not {*example.candidates} & {*example.history}
 
 
-def test_defect_9_merging_follows_the_gate(prompts, examples):  # noqa: F811
-    model = make(prompts)
-    batch = prompts.collate(examples, [STANDARD] * 3, answers=False)
-    inputs = {"inputs_embeds": model.embed(batch["input_ids"], batch["item_ids"])[:1]}
+def test_defect_9_merging_follows_the_gate():
+    model = recommender()
+    batch = collated(answers=False)
+    inputs = {"inputs_embeds": model.embed(batch)[:1]}
     inputs["attention_mask"] = batch["attention_mask"][:1]
     gate = model.gate(batch)[:1].detach()
     with torch.no_grad():
@@ -54,27 +54,27 @@ def test_defect_9_merging_follows_the_gate(prompts, examples):  # noqa: F811
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_defect_12_all_that_is_trained_takes_part(prompts, examples, gate):  # noqa: F811
-    model = make(prompts, gate).train()
-    model(**prompts.collate(examples, [STANDARD] * 3)).loss.backward()
+def test_defect_12_all_that_is_trained_takes_part(gate):
+    model = recommender(gate).train()
+    model(**collated()).loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     idle = [name for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert len(trained) > 28
     assert idle == []
 
 
-def test_defect_13_the_defaults_run(prompts, examples):  # noqa: F811
-    model = Recommender(tiny_lm(prompts.tokenizer, 32, 2, 2), sequence_models.build("sasrec", 8)).train()
-    assert model(**prompts.collate(examples, [STANDARD] * 3)).loss.isfinite()
-    assert score(model, prompts, examples)[0].isfinite().all()
+def test_defect_13_the_defaults_run():
+    model = Recommender(tiny_lm(PROMPTS.tokenizer, 32, 2, 2), sequence_models.build("sasrec", 10)).train()
+    assert model(**collated()).loss.isfinite()
+    assert score(model, PROMPTS, EXAMPLES)[0].isfinite().all()
 
 
-def test_defect_15_nothing_kept_grows_with_the_experts(prompts, examples):  # noqa: F811
+def test_defect_15_nothing_kept_grows_with_the_experts():
     kept = {}
-    batch = prompts.collate(examples, [STANDARD] * 3)
+    batch = collated()
     for E in (1, 8):
-        lm = tiny_lm(prompts.tokenizer, 32, 2, 2)
-        model = Recommender(lm, sequence_models.build("sasrec", 8), RecommenderConfig(num_experts=E)).train()
+        lm = tiny_lm(PROMPTS.tokenizer, 32, 2, 2)
+        model = Recommender(lm, sequence_models.build("sasrec", 10), RecommenderConfig(num_experts=E)).train()
         sizes = []
 
         def keep(tensor, sizes=sizes):
@@ -87,25 +87,25 @@ def test_defect_15_nothing_kept_grows_with_the_experts(prompts, examples):  # no
     assert kept[8] - kept[1] < 0.02 * kept[1]  # gates and their network
 
 
-def test_defect_16_beams_and_interleaved_models_each_have_their_own_gate(prompts, examples):  # noqa: F811
-    one, two = make(prompts), make(prompts, seed=1, lm=tiny_lm(prompts.tokenizer, 32, 2, 2, seed=4))
-    together = {model: generate(model, prompts, examples, STANDARD, num_beams=3) for model in (one, two, one)}
+def test_defect_16_beams_and_interleaved_models_each_have_their_own_gate():
+    one, two = recommender(), recommender(seed=1, lm=tiny_lm(PROMPTS.tokenizer, 32, 2, 2, seed=4))
+    together = {model: generate(model, PROMPTS, EXAMPLES, STANDARD, num_beams=3) for model in (one, two, one)}
     for model in (one, two):
-        alone = [generate(model, prompts, [example], STANDARD, num_beams=3)[0] for example in examples]
+        alone = [generate(model, PROMPTS, [example], STANDARD, num_beams=3)[0] for example in EXAMPLES]
         assert together[model] == alone
-    assert not torch.equal(gates(one, prompts, examples, STANDARD), gates(two, prompts, examples, STANDARD))
+    assert not torch.equal(gates(one, PROMPTS, EXAMPLES, STANDARD), gates(two, PROMPTS, EXAMPLES, STANDARD))
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "caser"])
-def test_defect_18_every_sequence_model_can_guide(prompts, examples, kind):  # noqa: F811
-    model = Recommender(tiny_lm(prompts.tokenizer, 32, 2, 2), sequence_models.build(kind, 8)).train()
-    model(**prompts.collate(examples, [STANDARD] * 3)).loss.backward()
-    moved = gates(model, prompts, examples, STANDARD)
+def test_defect_18_every_sequence_model_can_guide(kind):
+    model = Recommender(tiny_lm(PROMPTS.tokenizer, 32, 2, 2), sequence_models.build(kind, 10)).train()
+    model(**collated()).loss.backward()
+    moved = gates(model, PROMPTS, EXAMPLES, STANDARD)
     assert not torch.equal(moved[0], moved[1])
 
 
-def test_defect_21_nothing_saved_is_a_pickle(prompts, tmp_path):  # noqa: F811
-    folder = make(prompts).save(tmp_path / "saved")
+def test_defect_21_nothing_saved_is_a_pickle(tmp_path):
+    folder = recommender().save(tmp_path / "saved")
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 5
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
