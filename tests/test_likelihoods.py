@@ -80,7 +80,8 @@ def plainly(model, example, gate):
     for item in example.candidates:
         ids, items = PROMPTS.prompt(example, STANDARD)
         answer = PROMPTS.answer(item)
-        embeddings = model.embed(torch.tensor([ids + answer]), torch.tensor([items + [-1] * len(answer)]))
+        batch = {"input_ids": torch.tensor([ids + answer]), "item_ids": torch.tensor([items + [-1] * len(answer)])}
+        embeddings = model.embed(batch)
         with ilora.gated(model.lm, gate):
             logits = model.lm(inputs_embeds=embeddings, use_cache=False).logits[0]
         predicted = logits[len(ids) - 1 : -1].float().log_softmax(-1)

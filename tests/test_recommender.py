@@ -110,7 +110,7 @@ def test_defect_6_no_vocabulary_is_added():
     assert embedding.num_embeddings == len(PROMPTS.tokenizer)
     assert ids.max() < embedding.num_embeddings
     assert (ids[items >= 0] == PROMPTS.pad).all()
-    embeddings = model.embed(ids, items)
+    embeddings = model.embed(batch)
     torch.testing.assert_close(embeddings[items >= 0], model.projector(model.items[items[items >= 0]]))
     torch.testing.assert_close(embeddings[items < 0], embedding(ids)[items < 0])
 

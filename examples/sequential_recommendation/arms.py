@@ -45,7 +45,9 @@ def perform(run: Run) -> dict[str, Any]:
     dataset = run.experiment.dataset()
     parts, val, test = run.experiment.parts(dataset)
     lm, tokenizer = run.experiment.language_model(dataset)
-    prompts = Prompts(tokenizer, dataset, PROMPTS[run.experiment.data])
+    if run.settings.precision == "bf16-frozen":
+        lm = lm.to(torch.bfloat16)
+    prompts = Prompts(tokenizer, dataset, PROMPTS[run.experiment.data], run.arm.soft_prompt)
     sequence_model = sequence_models.load(run.experiment.sequence_file(run.experiment.guide)).to(lm.device)
     torch.manual_seed(run.settings.seed)
     model = Recommender(lm, sequence_model, run.recommender).eval()

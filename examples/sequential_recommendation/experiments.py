@@ -38,11 +38,13 @@ class OtherData(ValueError):
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table. gate: as in `RecommenderConfig`, or None for the language model without training."""
+    """A row of the table. gate: as in `RecommenderConfig`, or None for the language model without training.
+    soft_prompt: as in `RecommenderConfig`."""
 
     name: str
     gate: str | None
     num_experts: int = 1
+    soft_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,9 @@ class Run(NamedTuple):
 
     @property
     def recommender(self) -> RecommenderConfig:
-        return RecommenderConfig(gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts)
+        return RecommenderConfig(
+            gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts, soft_prompt=self.arm.soft_prompt
+        )
 
     def described(self) -> dict[str, Any]:
         """All that decides the result, JSON-able."""

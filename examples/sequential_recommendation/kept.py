@@ -70,7 +70,7 @@ class KeptRun:
         model = load(self.recommender, lm)
         if (known := model.encoder.num_items) != dataset.num_items:  # checks runs that have no fingerprint
             raise OtherData(f"{self.recommender}: it knows {known} items, {source} has {dataset.num_items}: {remedy}")
-        return model, Prompts(tokenizer, dataset, PROMPTS[self.experiment.data])
+        return model, Prompts(tokenizer, dataset, PROMPTS[self.experiment.data], self.arm.soft_prompt)
 
 
 def read_run(folder: Path) -> KeptRun:

@@ -154,6 +154,7 @@ def _one(batch: dict[str, Tensor], gate: Tensor, row: int) -> tuple[dict[str, Te
     """(one example of a batch without its padding, its gate)"""
     words = batch["attention_mask"][row] != 0
     ids = {name: batch[name][row : row + 1, words] for name in ("input_ids", "attention_mask", "item_ids")}
+    ids["history"] = batch["history"][row : row + 1]
     return ids, gate[..., row : row + 1, :]
 
 
@@ -169,6 +170,7 @@ def _apart(
     mask = torch.tensor([[1] * len(answer) + [0] * (K - len(answer)) for answer in answers], device=model.device)
     behind = {"input_ids": tokens, "attention_mask": mask, "item_ids": torch.full_like(tokens, NO_ITEM)}
     rows = {name: torch.cat([prompt[name].expand(C, -1), behind[name]], 1) for name in behind}
+    rows["history"] = prompt["history"].expand(C, -1)
     logits = model.logits(rows, keep=K + 1, ilora_gate=gate.expand(*gate.shape[:-2], C, gate.shape[-1]))
     return logits, tokens, mask
 

@@ -13,10 +13,11 @@ from typing import Any
 from .arguments import MOST_SEED, real, refuse_idle, refuse_missing_folder, refuse_repeats, whole
 from .experiments import MADE_UP, PROMPTS, SMOLLM2, TINY, Arm, Experiment
 from .sequence_models import KINDS
-from .settings import RecommenderConfig, TrainingSettings
+from .settings import PRECISIONS, RecommenderConfig, TrainingSettings
 
 STEPS, BATCH, PRETRAINING = 300, 32, 800  # defaults for made-up users and the tiny model
-ARMS = ("untuned", "lora", "sequence", "random", "prompt")
+ARMS = ("untuned", "lora", "lora+z", "sequence", "random", "prompt")
+DEFAULT_ARMS = ("untuned", "lora", "sequence", "random", "prompt")
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
@@ -61,7 +62,7 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     add("--pretrain-steps", type=whole(1), help=f"most steps to train the tiny model (default: {PRETRAINING})")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
     add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="sequence models to compare")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    add("--arms", nargs="+", choices=ARMS, default=list(DEFAULT_ARMS), help="lora+z: LoRA with z as a soft prompt")
     add("--experts", type=whole(1), nargs="+", default=[4], help="of the sequence gate; other gates take the first")
     add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0, 1, 2])
     rates = "one learning rate for all arms, or several from which each arm chooses (see above)"
@@ -75,7 +76,7 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     hybrid = parser.add_mutually_exclusive_group().add_argument
     hybrid("--curriculum", type=real(zero=True), help="share of the steps over which item embeddings come in")
     hybrid("--text-only", action="store_true", help="no item embeddings in the prompts")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add("--precision", choices=PRECISIONS, default="fp32")
     add("--workers", type=whole(0), default=0, help="worker processes of the data loader")
     add("--jobs", type=whole(1), help="runs at a time, each a process (default: 2 with the tiny model, else 1)")
     add("--save-steps", type=whole(0), default=0, help="steps between checkpoints, from which a killed run resumes")
@@ -151,6 +152,7 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     every = {
         "untuned": [Arm("LM untuned", None)],
         "lora": [Arm("LoRA", "uniform")],
+        "lora+z": [Arm("LoRA, z as a soft prompt", "uniform", soft_prompt=True)],
         "sequence": [Arm(f"iLoRA, E={E}, sequence gate", "sequence", E) for E in options.experts],
         "random": [Arm(f"iLoRA, E={first}, random gate", "random", first)],
         "prompt": [Arm(f"iLoRA, E={first}, prompt gate", "prompt", first)],

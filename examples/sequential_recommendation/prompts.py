@@ -41,7 +41,7 @@ TEMPLATES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("Chosen so far:", ".\nOne of these comes next:", ".\nIt is"),
     ),
 }
-NO_ITEM, NO_LABEL = -1, -100
+NO_ITEM, USER, NO_LABEL = -1, -2, -100  # USER: the place of the user's z
 
 
 class Choice(NamedTuple):
@@ -79,17 +79,19 @@ class Prompts:
             that a title has the same tokens everywhere.
         dataset: has the titles.
         kind: a key of TEMPLATES.
+        soft_prompt: whether the prompt has a place for the user's z, after the history.
     Raises ValueError for another kind, for a tokenizer without a pad or end token, and for a title or newline that the
     tokenizer turns into no token.
     """
 
-    def __init__(self, tokenizer: Any, dataset: Dataset, kind: str = "neutral") -> None:
+    def __init__(self, tokenizer: Any, dataset: Dataset, kind: str = "neutral", soft_prompt: bool = False) -> None:
         if kind not in TEMPLATES:
             raise ValueError(f"unknown prompts {kind!r}: expected one of {', '.join(TEMPLATES)}")
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
             raise ValueError("the tokenizer has neither a pad nor an end token; set tokenizer.pad_token")
         self.kind, self.tokenizer, self.dataset, self.pad = kind, tokenizer, dataset, int(pad)
+        self.soft_prompt = soft_prompt
         start = tokenizer.bos_token_id
         begins = start is not None and tokenizer("")["input_ids"][:1] == [start]
         self.start = [start] if begins else []
@@ -111,7 +113,8 @@ class Prompts:
         return self.titles[item] + self.newline
 
     def prompt(self, example: Example, choice: Choice) -> tuple[list[int], list[int]]:
-        """(token ids, item ids), equally long. An item id is -1 except where an item embedding goes."""
+        """(token ids, item ids), equally long. An item id is -1 except where an embedding goes: the item's number for
+        an item embedding, USER (-2) for the user's z."""
         before, between, behind = self.words[choice.template]
         ids, items = [*self.start], [NO_ITEM] * len(self.start)
 
@@ -126,6 +129,9 @@ class Prompts:
                 if choice.hybrid:
                     ids.append(self.pad)
                     items.append(item)
+            if self.soft_prompt and words is before:
+                ids.append(self.pad)
+                items.append(USER)
         write(behind)
         return ids, items
 
@@ -163,13 +169,13 @@ class Prompts:
         return [title.strip() for title in self.tokenizer.batch_decode(self.titles)]
 
     def text(self, example: Example, choice: Choice) -> str:
-        """The prompt as text, with [item 7] where the embedding of item 7 goes."""
+        """The prompt as text, with [item 7] where the embedding of item 7 goes and [user] where z goes."""
         ids, items = self.prompt(example, choice)
         parts, run = [], []
         for token, item in zip(ids, items, strict=True):
             if item == NO_ITEM:
                 run.append(token)
             else:
-                parts += [self.tokenizer.decode(run), f" [item {item}]"]
+                parts += [self.tokenizer.decode(run), " [user]" if item == USER else f" [item {item}]"]
                 run = []
         return "".join([*parts, self.tokenizer.decode(run)])

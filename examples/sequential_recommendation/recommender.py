@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 import ilora
 
 from . import sequence_models
-from .prompts import NO_ITEM, NO_LABEL
+from .prompts import NO_ITEM, NO_LABEL, USER
 from .sequence_models import SequenceEncoder, SequenceModel
 from .settings import RecommenderConfig
 
@@ -61,6 +61,7 @@ class Recommender(nn.Module):
         config: see `RecommenderConfig`.
     Training changes the adapters, the gate network and the projector of item embeddings [z_dim] -> [H], which has two
     linear layers.
+    With config.soft_prompt it also changes a projector of z, of the same form.
     """
 
     items: Tensor
@@ -73,13 +74,9 @@ class Recommender(nn.Module):
         embedding = lm.get_input_embeddings()
         self.lm = ilora.inject(lm, _adapter(self.settings, embedding), gate=gate)
         self.encoder = SequenceEncoder(sequence_model)
-        hidden = embedding.embedding_dim
-        last = nn.Linear(hidden, hidden)
-        with torch.no_grad():  # projected items get the scale of word embeddings, so that the model can read them
-            last.weight.normal_(std=float(embedding.weight.float().std()) / (0.65 * hidden**0.5))
-            last.bias.zero_()
-        projector = nn.Sequential(nn.Linear(sequence_model.dim, hidden), nn.GELU(), last)
-        self.projector = projector.to(embedding.weight.device)
+        self.projector = _projector(sequence_model.dim, embedding)
+        self.user_projector = _projector(sequence_model.dim, embedding) if self.settings.soft_prompt else None
+        lm.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self.register_buffer("items", self._items(), persistent=False)
         accepted = inspect.signature(lm.forward).parameters
         self._keeps = "logits_to_keep" in accepted
@@ -96,13 +93,28 @@ class Recommender(nn.Module):
     def device(self) -> torch.device:
         return next(self.lm.parameters()).device
 
-    def embed(self, input_ids: Tensor, item_ids: Tensor) -> Tensor:
-        """[B, L, H]: the embedding of each token, or of the item where item_ids is not -1 (projected)."""
-        embeddings = self.lm.get_input_embeddings()(input_ids)
-        chosen = item_ids != NO_ITEM
+    def embed(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, L, H]: the embedding of each token, of the item where item_ids has its number (projected), or of the
+        user's z where item_ids is USER (projected).
+
+        Raises ValueError unless each row has one USER with a soft prompt, and none without.
+        """
+        item_ids = batch["item_ids"]
+        embeddings = self.lm.get_input_embeddings()(batch["input_ids"])
+        chosen, user = item_ids >= 0, item_ids == USER
         # Runs even if no item is chosen, so that the projector's parameters always take part in the graph.
         vectors = self.projector(self.items[item_ids[chosen]])
-        return embeddings.masked_scatter(chosen[..., None], vectors.to(embeddings.dtype))
+        embeddings = embeddings.masked_scatter(chosen[..., None], vectors.to(embeddings.dtype))
+        expected = int(self.user_projector is not None)
+        if (user.sum(1) != expected).any():
+            raise ValueError(
+                f"soft_prompt={self.settings.soft_prompt}: expected {expected} place for z in each prompt, got "
+                f"{user.sum(1).tolist()}: make Prompts with soft_prompt={self.settings.soft_prompt}"
+            )
+        if self.user_projector is None:
+            return embeddings
+        z = self.user_projector(self.encoder(batch["history"]))
+        return embeddings.masked_scatter(user[..., None], z.to(embeddings.dtype))
 
     def gate(self, batch: dict[str, Tensor]) -> Tensor:
         """The gate [B, E] (or [blocks, B, E]) of a batch of prompts. The prompts may have answers or not."""
@@ -136,7 +148,7 @@ class Recommender(nn.Module):
             inputs.pop("position_ids", None)
         if self._keeps:
             inputs["logits_to_keep"] = keep  # logits of a whole prompt would take much memory
-        return self.lm(inputs_embeds=self.embed(batch["input_ids"], batch["item_ids"]), **inputs).logits[:, -keep:]
+        return self.lm(inputs_embeds=self.embed(batch), **inputs).logits[:, -keep:]
 
     def forward(
         self,
@@ -178,6 +190,8 @@ class Recommender(nn.Module):
             ilora.save_adapter(self.lm, stage / _ADAPTER)
             sequence_models.save(self.encoder.model, stage / _SEQUENCE)
             saved = {**self.projector.state_dict(), "z.mean": self.encoder.mean, "z.deviation": self.encoder.deviation}
+            if self.user_projector is not None:
+                saved |= self.user_projector.state_dict(prefix="user.")
             save_file({name: tensor.detach().contiguous() for name, tensor in saved.items()}, stage / _PROJECTOR)
             (stage / _SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
             if not path.exists():
@@ -205,13 +219,34 @@ class Recommender(nn.Module):
         return self
 
     def _fill(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        projector = {name: tensor for name, tensor in tensors.items() if not name.startswith("z.")}
+        user = {name.removeprefix("user."): tensor for name, tensor in tensors.items() if name.startswith("user.")}
+        projector = {name: tensor for name, tensor in tensors.items() if not name.startswith(("z.", "user."))}
         try:
             self.projector.load_state_dict(projector)
+            if self.user_projector is not None:
+                self.user_projector.load_state_dict(user)
             self.encoder.mean.copy_(tensors["z.mean"])
             self.encoder.deviation.copy_(tensors["z.deviation"])
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path / _PROJECTOR}: does not fit this language model: {error}") from error
+
+
+def _projector(dim: int, embedding: Any) -> nn.Sequential:
+    """[dim] -> [H], two linear layers in float32, on the embedding's device."""
+    hidden = embedding.embedding_dim
+    last = nn.Linear(hidden, hidden)
+    with torch.no_grad():  # the scale of word embeddings, so that the model can read what is projected
+        last.weight.normal_(std=float(embedding.weight.float().std()) / (0.65 * hidden**0.5))
+        last.bias.zero_()
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last).to(embedding.weight.device)
+
+
+def _contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward pre-hook of the output embeddings that makes their input contiguous.
+
+    torch multiplies a slice of the last tokens row by row, and copies the weights of the whole vocabulary for each row.
+    """
+    return (args[0].contiguous(), *args[1:])
 
 
 def _reach(lm: Any) -> int:

@@ -37,7 +37,7 @@ def generate(
     settings = {"do_sample": False, "max_new_tokens": longest, "pad_token_id": prompts.pad, **options}
     with torch.no_grad():
         written = model.lm.generate(
-            inputs_embeds=model.embed(batch["input_ids"], batch["item_ids"]),
+            inputs_embeds=model.embed(batch),
             attention_mask=batch["attention_mask"],
             ilora_gate=model.gate(batch),
             eos_token_id=sorted(ends),

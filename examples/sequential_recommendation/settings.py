@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # the paper's, by data set
 
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16-frozen")
+
 
 @dataclass(frozen=True)
 class RecommenderConfig:
@@ -13,6 +15,7 @@ class RecommenderConfig:
 
     gate: "sequence", the sequence model's z of the user's history; "prompt", the mean embedding of the prompt's words;
         "random", a random z that each user always gets; "uniform", nothing: every weight is 1/E, which is plain LoRA.
+    soft_prompt: whether the prompt also has z, projected to one token after the history.
     gate_kind, temperature: kind and temperature of `ilora.SequenceGate`. At 0.1 users' gates differ from the first step
         on.
     The other fields are those of `ilora.ILoRAConfig`; r is the total rank.
@@ -26,6 +29,7 @@ class RecommenderConfig:
     lora_dropout: float = 0.1
     num_experts: int = 4
     target_modules: str = "all-linear"
+    soft_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class TrainingSettings:
     weight_decay: for the projector and the gate.
     curriculum: the share of all steps over which the share of prompts with item embeddings rises from 0 to 1. 0: all
         prompts have them; None: no prompt has them.
-    precision: fp32, bf16 or fp16. save_steps: steps between checkpoints, 0 for none.
+    precision: fp32; bf16 or fp16, which cast the weights at every use; or bf16-frozen, which holds the frozen model in
+        bfloat16. save_steps: steps between checkpoints, 0 for none.
     """
 
     epochs: float = 5
@@ -60,7 +65,7 @@ class TrainingSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision: expected fp32, bf16 or fp16, got {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.effective_batch % self.batch_size:
             raise ValueError(f"effective_batch={self.effective_batch}: expected a multiple of {self.batch_size=}")

@@ -150,13 +150,16 @@ def _check_finite(loss: float) -> None:
 
 
 def parameter_groups(model: Recommender, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """An optimizer's parameter groups: adapters, projector and gate, each with its learning rate and weight decay."""
+    """An optimizer's parameter groups: adapters, projectors and gate, each with its learning rate and weight decay."""
     gate = [] if model.lm.ilora_gate is None else [p for p in model.lm.ilora_gate.parameters() if p.requires_grad]
     own = {id(parameter) for parameter in gate}
     adapters = [p for p in model.lm.parameters() if p.requires_grad and id(p) not in own]
+    projectors = [*model.projector.parameters()]
+    if model.user_projector is not None:
+        projectors += model.user_projector.parameters()
     groups = [
         {"params": adapters, "lr": settings.lr, "weight_decay": 0.0},
-        {"params": list(model.projector.parameters()), "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"params": projectors, "lr": settings.lr, "weight_decay": settings.weight_decay},
         {"params": gate, "lr": settings.lr * settings.gate_lr, "weight_decay": settings.weight_decay},
     ]
     return [group for group in groups if group["params"]]
