@@ -6,7 +6,7 @@ test_models.py, test_delivery.py and test_quantised.py.
 
 import pytest
 import torch
-from recommenders import EXAMPLES, PROMPTS, recommender
+from recommenders import EXAMPLES, PROMPTS, collated, recommender
 from sequential_recommendation import sequence_models
 from sequential_recommendation.experiments import Experiment
 from sequential_recommendation.metrics import match_title
@@ -41,8 +41,8 @@ def test_defect_1_candidates_of_lastfm_hold_the_target_and_nineteen_others(tmp_p
 
 def test_defect_9_merging_follows_the_gate():
     model = recommender()
-    batch = PROMPTS.collate(EXAMPLES, [STANDARD] * 3, answers=False)
-    inputs = {"inputs_embeds": model.embed(batch["input_ids"], batch["item_ids"])[:1]}
+    batch = collated(answers=False)
+    inputs = {"inputs_embeds": model.embed(batch)[:1]}
     inputs["attention_mask"] = batch["attention_mask"][:1]
     gate = model.gate(batch)[:1].detach()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_defect_9_merging_follows_the_gate():
 @pytest.mark.parametrize("gate", GATES)
 def test_defect_12_all_that_is_trained_takes_part(gate):
     model = recommender(gate).train()
-    model(**PROMPTS.collate(EXAMPLES, [STANDARD] * 3)).loss.backward()
+    model(**collated()).loss.backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     idle = [name for name, p in trained.items() if p.grad is None or not p.grad.abs().sum() > 0]
     assert len(trained) > 28
@@ -64,21 +64,17 @@ def test_defect_12_all_that_is_trained_takes_part(gate):
 
 
 def test_defect_13_the_defaults_run():
-    model = Recommender(
-        tiny_lm(PROMPTS.tokenizer, 32, 2, 2), sequence_models.build("sasrec", PROMPTS.dataset.num_items)
-    ).train()
-    assert model(**PROMPTS.collate(EXAMPLES, [STANDARD] * 3)).loss.isfinite()
+    model = Recommender(tiny_lm(PROMPTS.tokenizer, 32, 2, 2), sequence_models.build("sasrec", 10)).train()
+    assert model(**collated()).loss.isfinite()
     assert score(model, PROMPTS, EXAMPLES)[0].isfinite().all()
 
 
 def test_defect_15_nothing_kept_grows_with_the_experts():
     kept = {}
-    batch = PROMPTS.collate(EXAMPLES, [STANDARD] * 3)
+    batch = collated()
     for E in (1, 8):
         lm = tiny_lm(PROMPTS.tokenizer, 32, 2, 2)
-        model = Recommender(
-            lm, sequence_models.build("sasrec", PROMPTS.dataset.num_items), RecommenderConfig(num_experts=E)
-        ).train()
+        model = Recommender(lm, sequence_models.build("sasrec", 10), RecommenderConfig(num_experts=E)).train()
         sizes = []
 
         def keep(tensor, sizes=sizes):
@@ -102,10 +98,8 @@ def test_defect_16_beams_and_interleaved_models_each_have_their_own_gate():
 
 @pytest.mark.parametrize("kind", ["sasrec", "gru4rec", "caser"])
 def test_defect_18_every_sequence_model_can_guide(kind):
-    model = Recommender(
-        tiny_lm(PROMPTS.tokenizer, 32, 2, 2), sequence_models.build(kind, PROMPTS.dataset.num_items)
-    ).train()
-    model(**PROMPTS.collate(EXAMPLES, [STANDARD] * 3)).loss.backward()
+    model = Recommender(tiny_lm(PROMPTS.tokenizer, 32, 2, 2), sequence_models.build(kind, 10)).train()
+    model(**collated()).loss.backward()
     moved = gates(model, PROMPTS, EXAMPLES, STANDARD)
     assert not torch.equal(moved[0], moved[1])
 
