@@ -157,69 +157,6 @@ OTHERS = {  # message: (error, source, gate)
 
 
 @pytest.mark.parametrize("words", OTHERS)
-def ia3():
-    return peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-
-
-def merged():
-    model = trained("llama")
-    model.merge_adapter()
-    return model
-
-
-OTHERS = {  # message: (error, source, gate)
-    "expected 'LORA', got 'IA3'": (AdapterError, ia3, None),
-    r"expected a peft\.PeftModel": (TypeError, llama, None),
-    "a saved adapter needs model=": (TypeError, lambda: "somewhere", None),
-    "it is merged into its base; call unmerge_adapter": (AdapterError, merged, None),
-    # refused when PEFT's layers are gone already
-    "num_experts: expected this gate network's 2, got 4": (ValueError, lambda: trained("llama"), SequenceGate(6, 2)),
-}
-
-
-@pytest.mark.parametrize("words", OTHERS)
-def ia3():
-    return peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-
-
-def merged():
-    model = trained("llama")
-    model.merge_adapter()
-    return model
-
-
-OTHERS = {  # message: (error, source, gate)
-    "expected 'LORA', got 'IA3'": (AdapterError, ia3, None),
-    r"expected a peft\.PeftModel": (TypeError, llama, None),
-    "a saved adapter needs model=": (TypeError, lambda: "somewhere", None),
-    "it is merged into its base; call unmerge_adapter": (AdapterError, merged, None),
-    # refused when PEFT's layers are gone already
-    "num_experts: expected this gate network's 2, got 4": (ValueError, lambda: trained("llama"), SequenceGate(6, 2)),
-}
-
-
-@pytest.mark.parametrize("words", OTHERS)
-def ia3():
-    return peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-
-
-def merged():
-    model = trained("llama")
-    model.merge_adapter()
-    return model
-
-
-OTHERS = {  # message: (error, source, gate)
-    "expected 'LORA', got 'IA3'": (AdapterError, ia3, None),
-    r"expected a peft\.PeftModel": (TypeError, llama, None),
-    "a saved adapter needs model=": (TypeError, lambda: "somewhere", None),
-    "it is merged into its base; call unmerge_adapter": (AdapterError, merged, None),
-    # refused when PEFT's layers are gone already
-    "num_experts: expected this gate network's 2, got 4": (ValueError, lambda: trained("llama"), SequenceGate(6, 2)),
-}
-
-
-@pytest.mark.parametrize("words", OTHERS)
 def test_from_peft_refuses_other_things(words):
     error, make, gate = OTHERS[words]
     source = make()
