@@ -45,7 +45,7 @@ def install(extras: str) -> None:
     print(f"dev.py: setting up {VENV} (a few minutes the first time)", flush=True)
     if not PYTHON.exists():
         venv.create(VENV, with_pip=True)
-    pip("-c", "constraints.txt", "torch", "setuptools>=77", "wheel", "numpy")
+    pip("-c", "constraints.txt", "torch", "setuptools>=77", "wheel", "numpy", "ninja")
     pip("-c", "constraints.txt", "--no-build-isolation", "-e", f".[{extras}]")
     stamp.write_text(state)
 

@@ -15,9 +15,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # such a Python has no limited API
@@ -36,8 +37,11 @@ def sources(*folders: str) -> dict:
 
 
 def cpu_kernels():
+    import torch
     from torch.utils.cpp_extension import CppExtension
 
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        raise ImportError(f"torch {torch.__version__} is older than 2.10, the first with the stable ABI")
     flags = [*CXX_FLAGS, "-ffp-contract=fast"]
     return CppExtension("ilora._native", **sources("", "cpu"), **STABLE, extra_compile_args=flags)
 
@@ -55,7 +59,7 @@ def cuda_kernels():
 
     nvcc = shutil.which(str(Path(os.environ["CUDA_HOME"], "bin", "nvcc")) if "CUDA_HOME" in os.environ else "nvcc")
     if torch.version.cuda is None or nvcc is None:
-        raise ImportError(f"needs nvcc (found: {nvcc}) and a torch for CUDA (found: {torch.__version__})")
+        raise ImportError(f"they need nvcc (found: {nvcc}) and a torch for CUDA (found: {torch.__version__})")
     if "CUDA_HOME" not in os.environ:  # nvcc may be a script that calls the toolkit's: the toolkit itself knows
         told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
         os.environ["CUDA_HOME"] = told.partition("TOP=")[2].splitlines()[0]
@@ -83,33 +87,24 @@ def asked(variable: str) -> str:
     return value
 
 
-def excuse(variable: str, error: BaseException) -> None:
-    """Says that this library is left out, and why; raises the error if the library was insisted on."""
-    if asked(variable) == "1":
-        raise error
-    print(f"ilora: installing without {LIBRARIES[variable][0]}: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def extensions() -> dict:
-    """The variable of each library that is to be built, and its extension; empty without torch."""
-    found = {}
-    for variable, (what, extension) in LIBRARIES.items():
-        if asked(variable) == "0" or (variable == "ILORA_BUILD_CALL" and not Path("csrc/call").is_dir()):
-            continue
+def attempt(make: Callable[[str], Extension], variables: Iterable[str]) -> dict[str, Extension]:
+    """make(variable) for each library, as far as that works; what fails is left out with a word, or raised if its
+    variable is 1."""
+    made = {}
+    for variable in variables:
         try:
-            if variable != "ILORA_BUILD_EXT" and "ILORA_BUILD_EXT" not in found:
-                raise RuntimeError(f"{what} needs the native CPU backend, which is not built")
-            import torch
+            if variable != "ILORA_BUILD_EXT" and "ILORA_BUILD_EXT" not in made:
+                raise RuntimeError("it needs the native CPU backend, which is not built")
+            made[variable] = make(variable)
+        except (Exception, SystemExit) as error:
+            if asked(variable) == "1":
+                raise
+            what = LIBRARIES[variable][0]
+            print(f"ilora: installing without {what}: {type(error).__name__}: {error}", file=sys.stderr)
+    return made
 
-            if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-                raise ImportError(f"torch {torch.__version__} is older than 2.10, the first with the stable ABI")
-            found[variable] = extension()
-        except Exception as error:
-            excuse(variable, error)
-    return found
 
-
-def build_command(variables: dict):
+def build_command(extensions: dict[str, Extension]) -> type:
     """torch's build command, made to go on without a library that cannot be built."""
     from torch.utils.cpp_extension import BuildExtension
 
@@ -118,17 +113,14 @@ def build_command(variables: dict):
             super().finalize_options()
             self.build_temp = "build"  # kept between builds, so that ninja compiles only what has changed
 
+        def build_one(self, variable):
+            self.extensions = [extensions[variable]]
+            super().build_extensions()
+            return extensions[variable]
+
         def build_extensions(self):
-            built = []
-            for variable, extension in variables.items():
-                self.extensions = [extension]
-                try:
-                    if built or variable == "ILORA_BUILD_EXT":
-                        super().build_extensions()
-                        built.append(extension)
-                except (Exception, SystemExit) as error:
-                    excuse(variable, error)
-            self.extensions = self.distribution.ext_modules = built
+            built = attempt(self.build_one, extensions)
+            self.extensions = self.distribution.ext_modules = list(built.values())
 
     return Build
 
@@ -145,7 +137,7 @@ class Wheel(bdist_wheel):
 os.chdir(Path(__file__).resolve().parent)
 if sys.platform == "darwin":  # Python may be built for two architectures, torch is for one
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
-to_build = extensions()
+to_build = attempt(lambda variable: LIBRARIES[variable][1](), [v for v in LIBRARIES if asked(v) != "0"])
 with tempfile.TemporaryDirectory() as scratch:  # a folder of modules that stayed would put deleted ones into a wheel
     setup(
         packages=["ilora", "ilora.op", "ilora.gates", "ilora.adapter", "ilora.storage", "ilora.model", "ilora.kernels"],

@@ -63,6 +63,20 @@ def test_a_wheel_without_the_native_module_says_so_and_holds_the_rest(tmp_path):
     assert "not built" in said
 
 
+def test_a_wheel_whose_library_cannot_be_built_is_for_every_platform(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-index"]
+    environment = {**os.environ, "CC": "/no/compiler", "CXX": "/no/compiler", "ILORA_BUILD_EXT": "auto"}
+    command = [*build, "-w", str(tmp_path), str(copied(tmp_path))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ilora: installing without the native CPU backend" in done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    done = subprocess.run(command, env=environment | {"ILORA_BUILD_EXT": "1"}, capture_output=True, timeout=240)
+    assert done.returncode != 0
+
+
 def test_a_checkout_without_the_native_module_says_where_to_build_it(tmp_path):
     source = copied(tmp_path)
     reason = ALONE + "from ilora.op import native; print(native.unavailable())"
