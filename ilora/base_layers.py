@@ -46,10 +46,10 @@ def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
     tensor = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
     if dtype is None:
         dtype = tensor.dtype if tensor.is_floating_point() and tensor.itemsize > 1 else torch.float32
-    return torch.empty(0, dtype=dtype, device=home(base))
+    return torch.empty(0, dtype=dtype, device=compute_device(base))
 
 
-def home(module: nn.Module) -> torch.device | None:
+def compute_device(module: nn.Module) -> torch.device | None:
     """The device a module computes on: its first tensor's, or where accelerate brings a weight that it keeps elsewhere
     (a device map that offloads); None without tensors."""
     for owner in module.modules():

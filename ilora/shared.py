@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .op.checks import MAX_RANK, rows
 from .op.functional import autocasts
+from .op.registration import unseen
 from .op.shared_input import Projection, SharedInput
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ FAMILIES = (  # names of children of one module
     ("wi_0", "wi_1"),
 )
 FEW_ROWS = 64  # a decoding step: its x is in the cache, and a GPU computes each layer in one launch
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def group(layers: Iterable[ILoRALinear], share: bool) -> tuple[tuple[str, ...], ...]:
@@ -73,7 +73,7 @@ class SharedInputGroup:
         return y
 
     def _begin(self, layer: ILoRALinear, x: Tensor) -> _Pass | None:
-        if type(x) not in _PLAIN or x.is_inference():  # whether it changes in inference mode, nobody could tell
+        if not unseen(x) or x.is_inference():  # whether it changes in inference mode, nobody could tell
             return None
         # Not in training, also without gradients: a re-entrant checkpoint's recomputation must draw the same seeds.
         if rows(x) <= FEW_ROWS and not layer.training and not torch.is_grad_enabled():
@@ -81,7 +81,7 @@ class SharedInputGroup:
         settings = _settings(layer)
         members = [each for each in self.layers if _can_share(each) and _settings(each) == settings]
         gate, segments = layer.gate_state.gate_for(x, layer.gate_index, layer.name)
-        if gate is None or layer not in members or len(members) < 2:
+        if gate is None or not unseen(gate) or layer not in members or len(members) < 2:
             return None
         projections = [
             Projection(m.plain_weight(), m.base_layer.bias, m.lora_A, m.lora_B)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def _settings(layer: ILoRALinear) -> tuple[Any, ...]:
 
 def _can_share(layer: ILoRALinear) -> bool:
     plain = not layer.merged and layer.plain_weight() is not None
-    return plain and all(type(t) in _PLAIN for t in _tensors(layer))
+    return plain and unseen(*_tensors(layer))
 
 
 def _tensors(layer: ILoRALinear) -> tuple[Tensor, ...]:

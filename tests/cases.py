@@ -13,6 +13,12 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 # is what is left of the error, and the few elements of a small gradient do not average it out.
 ROUNDING = {F64: 1e-13, F32: 4 * 2.0**-23, F16: 2.0**-10, BF16: 2.0**-7}
 OUTPUTS = ("y", "dx", "dA", "dB", "dgate")
+# Each backend's (dtype of the layer, dtype of A and B). Triton's interpreter computes bfloat16 wrongly.
+DTYPES = {
+    "reference": [(F32, F32), (F16, F16), (BF16, BF16), (F64, F64), (BF16, F32)],
+    "native": [(F32, F32), (BF16, BF16), (F64, F64), (BF16, F32)],
+    "triton": [(F32, F32), (F16, F16), (F16, F32)] + [(BF16, BF16), (BF16, F32)] * torch.cuda.is_available(),
+}
 
 
 @dataclass
@@ -126,3 +132,11 @@ def within(case: Case, ours: dict, torchs: dict, exact: dict, sizes: dict) -> No
         rounding = ROUNDING[case.dtype]
         allowed = 2 * (torchs[name].double() - want).abs().max().item() + rounding * sizes[name].max().sqrt().item()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} ({case})"
+
+
+def assert_same(found, expected, leaves, dy=None, tolerance=1e-4) -> None:
+    """Two outputs and their gradients by the leaves, of dy or of their sum, are equal but for rounding."""
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=tolerance)
+    grads = [torch.autograd.grad(y, leaves, torch.ones_like(y) if dy is None else dy) for y in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

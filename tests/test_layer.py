@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from cases import assert_same
 from torch import nn
 
 import ilora
@@ -55,20 +56,6 @@ def test_equals_the_definition_and_drops_out_in_training_only():
     torch.testing.assert_close(got, ilora.reference.ilora_linear(*args, None, 0.5), rtol=1e-4, atol=1e-4)
 
 
-def test_conv1d_of_transformers():
-    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
-    base = pytorch_utils.Conv1D(6, 10)  # 10 -> 6, weight [10, 6]
-    layer = trained(ILoRALinear(base, r=4, num_experts=2))
-    x, gate = torch.randn(2, 3, 10, requires_grad=True), torch.rand(2, 2)
-    assert (layer.in_features, layer.out_features) == (10, 6)
-    want = ilora.reference.ilora_linear(x, base.weight.T, base.bias, layer.lora_A, layer.lora_B, gate, layer.scaling)
-    got = layer(x, gate=gate)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    grads = [torch.autograd.grad(y.sum(), [x, layer.lora_A]) for y in (got, want)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
 class Opaque(nn.Module):
     """As a quantised linear: no float weight, only a forward."""
 
@@ -82,18 +69,19 @@ class Opaque(nn.Module):
         return x @ self.codes.to(x.dtype).T
 
 
-def test_an_opaque_base_gets_the_update_added():
-    base = Opaque()
+@pytest.mark.parametrize("kind", ["Conv1D", "opaque"])
+def test_a_base_that_is_no_linear(kind):
+    if kind == "opaque":
+        base = Opaque()
+        weight, bias = base.codes.float(), None
+    else:
+        base = pytest.importorskip("transformers.pytorch_utils").Conv1D(6, 10)  # 10 -> 6, weight [10, 6]
+        weight, bias = base.weight.T, base.bias
     layer = trained(ILoRALinear(base, r=4, num_experts=2))
-    x, gate = torch.randn(2, 3, 10, requires_grad=True), torch.rand(2, 2)
-    assert layer.lora_A.dtype == torch.float32
-    A, B = layer.lora_A, layer.lora_B
-    want = ilora.reference.ilora_linear(x, base.codes.float(), None, A, B, gate, layer.scaling)
-    got = layer(x, gate=gate)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    grads = [torch.autograd.grad(y.square().sum(), [x, A, B]) for y in (got, want)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    x, gate, A, B = torch.randn(2, 3, 10, requires_grad=True), torch.rand(2, 2), layer.lora_A, layer.lora_B
+    assert (layer.in_features, layer.out_features, A.dtype) == (10, 6, torch.float32)
+    want = ilora.reference.ilora_linear(x, weight, bias, A, B, gate, layer.scaling)
+    assert_same(layer(x, gate=gate), want, [x, A, B])
 
 
 def test_hooks_on_the_base_still_run():
@@ -204,33 +192,6 @@ def test_training_learns_a_gated_target():
     assert losses[-1] < 0.6 * losses[0]
 
 
-def test_a_real_model_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    ids, gate = torch.randint(50, (3, 7)), torch.softmax(torch.randn(3, 4), -1)
-    plain = model(ids).logits
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, ILoRALinear(module, r=8, num_experts=4))
-    with ilora.gated(model, gate):
-        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
-        for module in model.modules():
-            if isinstance(module, ILoRALinear):
-                trained(module)
-        together = model(ids).logits
-    for i in range(3):
-        with ilora.gated(model, gate[i : i + 1]):
-            torch.testing.assert_close(model(ids[i : i + 1]).logits, together[i : i + 1], rtol=1e-3, atol=1e-4)
-
-
 def test_gradient_checkpointing_inside_the_block():
     layer = trained(ILoRALinear(nn.Linear(10, 6), lora_dropout=0.3))
     x, gate = torch.randn(4, 10, requires_grad=True), torch.rand(2, 4, requires_grad=True)
@@ -242,21 +203,3 @@ def test_gradient_checkpointing_inside_the_block():
         y = checkpoint(layer, x, gate, use_reentrant=False) if checkpointed else layer(x, gate)
         grads.append(torch.autograd.grad(y.square().sum(), inputs))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_a_gated_model_compiles_in_one_graph_and_follows_its_gate():
-    torch._dynamo.reset()
-    model = nn.Sequential(trained(ILoRALinear(nn.Linear(10, 10))), nn.ReLU(), trained(ILoRALinear(nn.Linear(10, 6))))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 10)
-    for gate in (torch.rand(2, 4, requires_grad=True), torch.rand(2, 4, requires_grad=True)):
-        with ilora.gated(model, gate):
-            want, got = model(x), compiled(x)
-            torch.testing.assert_close(got, want)
-            for a, b in zip(*(torch.autograd.grad(y.sum(), [gate, model[0].lora_A]) for y in (got, want)), strict=True):
-                torch.testing.assert_close(a, b)
-    compiled.train()
-    model[0].lora_dropout = 0.5
-    torch._dynamo.reset()
-    with ilora.gated(model, gate):
-        assert not torch.equal(compiled(x), compiled(x))

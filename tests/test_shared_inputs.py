@@ -4,18 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BF16, F16, F32, F64, Case, within
+from cases import DTYPES, F64, Case, within
 
 import ilora
 from ilora.op import backends
 from ilora.op.shared_input import Projection, SharedInput
 
 WIDTHS = (12, 7, 50)
-DTYPES = {
-    "reference": [(F32, F32), (F16, F16), (BF16, BF16), (F64, F64), (BF16, F32)],
-    "native": [(F32, F32), (BF16, BF16), (F64, F64), (BF16, F32)],
-    "triton": [(F32, F32), (F16, F16), (F16, F32)] + [(BF16, BF16), (BF16, F32)] * torch.cuda.is_available(),
-}
 CASES = {
     "equal instances": Case(M=60, N=3, d_in=77),
     "dropout": Case(M=66, N=2, d_in=77, dropout_p=0.3),

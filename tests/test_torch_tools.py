@@ -228,11 +228,13 @@ def test_forward_and_backward_have_one_mask_under_a_memory_budget(budget):
     torch.testing.assert_close(dx, (y / x).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_two_calls_of_one_graph_have_two_masks():
+def test_calls_in_one_graph_and_calls_of_it_have_masks_of_their_own():
     one, gate, x = torch.eye(16), torch.ones(1, 1), torch.randn(32, 16)
 
     def f(x):
         return [ilora.ilora_update(x, None, one, one, gate, 1.0, dropout_p=0.5) for _ in range(2)]
 
-    first, second = torch.compile(f, backend="aot_eager_decomp_partition", fullgraph=True)(x)
-    assert not torch.equal(first, second)
+    compiled = torch.compile(f, backend="aot_eager_decomp_partition", fullgraph=True)
+    first, second, third, fourth = *compiled(x), *compiled(x)
+    for a, b in ((first, second), (first, third), (third, fourth)):
+        assert not torch.equal(a, b)

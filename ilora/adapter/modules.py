@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base_layers import frozen_norms, home
+from ..base_layers import compute_device, frozen_norms
 
 
 def unique_modules(modules: dict[str, Any]) -> dict[str, Any]:
@@ -66,4 +66,4 @@ def match_device_and_mode(
     for parameter in module.parameters() if before != now else ():
         if parameter.dtype == before:
             parameter.data = parameter.data.to(now)
-    return module.train(other.training).to(home(other))
+    return module.train(other.training).to(compute_device(other))

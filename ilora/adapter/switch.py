@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base_layers import home, keep_unpacked, let_pack
+from ..base_layers import compute_device, keep_unpacked, let_pack
 from ..gates.networks import GateNetwork
 from ..layer import ILoRALinear
 from ..shared import group
@@ -139,7 +139,7 @@ def attach(model: Any, adapter: Adapter) -> None:
         layer.gate_state = injection.state
         for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach them while they were kept beside it
             dtype = injection.dtype if parameter.dtype == adapter.dtype else None
-            parameter.data = parameter.data.to(home(layer.base_layer) or parameter.device, dtype)
+            parameter.data = parameter.data.to(compute_device(layer.base_layer) or parameter.device, dtype)
         replace(model, path, layer.train(layer.base_layer.training))
     group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
     injection.originals = {path: model.get_submodule(path) for path in adapter.saved}
@@ -188,7 +188,7 @@ def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -
 
 
 def _move_gate(model: nn.Module, gate: nn.Module) -> None:
-    device = home(model)
+    device = compute_device(model)
     if device is not None and device.type != "meta":
         gate.to(device)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base_layers import home
+from ..base_layers import compute_device
 from ..current_gate import Frame
 from ..gates.networks import PromptGate, UniformGate
 from ..gates.pooling import prompt_mask
@@ -75,7 +75,7 @@ def ask_network(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor |
             raise ValueError(f"ilora_z was given to a model whose {type(network).__name__} takes none")
         if isinstance(network, UniformGate):
             N = segments.numel() - 1 if segments is not None else inputs.batch or 1
-            return network(N, home(model))
+            return network(N, compute_device(model))
         return _prompt_gate(model, network, inputs, segments, mask)
     if mask is not None:
         raise ValueError(f"ilora_prompt_mask was given to a model whose {type(network).__name__} pools no prompt")

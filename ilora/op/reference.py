@@ -37,13 +37,11 @@ def ilora_linear(
     Returns: y [..., d_out] in x's dtype. Differentiable to any order; no input is checked here.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if dropout_p > 0.0:  # inverted dropout: the mask on x, its 1/(1-p) in the scaling, where it costs no rounding
-        rows = torch.where(keep_mask(as_seed(seed, x.device), len(rows), rows.shape[1], dropout_p), rows, 0)
-    gamma = row_gates(gate, len(rows), A.shape[0], scaling / (1.0 - dropout_p), segments)
-    wide = torch.promote_types(x.dtype, A.dtype)
-    xa = rows.to(wide) @ A.to(wide).T
-    update = (xa * gamma).to(wide) @ B.to(wide).T
-    return F.linear(x, weight, bias) + update.to(x.dtype).reshape(*x.shape[:-1], B.shape[0])
+    seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
+    # Inverted dropout: the mask on x, its 1/(1-p) in the scaling, where it costs no rounding.
+    xa = shrink_x(rows, A, dropout_p, seed)
+    y = expand_xa(rows, xa, weight, bias, None, B, gate, segments, scaling / (1.0 - dropout_p))
+    return y.reshape(*x.shape[:-1], B.shape[0])
 
 
 def row_instances(M: int, N: int, segments: Tensor | None, device: torch.device) -> Tensor:
@@ -111,9 +109,9 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return seed
 
 
-# The four primitives, which every backend gives under these names; backends.py composes forward and backward of them.
-# Here every tensor is 2-D and checked, scaling holds the 1/(1-p) of dropout, and seed is a tensor whenever dropout_p is
-# not 0. `backward_dy` and `backward_x` are the gradients of `expand_xa` and `shrink_x`.
+# The four primitives, which every backend has under these names. Every tensor is 2-D here and has been checked, scaling
+# holds the 1/(1-p) of dropout, and seed is a tensor whenever dropout_p is not 0. `backward_dy` and `backward_x` are the
+# gradients of `expand_xa` and `shrink_x`.
 
 
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -137,7 +135,7 @@ def expand_xa(
     gamma = row_gates(gate, xa.shape[0], xa.shape[1], scaling, segments)
     update = ((xa * gamma).to(xa.dtype) @ B.to(xa.dtype).T).to(x.dtype)
     if weight is not None:
-        return F.linear(x, weight, bias).add_(update)
+        return F.linear(x, weight, bias) + update
     return update if base is None else base + update
 
 

@@ -49,8 +49,11 @@ def forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, see
     check_segments(segments, rows(x))
     module = backends.select(backend, x.device.type, x.dtype)
     flat_x, flat_base = x.reshape(-1, x.shape[-1]), None if base is None else base.reshape(-1, B.shape[0])
-    settings = (A, B, gate, segments, scaling, dropout_p, seed)
-    y, xa = backends.forward(module, flat_x, weight, bias, flat_base, *settings)
+    if hasattr(module, "forward"):
+        y, xa = module.forward(flat_x, weight, bias, flat_base, A, B, gate, segments, scaling, dropout_p, seed)
+    else:
+        xa = module.shrink_x(flat_x, A, dropout_p, seed)
+        y = module.expand_xa(flat_x, xa, weight, bias, flat_base, B, gate, segments, scaling)
     # Not view: autograd would refuse in-place operations on the output of a Function.
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], B.shape[0]]), xa
 
@@ -61,8 +64,13 @@ def backward(dy, x, xa, weight, A, B, gate, segments, scaling, dropout_p, seed, 
     check_segments(segments, rows(x))  # again: they may lie in a buffer that has been used anew
     module = backends.select(backend, x.device.type, x.dtype)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    settings = (A, B, gate, segments, scaling, dropout_p, seed)
-    dx, dA, dB, dgate = backends.backward(module, flat_dy, flat_x, xa, weight, *settings, need_dx)
+    if hasattr(module, "backward"):
+        settings = (A, B, gate, segments, scaling, dropout_p, seed, need_dx)
+        dx, dA, dB, dgate = module.backward(flat_dy, flat_x, xa, weight, *settings)
+    else:
+        dxa, dB, dgate = module.backward_dy(flat_dy, xa, B, gate, segments, scaling)
+        products = [] if weight is None else [(flat_dy, weight)]
+        dx, dA = module.backward_x(dxa, flat_x, A, dropout_p, seed, products, need_dx)
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB, dgate
 
 

@@ -1,15 +1,15 @@
-"""Projections of one input (q, k, v; gate, up) that share a pass over it, forward and backward.
+"""Layers that get one input (q, k and v; gate and up) and share a pass over it, forward and backward.
 
-The code of a model calls the projections one by one. So the first one called makes a node of the graph for all of them,
-`_Together`: it computes xa = dropout(x) [A_1; A_2; …]ᵀ in one pass, keeps what backward needs, and gives each of them a
-token, a tensor of y's shape and of no memory. Each computes its y when it is called, and its own node, `_Projection`,
-hands dy to its token. All gradients are then computed in one place, when every dy is there: one pass over x for all the
-dA, and dx written once, the frozen products accumulated on top. A projection that is never called costs its ranks and
-gets no gradient.
+A model calls such layers one by one. The first call computes xa = dropout(x) [A_1; A_2; …]ᵀ for all of them and makes
+one node of the autograd graph, `_AllProjections`. For each layer the node has a placeholder: a tensor of y's shape that
+takes no memory and holds no values. Each layer then computes its own y, in a node `_OneProjection` that takes the
+layer's placeholder as its input and passes dy on as the placeholder's gradient. So the first node gets the dy of every
+layer at once: one pass over x gives every dA, and dx is written once, with the products dy W added on top. A layer that
+is never called costs the ranks it has in xa and gets no gradient.
 
-Computing every y at the first call would have the same backward, but wastes a frozen product wherever a sibling gets
-another input, and hands out outputs that may have gone stale. One node a projection, each with its own dx, would have
-autograd sum them, in a pass over [M, d_in] for each.
+Computing every y in the first call would waste a product with W wherever a layer then gets another input, and could
+hand out a y that is out of date. One node for each layer, each with a dx of its own, would have autograd add these up,
+which takes a pass over [M, d_in] for each.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
 
 
 class SharedInput:
-    """x's product with every A, and the tokens by which the projections' gradients meet.
+    """x's product with every A, and a placeholder for each projection.
 
     Arguments as of `ilora.ilora_linear`, with one seed, and so one dropout mask, for all projections. `y(j)` is the
     output of projection j, to be asked for once. spent: whether a backward has been through here already.
@@ -78,7 +78,9 @@ class SharedInput:
         self._spent: list[bool] = []
         flat = [tensor for p in projections for tensor in p]
         with torch.autocast(self.device, enabled=False):
-            self.xa, *self.tokens = _Together.apply(self.settings, self._spent, x, gate, segments, seed, *flat)
+            self.xa, *self.placeholders = _AllProjections.apply(
+                self.settings, self._spent, x, gate, segments, seed, *flat
+            )
 
     @property
     def spent(self) -> bool:
@@ -86,10 +88,10 @@ class SharedInput:
 
     def y(self, j: int) -> Tensor:
         with torch.autocast(self.device, enabled=False):
-            return _Projection.apply(self.tokens[j], self, j)
+            return _OneProjection.apply(self.placeholders[j], self, j)
 
 
-class _Together(torch.autograd.Function):
+class _AllProjections(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Any, spent: Any, x: Any, gate: Any, segments: Any, seed: Any, *flat: Any) -> Any:
         """flat: weight, bias, A and B of each projection."""
@@ -127,7 +129,7 @@ def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: An
     products, dxas = [], []
     for j, dy in dys.items():
         weight, _, _, B = flat[4 * j : 4 * j + 4]
-        dy = dy.reshape(-1, len(B))
+        dy = dy.reshape(-1, len(B)).resolve_neg()  # a kernel reads its memory
         dxa, dB, dgate = module.backward_dy(dy, xas[j], B, gate, segments, scaling)
         at = 4 + 4 * j
         grads[at] = dy.T @ flat_x if needs[at] else None
@@ -154,11 +156,11 @@ class _Once(torch.autograd.Function):
     backward = staticmethod(refuse_second_derivative)  # type: ignore[assignment]
 
 
-class _Projection(torch.autograd.Function):
-    """y of one projection, whose gradient goes to its token as it is."""
+class _OneProjection(torch.autograd.Function):
+    """y of one projection; dy goes to the projection's placeholder as it is."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, shared: SharedInput, j: int) -> Tensor:
+    def forward(ctx: Any, placeholder: Tensor, shared: SharedInput, j: int) -> Tensor:
         ctx.set_materialize_grads(False)
         x, p = shared.x, shared.projections[j]
         module = backends.select(shared.settings.backend, x.device.type, x.dtype)
