@@ -1,13 +1,15 @@
 """The tables, the plot and the files of a benchmark run.
 
 `python benchmarks/report.py RESULTS.json` prints the Markdown tables of a file that a benchmark wrote with --json;
-`python benchmarks/report.py RESULTS.json PLOT.png` draws its plot as well.
+`python benchmarks/report.py RESULTS.json PLOT.png` draws its plot as well, of all peers or of those in --peers.
+`python benchmarks/report.py --update PAGE.md` writes the tables of a page anew, each after the name of its file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from tabulate import tabulate
 
 Row = dict[str, Any]
 MISSING = "–"
+RESULTS = Path(__file__).parent / "results"
 
 
 def case_table(title: object, rows: list[Row]) -> str:
@@ -197,15 +200,25 @@ def _markdown(frame: pd.DataFrame) -> str:
     return frame.rename_axis(None).rename_axis(None, axis=1).to_markdown(disable_numparse=True)
 
 
-def plot(results: dict[str, Any], file: Path) -> None:
+def updated(page: str) -> str:
+    """The page with the table of each `<!-- NAME.json -->` made anew from that file of benchmarks/results."""
+
+    def with_table(found: re.Match[str]) -> str:
+        return f"{found[1]}\n\n{markdown(load(RESULTS / found[2]))}\n\n"
+
+    return re.sub(r"(<!-- (\S+\.json) -->)\n\n(?:\|.*\n)*\n?", with_table, page)
+
+
+def plot(results: dict[str, Any], file: Path, peers: list[str] | None = None) -> None:
     """Ratios to the frozen layer as bars: a panel for each dtype, rank, E and dropout, a group of bars for each shape,
-    a bar for each peer. Raises ValueError if no row was timed."""
+    a bar for each peer, or each of `peers`. Raises ValueError if no row was timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [row for row in results.get("rows", ()) if "error" not in row and row["peer"] != BASELINE]
+    rows = [row for row in rows if peers is None or row["peer"] in peers]
     if not rows:
         raise ValueError("no timed rows to plot")
     frame = pd.DataFrame([{**row, "shape": _shape(row), "ratio": _last_part(row)["ratio"]} for row in rows])
@@ -258,14 +271,22 @@ def load(file: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="RESULTS.json", help="what a benchmark wrote with --json")
-    parser.add_argument("plot", type=arguments.plot_file, nargs="?", metavar="PLOT.png", help="a plot to draw as well")
+    add = parser.add_argument
+    add("file", type=Path, nargs="?", metavar="RESULTS.json", help="what a benchmark wrote with --json")
+    add("plot", type=arguments.plot_file, nargs="?", metavar="PLOT.png", help="a plot to draw as well")
+    add("--peers", help="the peers to draw, as peft,ilora[native] (default: all)")
+    add("--update", type=Path, metavar="PAGE.md", help="write the tables of this page anew")
     options = parser.parse_args(argv)
+    if (options.file is None) == (options.update is None):
+        parser.error("give either RESULTS.json or --update PAGE.md")
     try:
+        if options.update:
+            write_text(updated(options.update.read_text()), options.update)
+            return
         results = load(options.file)
         print(markdown(results))
         if options.plot:
-            plot(results, options.plot)
+            plot(results, options.plot, options.peers.split(",") if options.peers else None)
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,25 +1,64 @@
-"""What the README shows is true: its table comes from the results, its code runs."""
+"""What the README and the documentation say is true: tables come from the results, and the code runs."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+import report
 import torch
 import torch.nn.functional as F
 from models import injected, llama, prompts
-from report import markdown
 
 import ilora
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+RESULTS = sorted(report.RESULTS.glob("*.json"))
 
 
-def test_the_tables_are_those_of_the_results():
-    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        assert markdown(json.loads(file.read_text())) in README, file.name
+def test_the_readme_fits_a_screen_or_two():
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_every_result_has_its_table(file):
+    measured = (DOCS / "measured.md").read_text()
+    assert f"<!-- {file.name} -->" in measured
+    assert report.markdown(json.loads(file.read_text())) in measured
+
+
+def test_the_tables_can_be_written_anew(tmp_path):
+    page = DOCS / "measured.md"
+    tables = re.compile(r"^\|.*\n", re.MULTILINE)
+    empty = tmp_path / "page.md"
+    empty.write_text(tables.sub("", page.read_text()))
+    report.main(["--update", str(empty)])
+    assert tables.findall(empty.read_text()) == tables.findall(page.read_text())
+    report.main(["--update", str(empty)])
+    assert empty.read_text() == report.updated(page.read_text())
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    rows = json.loads((report.RESULTS / "cpu-avx512-bfloat16.json").read_text())["rows"]
+
+    def between(peer, dropout):
+        ratios = [row["eager"]["both"]["ratio"] for row in rows if (row["peer"], row["dropout"]) == (peer, dropout)]
+        return f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+
+    ours, pefts = between("ilora[native]", 0.0), between("peft", 0.0)
+    assert f"take {ours[0]} to {ours[1]} times as long" in README
+    assert f"takes {pefts[0]} to {pefts[1]} times as long" in README
+    ours, pefts = between("ilora[native]", 0.1), between("peft", 0.1)
+    assert f"With dropout it is {ours[0]} to {ours[1]} against {pefts[0]} to {pefts[1]}" in README
+
+
+def test_the_reference_names_every_public_name():
+    named = re.findall(r"^::: ilora\.(\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    assert sorted([*named, "reference"]) == sorted(ilora.__all__)
 
 
 def test_the_equivalent_is_the_definition():
@@ -35,7 +74,7 @@ def test_the_equivalent_is_the_definition():
 
 def test_the_examples_run(tmp_path):
     scope: dict = {}
-    (layer,) = (block for block in BLOCKS if "Linear(576, 1536)" in block)
+    (layer,) = (block for block in BLOCKS if "Linear(576, 1536" in block)
     exec(layer, scope)
     assert scope["y"].shape == (8, 256, 1536)
 
@@ -43,26 +82,43 @@ def test_the_examples_run(tmp_path):
     ilora.eject(model)
     ids, mask = prompts((5, 5))
     scope |= {"model": model, "batch": {"input_ids": ids, "attention_mask": mask, "labels": ids}, "folder": tmp_path}
-    (whole,) = (block for block in BLOCKS if "ilora.inject" in block)
+    whole, many = (block for block in BLOCKS if "ilora.inject" in block)
     exec(whole, scope)
     assert all(layer.lora_B.grad.abs().sum() > 0 for layer in ilora.ilora_layers(model).values())
     assert (tmp_path / "ilora_config.json").exists()
 
+    scope |= {"model": llama(), "input_ids": ids}
+    exec(many, scope)
+    assert scope["logits"].shape[:2] == ids.shape
 
-def test_the_files_it_names_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+def test_the_files_it_names_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for target in re.findall(r"`((?:benchmarks|docs|tests|examples|ilora|kernels|csrc)/[\w/.-]+)`", text):
         assert (ROOT / target).exists(), target
+
+
+def run_page(name):
+    """Runs all blocks of a page, one after another; their number."""
+    blocks, scope = BLOCK.findall((DOCS / name).read_text()), {"__name__": name}
+    for block in blocks:
+        exec(compile(block, block.splitlines()[0], "exec"), scope)
+    return len(blocks)
 
 
 def test_the_how_tos_run(capsys):
     for package in ("transformers", "peft", "accelerate", "bitsandbytes"):
         pytest.importorskip(package)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "how-to.md").read_text(), re.DOTALL)
-    assert len(blocks) > 10
-    scope: dict = {"__name__": "how-to"}
-    for block in blocks:
-        exec(compile(block, block.splitlines()[0], "exec"), scope)
+    assert run_page("how-to.md") > 10
     shown = capsys.readouterr().out
     assert "tensor([ 0, 12, 17, 24], dtype=torch.int32)" in shown
     assert "give ilora_segments" in shown
     assert "('default', 'other')" in shown
+
+
+def test_what_the_page_on_sharing_says():
+    pytest.importorskip("peft")
+    assert run_page("sharing.md") == 5
