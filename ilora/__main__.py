@@ -1,42 +1,42 @@
-"""`python -m ilora`: versions, devices, and which backends work here and why not. Nothing more to install it needs."""
+"""`python -m ilora [report | check | bench]`: needs nothing that is not installed with ilora."""
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
+import argparse
+import sys
 
-import torch
-
-import ilora
-from ilora.op import backends, native
+from ilora import diagnostics
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def report() -> str:
-    """The report as text."""
-    lines = [f"ilora {ilora.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
-    lines += [f"  {name} {_version(name)}" for name in ("torch", "triton", "transformers", "peft")]
-    devices = [f"cpu ({torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()})"]
-    types = ["cpu"]
-    for kind in ("cuda", "xpu"):
-        module = getattr(torch, kind)
-        devices += [f"{kind}:{i} ({module.get_device_name(i)})" for i in range(module.device_count())]
-        types += [kind] * bool(module.device_count())
-    lines += ["devices", *(f"  {device}" for device in devices), "backends"]
-    for name in backends.NAMES:
-        for kind in types:
-            reason = backends.why_not(name, kind)
-            lines.append(f"  {name:10} {kind:5} {'works' if reason is None else 'no: ' + reason}")
-    reason = native.CALL_UNAVAILABLE
-    lines.append(f"  {'call':10} cpu   {'works' if reason is None else 'no: ' + reason}")
-    return "\n".join(lines)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ilora", description="About ilora on this machine.")
+    add = parser.add_argument
+    add(
+        "job",
+        nargs="?",
+        default="report",
+        choices=("report", "check", "bench"),
+        help="report: versions, devices, backends and why not (default); check: test every backend that works here, in "
+        "under a minute; bench: a short benchmark",
+    )
+    job = parser.parse_args(argv).job
+    if job == "report":
+        print(diagnostics.report())
+    if job == "bench":
+        for line in diagnostics.bench():
+            print(line, flush=True)
+    right = True
+    if job == "check":
+        for line, well in diagnostics.check():
+            print(line, flush=True)
+            right &= well
+        print(
+            "everything that works here is right"
+            if right
+            else "something is WRONG: please report it with `python -m ilora`"
+        )
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
-    print(report())
+    sys.exit(main())
