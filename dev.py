@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""One command each, nothing to prepare: `python dev.py bench | test | lint | docs | package | example | shell [ARG ...]`.
+"""One command each, nothing to prepare: `python dev.py JOB [ARG ...]`.
 
-Makes a virtual environment in .venv (or $ILORA_VENV), installs the pinned requirements and this checkout,
+Jobs: bench, test, lint, docs (the site, into site/), package (a wheel and a source distribution, into dist/), example,
+shell. dev.py makes a virtual environment in .venv (or $ILORA_VENV), installs the pinned requirements and this checkout,
 with the native module where a C++ compiler is there, and runs the job. What is installed is not installed again.
-It may be called from any folder: a relative path means what it means there; test, lint, docs and package are of the whole checkout. docs builds the site into site/, package
-a wheel and a source distribution into dist/.
+It may be called from any folder: a relative path means what it means there; test, lint, docs and package are of the
+whole checkout.
 """
 
 from __future__ import annotations
