@@ -38,7 +38,7 @@ class Injection:
     originals: the frozen modules whose places the modules trained whole have taken; dtype: the frozen model's then.
     tied: entries of transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
     weights; unmerged: the weights before. Of the model before `inject`: trainable, its parameters that were; norms,
-    those of `frozen_norms` in its own mode; packing, the modules that would pack their weights (`keep_unpacked`).
+    those of `frozen_norms` in its own mode; packing and nesting, what `keep_unpacked` and `keep_padded` returned.
     hook: the handle of the model's hook that puts the gate in force.
     """
 
@@ -54,6 +54,7 @@ class Injection:
     trainable: set[str] = field(default_factory=set)
     norms: list[nn.Module] = field(default_factory=list)
     packing: list[nn.Module] = field(default_factory=list)
+    nesting: list[nn.Module] = field(default_factory=list)
     hook: Any = None
 
     @property

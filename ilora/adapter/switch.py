@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,16 @@ from ..base_layers import compute_device, keep_unpacked, let_pack
 from ..gates.networks import GateNetwork
 from ..layer import ILoRALinear
 from ..shared import group
+from ..weight_reads import calls_its_layers
 from .config import ILoRAConfig
-from .modules import dtype_of, freeze_statistics, match_device_and_mode, replace, unique_modules
+from .modules import (
+    dtype_of,
+    freeze_statistics,
+    input_embeddings,
+    match_device_and_mode,
+    replace,
+    unique_modules,
+)
 from .record import Adapter, adapters, changeable, find_adapter, injected, is_injected, note_replaced_modules
 from .targets import block_of, find_targets, layer_settings, refuse_unmatched
 from .task_heads import modules_to_save, with_heads
@@ -89,9 +98,12 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         raise ValueError(f"name: there is an adapter {name!r} already; the model has {adapters(model)}")
     with _without_adapter(model):
         config = with_heads(model, config) if from_user else config
-        paths = find_targets(model, config)
+        left_out: dict[str, str] = {}
+        paths = find_targets(model, config, left_out)
         if from_user:
             refuse_unmatched(model, config, paths)
+        for path in list(left_out)[:1] if from_user else ():
+            warnings.warn(f"{path}: left out ({len(left_out)} such), because {left_out[path]}", stacklevel=3)
         settings = {path: layer_settings(config, path) for path in paths}
         originals = {path: model.get_submodule(path) for path in modules_to_save(model, config, paths)}
         blocks = list(dict.fromkeys(block_of(path) for path in paths))
@@ -100,6 +112,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         layers = {id(base): _wrap(base, path, config, settings[path]) for path, base in unique_modules(bases).items()}
         for layer in layers.values():
             layer.gate_index = blocks.index(block_of(layer.name))
+            calls_its_layers(model.get_submodule(layer.name.rpartition(".")[0]), layer)
         copies = {id(m): copy.deepcopy(m).requires_grad_(True) for m in unique_modules(originals).values()}
     wrapped = {path: layers[id(base)] for path, base in bases.items()}
     saved = {path: copies[id(module)] for path, module in originals.items()}
@@ -182,8 +195,7 @@ def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -
             "module of your own, and inject into that"
         )
     if isinstance(gate, GateNetwork):
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        gate.bind(config.num_experts, blocks, getattr(embeddings, "embedding_dim", None))
+        gate.bind(config.num_experts, blocks, getattr(input_embeddings(model), "embedding_dim", None))
     _move_gate(model, gate)
 
 

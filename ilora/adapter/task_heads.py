@@ -12,6 +12,7 @@ from torch import nn
 
 from ..base_layers import offloading_to
 from .config import ALL_LINEAR, ILoRAConfig
+from .modules import input_embeddings
 from .targets import index_of, named, one_by_one
 
 # In the names of task classes. Language models are none: their heads are in the checkpoint.
@@ -107,7 +108,8 @@ def _not_loaded(model: nn.Module) -> list[str]:
     """
     if not any(map(_has_mark, model.parameters())):
         return []
-    loaded = {id(parameter) for parameter in _input_embeddings(model)}
+    embeddings = input_embeddings(model)
+    loaded = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1
         if _has_mark(parameter) or index_of(name) is not None or not plain or parameter.is_meta:
@@ -118,15 +120,6 @@ def _not_loaded(model: nn.Module) -> list[str]:
         if path and parameters and loaded.isdisjoint(parameters):
             found.append(path)
     return found
-
-
-def _input_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """Their parameters, where the model says which they are."""
-    try:
-        module = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return []
-    return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
 def _targeted(model: nn.Module, config: ILoRAConfig, head: str) -> bool:

@@ -52,7 +52,7 @@ class ILoRAModel:
                     )
             finally:
                 state.enter(before)
-            state.refuse_reading()
+            state.end()
         return output
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -139,7 +139,7 @@ def put_gate_in_force(
     )
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
-    state.begin(frame)
+    state.begin(frame, model)
     training = model.training and torch.is_grad_enabled()
     state.balance_due = training and frame.gate is not None and getattr(model.ilora_gate, "balance", 0.0) > 0.0
     return args, own

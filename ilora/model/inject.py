@@ -14,6 +14,7 @@ from ..base_layers import frozen_norms, keep_unpacked, let_pack
 from ..current_gate import release_checkpoints
 from ..layer import ILoRALinear
 from ..shared import group
+from ..weight_reads import keep_padded, let_nest
 from .batch import read_inputs
 from .delivery import ILoRAModel, ilora_class, put_gate_in_force
 from .gate_choice import ask_network, check_argument_types
@@ -52,7 +53,7 @@ def install(model: Any, injection: Injection) -> Any:
     injection.trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     injection.norms = [norm for norm in frozen_norms(model) if norm.training == model.training]
-    injection.packing = keep_unpacked(model)
+    injection.packing, injection.nesting = keep_unpacked(model), keep_padded(model)
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
     model.ilora = injection
@@ -82,6 +83,7 @@ def eject(model: Any) -> Any:
     detach(model)
     release_checkpoints(model)
     let_pack(injection.packing)
+    let_nest(injection.nesting)
     injection.hook.remove()
     model.__class__ = base
     del model.ilora, model.ilora_gate, model._hf_peft_config_loaded
