@@ -226,21 +226,23 @@ def test_generation_after_a_look_at_weights(family):
     assert torch.equal(model.generate(**batch), want)
 
 
-def test_unet_of_diffusers():
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    torch.manual_seed(0)
+def unet(diffusers):
     kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
     kinds |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     sizes = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
-    sizes |= {"cross_attention_dim": 16, "attention_head_dim": 4}
-    unet = diffusers.UNet2DConditionModel(**sizes, **kinds).eval()
+    return diffusers.UNet2DConditionModel(**sizes, **kinds, cross_attention_dim=16, attention_head_dim=4).eval()
+
+
+def test_unet_of_diffusers():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
     targets = r".*attn\d\.to_(q|k|v)"
-    randomised(ilora.inject(unet, ILoRAConfig(r=4, num_experts=4, target_modules=targets)))
+    model = randomised(ilora.inject(unet(diffusers), ILoRAConfig(r=4, num_experts=4, target_modules=targets)))
     inputs = torch.randn(2, 4, 8, 8), 3, torch.randn(2, 5, 16)
     with torch.no_grad():
-        want = unet(*inputs, ilora_gate=gates(2)).sample
-        unet.fuse_qkv_projections()
+        want = model(*inputs, ilora_gate=gates(2)).sample
+        model.fuse_qkv_projections()
         with pytest.raises(RuntimeError, match="unfuse_qkv_projections"):
-            unet(*inputs, ilora_gate=gates(2))
-        unet.unfuse_qkv_projections()
-        assert torch.equal(unet(*inputs, ilora_gate=gates(2)).sample, want)
+            model(*inputs, ilora_gate=gates(2))
+        model.unfuse_qkv_projections()
+        assert torch.equal(model(*inputs, ilora_gate=gates(2)).sample, want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,57 @@ def disable_adapter(model: Any) -> Iterator[Any]:
         for path, module in trained.items():
             replace(model, path, module.train(injection.originals[path].training))
         injection.state.enabled = before
+
+
+def _add(self: Any, adapter_config: Any, adapter_name: str | None = None, **others: Any) -> None:
+    add_adapter(self, adapter_name or "default", adapter_config, **others)
+
+
+def _set(self: Any, adapter_name: Any) -> None:
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    if len(names) != 1:
+        raise ValueError(f"set_adapter: one adapter is active at a time, got {names}")
+    set_adapter(self, names[0])
+
+
+def _delete(self: Any, adapter_names: Any) -> None:
+    for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        delete_adapter(self, name)
+
+
+def _active(self: Any) -> list[str]:
+    return [injected(self).adapter.name]
+
+
+_DELEGATED = {"add_adapter": _add, "set_adapter": _set, "active_adapters": _active}
+_DELEGATED |= dict.fromkeys(("delete_adapter", "delete_adapters"), _delete)
+_INSTEAD = dict.fromkeys(
+    ("disable_adapters", "enable_adapters", "disable_lora", "enable_lora"),
+    "use `with ilora.disable_adapter(model): ...`",
+)
+_INSTEAD |= {"load_adapter": "use ilora.load_adapter(model, path, name=...)"}
+_INSTEAD |= dict.fromkeys(("get_adapter_state_dict", "save_lora_adapter"), "use ilora.save_adapter(model, path)")
+_INSTEAD |= {"fuse_lora": "use ilora.merge(model, gate)", "unfuse_lora": "use ilora.unmerge(model)"}
+
+
+def adapter_methods(base: type) -> dict[str, Any]:
+    """What the class of an injected model has in place of the methods that transformers and diffusers give `base` for
+    PEFT's adapters: those of ilora, or a ValueError that names what to use."""
+    mixin = next((kind for kind in base.__mro__ if kind.__name__ == "PeftAdapterMixin"), object)
+    names = [
+        name
+        for name, value in vars(mixin).items()
+        if inspect.isfunction(value) and not name.startswith("_") and getattr(base, name) is value
+    ]
+    return {name: _DELEGATED.get(name) or _refusal(name) for name in names}
+
+
+def _refusal(name: str) -> Any:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        instead = _INSTEAD.get(name, "take it out first: ilora.eject(model)")
+        raise ValueError(f"{name} is for PEFT's adapters, and this model has ilora's; {instead}")
+
+    return refuse
 
 
 def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, from_user: bool = False) -> Adapter:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter.modules import freeze_statistics
 from ..adapter.record import Injection, is_injected, print_trainable_parameters
-from ..adapter.switch import bind, disable_adapter
+from ..adapter.switch import adapter_methods, bind, disable_adapter
 from ..current_gate import Frame, capture_checkpoints, framed
 from ..gates.networks import PromptGate
 from ..gates.stats import balance_loss
@@ -194,6 +194,7 @@ def ilora_class(base: type) -> type:
         "ilora_base": base,
         "_ilora_parameters": tuple(p.name for p in parameters[1:] if p.kind in positional),
     }
+    members |= adapter_methods(base)
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if hasattr(base, "tie_weights"):
         members["tie_weights"] = _tie_weights
