@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .base_layers import WeightReads
 from .op.checks import float_gate
-from .weight_reads import WeightReads
 
 
 class Frame(NamedTuple):

@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..base_layers import compute_device, keep_unpacked, let_pack
+from ..base_layers import calls_its_layers, compute_device, keep_unpacked, let_pack
 from ..gates.networks import GateNetwork
 from ..layer import ILoRALinear
 from ..shared import group
-from ..weight_reads import calls_its_layers
 from .config import ILoRAConfig
 from .modules import (
     dtype_of,

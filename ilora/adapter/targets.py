@@ -88,14 +88,15 @@ def find_targets(model: nn.Module, config: ILoRAConfig, left_out: dict[str, str]
             continue
         _refuse_unfit(model, path, module)
         kind = type(module), *((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, str)))
-        if kind not in reasons:
+        if kind not in reasons:  # layers of one class and sizes are alike
             reasons[kind] = why_no_update(module)
-        if reasons[kind] is None:
+        reason = reasons[kind]
+        if reason is None:
             targets.append(path)
         elif not everything:
-            raise ValueError(f"{path}: target_modules matches it, but {reasons[kind]}; leave it out")
+            raise ValueError(f"{path}: target_modules matches it, but {reason}; leave it out")
         elif left_out is not None:
-            left_out[path] = reasons[kind]
+            left_out[path] = reason
     if not targets:
         raise ValueError(_nothing_matched(model, config))
     return targets

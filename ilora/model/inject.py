@@ -10,11 +10,10 @@ from ..adapter.config import ILoRAConfig
 from ..adapter.modules import keep_trained_modules, refuse_resized
 from ..adapter.record import Injection, changeable, injected, refuse_wrapped
 from ..adapter.switch import attach, build, detach
-from ..base_layers import frozen_norms, keep_unpacked, let_pack
+from ..base_layers import frozen_norms, keep_padded, keep_unpacked, let_nest, let_pack
 from ..current_gate import release_checkpoints
 from ..layer import ILoRALinear
 from ..shared import group
-from ..weight_reads import keep_padded, let_nest
 from .batch import read_inputs
 from .delivery import ILoRAModel, ilora_class, put_gate_in_force
 from .gate_choice import ask_network, check_argument_types
