@@ -1,4 +1,4 @@
-"""Makes an adapter from a config, puts it into a model and takes it out: several on one base, one of them active."""
+"""Makes an adapter from a config, puts it into a model and takes it out; one of a model's adapters is active."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from .task_heads import modules_to_save, with_heads
 
 
 def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: nn.Module | None = None) -> Any:
-    """Gives an injected model one more adapter, as `inject` would, and makes it the active one; returns the model.
+    """Adds an adapter to an injected model and makes it the active one; returns the model.
 
-    name: one that the model has not yet. config, gate: as in `inject`; the adapter has settings, layers and a gate
-    network of its own, in the mode (training or not) of the model.
-    Raises: ValueError where nothing was injected, the name is taken or empty, or a gate is merged; ValueError,
-    TypeError as `inject`. The model is then what it was.
+    name: a new one. config, gate: as in `inject`; each adapter has its own settings, layers and gate network.
+    Raises: ValueError where nothing was injected, the name is taken or empty, a gate is merged or the adapter disabled;
+    ValueError, TypeError as `inject`. The model is then what it was.
     """
     changeable(model, "add_adapter")
     return activate(model, build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True))
 
 
 def set_adapter(model: Any, name: str) -> Any:
-    """Makes the adapter of this name the active one: its layers, gate network and saved modules are in the model (in
-    its parameters and its state dict), those of the others are kept beside it. The tensors are the same objects.
-    Returns the model. Raises ValueError where nothing was injected, for an unknown name, and while a gate is merged."""
+    """Makes the adapter of this name the active one, and returns the model. The model's parameters and state dict hold
+    the active adapter's tensors alone; those of the others are kept, and stay the same objects.
+    Raises ValueError where nothing was injected, for an unknown name, while a gate is merged or the adapter disabled.
+    """
     adapter = find_adapter(model, name)
     if adapter is model.ilora.adapter:
         return model
@@ -53,7 +53,7 @@ def set_adapter(model: Any, name: str) -> Any:
 
 
 def delete_adapter(model: Any, name: str) -> Any:
-    """Forgets an adapter that is not the active one; returns the model. Raises ValueError where nothing was injected,
+    """Removes an adapter that is not the active one; returns the model. Raises ValueError where nothing was injected,
     for the active one (`set_adapter` another first) and for a name that is not there."""
     if find_adapter(model, name) is model.ilora.adapter:
         raise ValueError(f"delete_adapter: {name!r} is the active one; the model has {adapters(model)}")
@@ -63,8 +63,9 @@ def delete_adapter(model: Any, name: str) -> Any:
 
 @contextmanager
 def disable_adapter(model: Any) -> Iterator[Any]:
-    """`with ilora.disable_adapter(model): ...`: the frozen model as it was, without updates and without asking for a
-    gate. Afterwards, also after an exception, the adapter works as before."""
+    """`with ilora.disable_adapter(model): ...`: inside the block the model is the frozen one, and needs no gate.
+    Afterwards, also after an exception, the adapter works as before. Raises ValueError where nothing was injected and
+    while a gate is merged."""
     injection = injected(model)
     if injection.merged:
         raise ValueError("disable_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
@@ -135,10 +136,10 @@ def _refusal(name: str) -> Any:
 
 
 def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, from_user: bool = False) -> Adapter:
-    """A new adapter for the model, which stays as it is. Every refusal of a configuration is raised here.
+    """A new adapter for the model, which is left as it is. Raises TypeError, ValueError as `inject`.
 
-    from_user: also train whole what a task class adds, and refuse names that mean nothing in this model; a config from
-    a file is taken as it stands. Raises TypeError, ValueError as `inject`."""
+    from_user: the config comes from the user and not from a file: also train a task class's head, refuse names that
+    are not in this model, and warn of linear layers that are left out."""
     if not isinstance(config, ILoRAConfig):
         raise TypeError(f"config: expected an ILoRAConfig, got {type(config).__name__}")
     if gate is not None and not isinstance(gate, nn.Module):
@@ -172,7 +173,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
 
 @contextmanager
 def _without_adapter(model: Any) -> Iterator[None]:
-    """The plain model inside the block, the active adapter being out of the way."""
+    """Inside the block the active adapter is out of the model."""
     adapter = model.ilora.adapter if is_injected(model) else None
     if adapter is not None:
         detach(model)
@@ -184,7 +185,7 @@ def _without_adapter(model: Any) -> Iterator[None]:
 
 
 def activate(model: Any, adapter: Adapter) -> Any:
-    """Puts an adapter into an injected model in the place of the active one, which is kept beside it from now on."""
+    """Makes this adapter of an injected model the active one, in the place of another."""
     injection = model.ilora
     before = injection.adapter
     if adapter is not before:
@@ -196,12 +197,12 @@ def activate(model: Any, adapter: Adapter) -> Any:
 
 
 def attach(model: Any, adapter: Adapter) -> None:
-    """Puts an adapter into an injected model that has none in it."""
+    """Puts an adapter into an injected model that has no active one."""
     injection = model.ilora
     injection.adapter, injection.dtype = adapter, dtype_of(model)
     for path, layer in adapter.layers.items():
         layer.gate_state = injection.state
-        for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach them while they were kept beside it
+        for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach an adapter that was not active
             dtype = injection.dtype if parameter.dtype == adapter.dtype else None
             parameter.data = parameter.data.to(compute_device(layer.base_layer) or parameter.device, dtype)
         replace(model, path, layer.train(layer.base_layer.training))
@@ -210,7 +211,7 @@ def attach(model: Any, adapter: Adapter) -> None:
     for path, module in adapter.saved.items():
         replace(model, path, match_device_and_mode(module, injection.originals[path], adapter.dtype, injection.dtype))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    own = tuple(path + "." for path in (*adapter.saved, *adapter.layers))  # these have weights of their own
+    own = tuple(path + "." for path in (*adapter.saved, *adapter.layers))  # their weights are tied no longer
     for key in [key for key, other in tied.items() if key.startswith(own) or other.startswith(own)]:
         injection.tied[key] = tied.pop(key)
     if adapter.gate is not None:
@@ -221,7 +222,7 @@ def attach(model: Any, adapter: Adapter) -> None:
 
 
 def detach(model: Any) -> None:
-    """Takes the active adapter out; it stays in the injection's record, and the model is for `attach` alone then."""
+    """Takes the active adapter out of the model. Only `attach` or the end of `eject` may follow."""
     injection = model.ilora
     for path, layer in injection.adapter.layers.items():
         replace(model, path, layer.base_layer)
@@ -232,12 +233,12 @@ def detach(model: Any) -> None:
     if injection.tied:
         model.all_tied_weights_keys.update(injection.tied)
     injection.originals, injection.tied = {}, {}
-    model._modules.pop("ilora_gate", None)  # past the model's own __setattr__, which would forget the network
+    model._modules.pop("ilora_gate", None)  # not by setattr, which would remove it from the adapter as well
     vars(model)["ilora_gate"] = None
 
 
 def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -> None:
-    """Fits a gate network to the model and brings it to the model's device. Raises ValueError where it cannot."""
+    """Fits a gate network to the model and moves it to the model's device. Raises ValueError where it does not fit."""
     if gate is None:
         return
     if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -257,7 +258,7 @@ def _move_gate(model: nn.Module, gate: nn.Module) -> None:
 
 
 def _wrap(base: nn.Module, path: str, config: ILoRAConfig, own: dict[str, Any]) -> ILoRALinear:
-    """The layer over its base, which is frozen and kept from packing only once the adapter is in the model."""
+    """The layer around its base. The base stays trainable and packs as before until the adapter is in the model."""
     flags, packing = [(p, p.requires_grad) for p in base.parameters()], keep_unpacked(base)
     try:
         common = {"adapter_dtype": config.adapter_dtype, "backend": config.backend}

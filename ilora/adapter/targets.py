@@ -1,4 +1,4 @@
-"""What the names of an ILoRAConfig mean among a model's paths, and which of them mean nothing there."""
+"""Finds the modules that an ILoRAConfig names in a model, and refuses names that are not there."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .config import ALL_LINEAR, PATTERNS, ILoRAConfig
 
 
 def ends(path: str, name: str) -> bool:
-    """Whether the path ends in the name, or is the name after a ^, all of it."""
+    """Whether the path ends in the name, or equals what follows a ^."""
     return path == name.removeprefix("^") or path.endswith("." + name)
 
 
 def named(path: str, names: str | Iterable[str]) -> bool:
-    """Whether the path is meant: by a regular expression for all of it, or by one of several path endings."""
+    """Whether the path matches: a string is a regular expression for the whole path, others are path endings."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(ends(path, name) for name in names)
 
 
 def one_by_one(names: str | tuple[str, ...]) -> list[str | tuple[str, ...]]:
-    """Each of the names as `named` takes it: a string is one expression."""
+    """Each of the names by itself, as `named` takes it."""
     return [names] if isinstance(names, str) else [(name,) for name in names]
 
 
@@ -48,7 +48,7 @@ def index_of(path: str) -> int | None:
 
 
 def layer_settings(config: ILoRAConfig, path: str) -> dict[str, Any]:
-    """r, num_experts and lora_alpha of the module at this path: of each pattern, the first key that means the path.
+    """r, num_experts and lora_alpha of the module at this path, from the first key of each pattern that matches it.
     Raises ValueError where they do not fit each other."""
     settings: dict[str, Any] = {"r": config.r, "num_experts": config.num_experts, "lora_alpha": config.lora_alpha}
     patterns = (config.rank_pattern, config.expert_pattern, config.alpha_pattern)
@@ -167,8 +167,8 @@ def _nothing_matched(model: nn.Module, config: ILoRAConfig) -> str:
 
 
 def refuse_unmatched(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> None:
-    """Raises ValueError for names that mean no module of the model, patterns that mean none of the targets, and blocks
-    that are not there: a misspelt one would do nothing, beside others that do something."""
+    """Raises ValueError for a name that matches no module of the model, a pattern that matches none of the targets, and
+    a block that is not there. A misspelt one would otherwise do nothing."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     for field in ("target_modules", "exclude_modules"):
         names = [name for name in one_by_one(getattr(config, field)) if name not in ("", ALL_LINEAR)]
