@@ -106,13 +106,9 @@ def _active(self: Any) -> list[str]:
 
 _DELEGATED = {"add_adapter": _add, "set_adapter": _set, "active_adapters": _active}
 _DELEGATED |= dict.fromkeys(("delete_adapter", "delete_adapters"), _delete)
-_INSTEAD = dict.fromkeys(
-    ("disable_adapters", "enable_adapters", "disable_lora", "enable_lora"),
-    "use `with ilora.disable_adapter(model): ...`",
-)
+_INSTEAD = dict.fromkeys(("disable_adapters", "enable_adapters"), "use `with ilora.disable_adapter(model): ...`")
 _INSTEAD |= {"load_adapter": "use ilora.load_adapter(model, path, name=...)"}
-_INSTEAD |= dict.fromkeys(("get_adapter_state_dict", "save_lora_adapter"), "use ilora.save_adapter(model, path)")
-_INSTEAD |= {"fuse_lora": "use ilora.merge(model, gate)", "unfuse_lora": "use ilora.unmerge(model)"}
+_INSTEAD |= {"get_adapter_state_dict": "use ilora.save_adapter(model, path)"}
 
 
 def adapter_methods(base: type) -> dict[str, Any]:
