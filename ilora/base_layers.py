@@ -194,7 +194,7 @@ def let_nest(modules: list[nn.Module]) -> None:
 def calls_its_layers(parent: nn.Module, layer: nn.Module) -> None:
     """Lets nn.TransformerEncoderLayer call a layer in it: where no module in it has a hook, in eval mode, it reads the
     weights and gives them to one fused kernel."""
-    if isinstance(parent, nn.TransformerEncoderLayer):
+    if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
         layer.register_forward_pre_hook(_nothing)
 
 

@@ -38,12 +38,24 @@ class Single(nn.TransformerEncoderLayer):
         super().__init__(16, 2, 32, 0.0, activation="gelu", batch_first=True)
 
 
+class Both(nn.Module):
+    """An encoder and a decoder of torch, of whose layers one stands in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Transformer(16, 2, 2, 1, 32, 0.0, batch_first=True)
+        self.both.encoder.layers[1].linear1 = self.both.encoder.layers[0].linear1
+
+    def forward(self, x):
+        return self.both(x, x)
+
+
 def encoder(make, config=LEFT_OUT):
     torch.manual_seed(0)
     return randomised(ilora.inject(make(), config)), torch.randn(3, 7, 16), gates(3)
 
 
-@pytest.mark.parametrize("make", [Stacked, Single, lambda: Stacked(norm_first=True)])
+@pytest.mark.parametrize("make", [Stacked, Single, Both, lambda: Stacked(norm_first=True)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_evaluation_of_torchs_encoder_equals_training(make, compiled):
     net, x, gate = encoder(make)

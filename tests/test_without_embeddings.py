@@ -75,6 +75,8 @@ def test_prompt_gate_without_a_table_needs_embeddings():
         def get_input_embeddings(self):
             raise NotImplementedError("not handled")
 
+        get_output_embeddings = get_input_embeddings
+
         def forward(self, input_ids=None, inputs_embeds=None):
             return self.linear(inputs_embeds)
 

@@ -52,10 +52,11 @@ def freeze_statistics(model: Any) -> None:
         norm.training = norm.training and id(norm) in own
 
 
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The model's, or None where it does not say which they are (transformers raises NotImplementedError there)."""
+def embeddings(model: Any, kind: str = "input") -> nn.Module | None:
+    """The model's input or output embeddings; None where it does not say which they are. Many of transformers' models
+    for images and sounds raise NotImplementedError."""
     try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
+        found = getattr(model, f"get_{kind}_embeddings")()
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None

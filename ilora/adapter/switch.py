@@ -18,8 +18,8 @@ from ..shared import group
 from .config import ILoRAConfig
 from .modules import (
     dtype_of,
+    embeddings,
     freeze_statistics,
-    input_embeddings,
     match_device_and_mode,
     replace,
     unique_modules,
@@ -160,7 +160,8 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         layers = {id(base): _wrap(base, path, config, settings[path]) for path, base in unique_modules(bases).items()}
         for layer in layers.values():
             layer.gate_index = blocks.index(block_of(layer.name))
-            calls_its_layers(model.get_submodule(layer.name.rpartition(".")[0]), layer)
+        for path, base in bases.items():
+            calls_its_layers(model.get_submodule(path.rpartition(".")[0]), layers[id(base)])
         copies = {id(m): copy.deepcopy(m).requires_grad_(True) for m in unique_modules(originals).values()}
     wrapped = {path: layers[id(base)] for path, base in bases.items()}
     saved = {path: copies[id(module)] for path, module in originals.items()}
@@ -243,7 +244,7 @@ def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -
             "module of your own, and inject into that"
         )
     if isinstance(gate, GateNetwork):
-        gate.bind(config.num_experts, blocks, getattr(input_embeddings(model), "embedding_dim", None))
+        gate.bind(config.num_experts, blocks, getattr(embeddings(model), "embedding_dim", None))
     _move_gate(model, gate)
 
 

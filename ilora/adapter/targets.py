@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..base_layers import adapter_like, features_of, is_conv1d, is_linear
 from .config import ALL_LINEAR, PATTERNS, ILoRAConfig
+from .modules import embeddings
 
 
 def ends(path: str, name: str) -> bool:
@@ -70,7 +71,7 @@ def find_targets(model: nn.Module, config: ILoRAConfig, left_out: dict[str, str]
     left_out: receives the linear layers that "all-linear" leaves out, because they compute something else, and why.
     Raises ValueError where a module that is named cannot take an adapter, and where nothing matches. The model itself
     is never one: there is nowhere to put another module in its place."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = embeddings(model, "output")
     everything = config.target_modules == ALL_LINEAR
     targets: list[str] = []
     reasons: dict[Any, str | None] = {}

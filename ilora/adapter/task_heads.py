@@ -12,7 +12,7 @@ from torch import nn
 
 from ..base_layers import offloading_to
 from .config import ALL_LINEAR, ILoRAConfig
-from .modules import input_embeddings
+from .modules import embeddings
 from .targets import index_of, named, one_by_one
 
 # In the names of task classes. Language models are not among them: their heads are in the checkpoint.
@@ -107,8 +107,8 @@ def _not_loaded(model: nn.Module) -> list[str]:
     """
     if not any(map(_has_mark, model.parameters())):
         return []
-    embeddings = input_embeddings(model)
-    loaded = {id(parameter) for parameter in embeddings.parameters()} if embeddings is not None else set()
+    table = embeddings(model)
+    loaded = set() if table is None else {id(parameter) for parameter in table.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1
         if _has_mark(parameter) or index_of(name) is not None or not plain or parameter.is_meta:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.modules import input_embeddings
+from ..adapter.modules import embeddings as embeddings_of
 from ..base_layers import compute_device
 from ..current_gate import Frame
 from ..gates.networks import PromptGate, UniformGate
@@ -99,7 +99,7 @@ def _prompt_gate(
     if embeddings is None:
         if values.get("input_ids") is None:
             raise ValueError("PromptGate needs input_ids or inputs_embeds; give ilora_gate where there are none")
-        table = input_embeddings(model)
+        table = embeddings_of(model)
         if table is None:
             raise ValueError(f"PromptGate needs inputs_embeds: {type(model).__name__} names no input embeddings")
         embeddings = _embed(table, values["input_ids"])
