@@ -37,6 +37,8 @@ REFUSED = {  # arguments: words, by command
         SMOL + "--batch-size 24": "a multiple of --batch-size, got 128 and 24",
         "--batch-size -4": "--batch-size: expected a whole number of 1 or more, got '-4'",
         "--jobs -1": "--jobs: expected a whole number of 1 or more, got '-1'",
+        "--patience 2": "--patience: needs --watch",
+        "--batch-size 1": "--arms shuffled: expected a --batch-size of 2 or more",
         "--pretrain-steps 0": "--pretrain-steps: expected a whole number of 1 or more, got '0'",
         "--tests -5": "--tests: expected a whole number of 0 or more, got '-5'",
         "--steps 0": "--steps: expected a whole number of 1 or more, got '0'",

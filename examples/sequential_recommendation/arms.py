@@ -27,7 +27,7 @@ from .recommender import Recommender
 from .scoring import gates, score, write
 from .training import train
 
-CURVE_KEY = "validation_hit_ratio"  # of the curve's values in the Trainer's log
+CURVE_KEY, STOP_KEY = "validation_hit_ratio", "validation_ndcg"  # of the curve's values in the Trainer's log
 CURVE_EXAMPLES = 200  # validation examples that are ranked for a point of the curve
 
 
@@ -56,6 +56,9 @@ def perform(run: Run) -> dict[str, Any]:
     if run.arm.gate is not None:
         curve = Curve(model, prompts, val, run)
         log = train(model, prompts, parts.train, run.settings, run.folder, checkpoint_of(run), [curve])
+        if curve.best.is_dir():
+            model.restore(curve.best)
+            shutil.rmtree(curve.best)
         model.save(run.folder / "recommender")
         for done in run.folder.glob("checkpoint-*"):
             shutil.rmtree(done)
@@ -81,18 +84,28 @@ def checkpoint_of(run: Run) -> Path | None:
 
 
 class Curve(TrainerCallback):
-    """Ranks validation examples during training and writes the hit ratio to the Trainer's log.
+    """Ranks validation examples during training and writes the hit ratio and the NDCG to the Trainer's log.
 
-    The Trainer saves its log in every checkpoint, so a resumed run has the whole curve.
+    The Trainer saves its log in every checkpoint, so a resumed run has the whole curve. With settings.patience it keeps
+    the weights of the best NDCG in the folder `best`, and ends the training.
     """
 
     def __init__(self, model: Recommender, prompts: Prompts, val: list[Example], run: Run) -> None:
-        self.model, self.prompts, self.val, self.run = model, prompts, val[:CURVE_EXAMPLES], run
+        patience = run.settings.patience
+        self.model, self.prompts, self.val, self.run = model, prompts, val if patience else val[:CURVE_EXAMPLES], run
+        self.best = run.folder / "best"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.run.watch and state.global_step % self.run.watch == 0:
-            _, rank = score(self.model, self.prompts, self.val, self.run.choice, 4 * self.run.settings.batch_size)
-            state.log_history.append({"step": state.global_step, CURVE_KEY: hit_ratio(rank).value})
+        if not self.run.watch or state.global_step % self.run.watch:
+            return
+        _, rank = score(self.model, self.prompts, self.val, self.run.choice, 4 * self.run.settings.batch_size)
+        quality = {CURVE_KEY: hit_ratio(rank).value, STOP_KEY: ndcg(rank, 20)}
+        state.log_history.append({"step": state.global_step, **quality})
+        if patience := self.run.settings.patience:
+            found = [entry[STOP_KEY] for entry in state.log_history if STOP_KEY in entry]
+            if found.index(max(found)) == len(found) - 1:
+                self.model.save(self.best)
+            control.should_training_stop |= found.index(max(found)) < len(found) - patience
 
 
 def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list[Example], run: Run) -> dict[str, Any]:
@@ -100,13 +113,15 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
     size, choice = 4 * run.settings.batch_size, run.choice
     _, val_rank = score(model, prompts, val, choice, size)
     _, rank = score(model, prompts, test, choice, size)
+    trained = [*model.lm.parameters(), *(model.user_projector.parameters() if model.user_projector else ())]
     found: dict[str, Any] = {
         "validation": {"hit_ratio": hit_ratio(val_rank).value, "ndcg": ndcg(val_rank, 20)},
         "hits": hit_ratio(rank).hits,
         "total": len(test),
         "hit_ratio_5": hit_ratio(rank, 5).value,
         "ndcg_5": ndcg(rank, 5),
-        "trainable": sum(p.numel() for p in model.lm.parameters() if p.requires_grad),
+        "ranks": rank.tolist(),
+        "trainable": sum(p.numel() for p in trained if p.requires_grad),
     }
     if run.texts:
         valid, text_hits = text_ratios(write(model, prompts, test, choice, size), test, prompts.written())
@@ -161,4 +176,6 @@ def one_thread() -> None:
 
 
 def with_rate(run: Run, lr: float, seed: int) -> Run:
-    return run._replace(settings=replace(run.settings, lr=lr, seed=seed))
+    """The run with this learning rate and seed, and with the sequence model and tiny language model of the seed."""
+    experiment = replace(run.experiment, model_seed=seed)
+    return run._replace(experiment=experiment, settings=replace(run.settings, lr=lr, seed=seed))

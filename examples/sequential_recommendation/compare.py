@@ -5,8 +5,9 @@
 
 Without --data the users are made up (their groups follow conflicting rules), and the model is a small Llama that is
 made and trained here: nothing is downloaded, and two CPU cores need some minutes. All files go to the folder --out.
-If you start an interrupted comparison again, it resumes where it stopped. If you give several --lr, each arm trains
-with each of them and the first seed, and takes the one that is best on the validation users for its other seeds.
+If you start an interrupted comparison again, it resumes where it stopped. Each seed has its own sequence models and
+its own tiny language model. If you give several --lr, each arm trains with each of them and the first seed, and takes
+the one that is best on the validation users for its other seeds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,14 +50,13 @@ RATE = 3e-3  # the tiny model's learning rate: on the validation users better th
 
 
 def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pretrain_steps: int) -> dict[str, Any]:
-    """Trains the models that all arms share, unless their files exist. Returns the figures of the baselines."""
+    """Trains the models that all arms of a seed share, unless their files exist. Returns the baselines' figures."""
     parts, _, test = experiment.parts(dataset)
-    print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
     models = {}
     for kind in dict.fromkeys([*kinds, experiment.guide]):
         start = time.perf_counter()
         models[kind] = train_sequence(experiment, dataset, kind)
-        print(f"{KINDS[kind].__name__}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{KINDS[kind].__name__}, seed {experiment.model_seed}: {time.perf_counter() - start:.0f} s", flush=True)
     if experiment.model == TINY:
         tiny_model(experiment, dataset, pretrain_steps)
     if experiment.model == SMOLLM2:
@@ -108,8 +109,9 @@ def results_of(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> d
     best = dict(zip([run.arm for run in trained], choose_rates(trained, options, jobs), strict=True))
     wanted = [
         with_rate(run, best.get(run.arm, 0.0), seed)
+        for seed in options.seed  # all arms of a seed before the next one, so that a part of the runs is of use
         for run in runs
-        for seed in (options.seed if run.arm.gate else options.seed[:1])
+        if run.arm.gate or options.model == TINY or seed == options.seed[0]
     ]
     found: dict[str, list[dict[str, Any]]] = {}
     for result in perform_all(wanted, jobs):
@@ -126,10 +128,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         one_thread()  # in this process too: on a busy machine two threads are slower than one
     try:
         dataset = experiment.dataset()
-        baselines = prepare(experiment, dataset, options.sequence_models, options.pretrain_steps)
+        parts, _, test = experiment.parts(dataset)
+        print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
+        baselines: dict[str, list[dict[str, Any]]] = {}
+        for seed in options.seed:
+            seeded = replace(experiment, model_seed=seed)
+            for name, figures in prepare(seeded, dataset, options.sequence_models, options.pretrain_steps).items():
+                baselines.setdefault(name, []).append(figures)
     except (OSError, ValueError) as error:
         sys.exit(f"--data {options.data}: {error}")
-    parts, _, test = experiment.parts(dataset)
     watch, fingerprint = watch_of(options, settings, len(parts.train)), experiment.fingerprint(dataset)
     runs = [Run(experiment, arm, settings, not options.no_texts, watch, fingerprint) for arm in arms_of(options)]
     try:

@@ -39,12 +39,13 @@ class OtherData(ValueError):
 @dataclass(frozen=True)
 class Arm:
     """A row of the table. gate: as in `RecommenderConfig`, or None for the language model without training.
-    soft_prompt: as in `RecommenderConfig`."""
+    rank: the total rank of the adapters. soft_prompt: as in `RecommenderConfig`."""
 
     name: str
     gate: str | None
     num_experts: int = 1
     soft_prompt: bool = False
+    rank: int = RecommenderConfig.r
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Experiment:
     users: how many users to make up. tests: how many of the validation and of the test examples to use, 0 for all.
     plain: whether titles are shortened by `readers.plain_titles`.
     guide: the kind of the sequence model that gives the gate its z and the prompts their item embeddings.
+    model_seed: of the sequence models and of the tiny language model.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Experiment:
     tests: int = 0
     plain: bool = False
     guide: str = "sasrec"
+    model_seed: int = 0
 
     @classmethod
     def read(cls, described: dict[str, str], folder: Path) -> Experiment:
@@ -122,11 +125,11 @@ class Experiment:
             )
 
     def sequence_file(self, kind: str) -> Path:
-        return self.folder / ("sequence.safetensors" if kind == "sasrec" else f"sequence-{kind}.safetensors")
+        return self.folder / f"{kind}-seed{self.model_seed}.safetensors"
 
     @property
     def lm_folder(self) -> Path:
-        return self.folder / "tiny-lm"
+        return self.folder / f"tiny-lm-seed{self.model_seed}"
 
     @property
     def smollm2_folder(self) -> Path:
@@ -251,7 +254,10 @@ class Run(NamedTuple):
     @property
     def recommender(self) -> RecommenderConfig:
         return RecommenderConfig(
-            gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts, soft_prompt=self.arm.soft_prompt
+            gate=self.arm.gate or "uniform",
+            num_experts=self.arm.num_experts,
+            soft_prompt=self.arm.soft_prompt,
+            r=self.arm.rank,
         )
 
     def described(self) -> dict[str, Any]:

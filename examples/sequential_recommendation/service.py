@@ -23,6 +23,7 @@ from .titles import Titles
 
 SOURCES = {
     "sequence": "from the history, as {kind} reads it",
+    "shuffled": "from the history, as {kind} reads it, though trained with other users' histories",
     "prompt": "from the words of the prompt",
     "random": "drawn once, the same for every history",
     "uniform": "one plain LoRA: nothing is weighed",

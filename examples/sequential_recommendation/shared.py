@@ -17,7 +17,7 @@ from .tiny_model import pretrain, tiny_lm
 MARK = "fingerprint.txt"  # the file in the tiny model's folder that holds the fingerprint of the data
 
 
-def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: int = 0) -> SequenceModel:
+def train_sequence(experiment: Experiment, dataset: Dataset, kind: str) -> SequenceModel:
     """The sequence model of an experiment. Trains it and saves it in the experiment's folder, or loads it from there.
 
     Raises OtherData or ValueError if it was trained on other data.
@@ -25,8 +25,8 @@ def train_sequence(experiment: Experiment, dataset: Dataset, kind: str, seed: in
     path, fingerprint = experiment.sequence_file(kind), experiment.fingerprint(dataset)
     if not path.exists():
         parts, val, _ = experiment.parts(dataset)
-        model = sequence_models.build(kind, dataset.num_items, seed)
-        train_sequence_model(model, parts.train, val, seed=seed)
+        model = sequence_models.build(kind, dataset.num_items, experiment.model_seed)
+        train_sequence_model(model, parts.train, val, seed=experiment.model_seed)
         model.fingerprint = fingerprint
         sequence_models.save(model, path)
     model = sequence_models.load(path)
@@ -51,9 +51,9 @@ def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
         return
     start = time.perf_counter()
     tokenizer = experiment.tokenizer(dataset)
-    lm = tiny_lm(tokenizer)
-    losses = pretrain(lm, Prompts(tokenizer, dataset, PROMPTS[experiment.data]), steps)
-    staged = folder.with_name(".tiny-lm")
+    lm = tiny_lm(tokenizer, seed=experiment.model_seed)
+    losses = pretrain(lm, Prompts(tokenizer, dataset, PROMPTS[experiment.data]), steps, seed=experiment.model_seed)
+    staged = folder.with_name(f".{folder.name}")
     lm.save_pretrained(staged)
     (staged / MARK).write_text(fingerprint, encoding="utf-8")
     staged.rename(folder)

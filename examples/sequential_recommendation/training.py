@@ -49,14 +49,16 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
     )
 
 
-def learning_rate_factor(step: int, total: int, warmup: float) -> float:
+def learning_rate_factor(step: int, total: int, warmup: float, falls: bool = True) -> float:
     """The learning rate at a step over the highest one: from 1/100 to 1 in warmup · total steps, then down to 1/100.
 
-    It rises linearly and falls as a cosine.
+    It rises linearly and falls as a cosine, or stays 1 unless it `falls`.
     """
     rise, low = max(1, math.ceil(warmup * total)), 0.01
     if step < rise:
         return low + (1 - low) * step / rise
+    if not falls:
+        return 1.0
     part = min(1.0, (step - rise) / max(1, total - rise))
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part))
 
@@ -125,7 +127,9 @@ class RecommenderTrainer(Trainer):
         if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: learning_rate_factor(step, num_training_steps, self.settings.warmup),
+                lambda step: learning_rate_factor(
+                    step, num_training_steps, self.settings.warmup, falls=not self.settings.patience
+                ),
             )
         return self.lr_scheduler
 
