@@ -172,7 +172,7 @@ def test_every_seed_has_its_own_models(tmp_path):
 def changed(folder):
     """As many films and users, one of whom met others."""
     file = folder / "u.data"
-    file.write_text(file.read_text().replace("0\t9\t5\t9\n", "0\t19\t5\t9\n", 1))
+    file.write_text(file.read_text().replace("0\t9\t5\t880000009\n", "0\t19\t5\t880000009\n", 1))
     return folder
 
 

@@ -20,7 +20,8 @@ import ilora
 
 from . import sequence_models
 from .data import Example
-from .experiments import PROMPTS, Run, write_whole
+from .experiments import PROMPTS, Run
+from .files import write_whole
 from .metrics import hit_ratio, ndcg, text_ratios
 from .prompts import Choice, Prompts
 from .recommender import Recommender

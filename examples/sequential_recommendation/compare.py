@@ -36,7 +36,8 @@ import transformers
 
 from .arms import one_thread, perform, with_rate
 from .data import Dataset
-from .experiments import SMOLLM2, TINY, Experiment, OtherData, Run, unpacked, write_whole
+from .experiments import SMOLLM2, TINY, Experiment, OtherData, Run, unpacked
+from .files import write_whole
 from .metrics import Ratio, candidate_scores, popularity, ranks
 from .options import arms_of, experiment_of, parse, settings_of, watch_of
 from .pictures import draw

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .data import Dataset, Example, Split, frequent, split, with_candidates
+from .files import read_once
 from .readers import READERS, plain_titles
 from .settings import RecommenderConfig, TrainingSettings
 from .synthetic import synthetic
@@ -27,8 +28,9 @@ from .tastes import tastes
 if TYPE_CHECKING:  # recommend.py reports a wrong title before it spends time on importing torch
     from .prompts import Choice
 
-PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
 MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
+PROMPTS = dict.fromkeys((*MADE_UP, *READERS), "neutral")  # the kind of prompt of each data set
+PROMPTS |= {"ml-100k": "movies", "movielens": "movies", "lastfm": "artists", "steam": "games"}
 TINY, SMOLLM2 = "tiny", "smollm2"
 
 
@@ -93,7 +95,7 @@ class Experiment:
             return MADE_UP[self.data](self.users, seed=self.data_seed)
         if self.root is None or not self.root.is_dir():
             raise FileNotFoundError(f"the files of {self.data} are to be in --root, a folder, which is {self.root}")
-        dataset = READERS[self.data](self.root)
+        dataset = read_once(self.data, self.root, self.folder / "dataset.json")
         dataset = plain_titles(dataset) if self.plain else dataset
         return dataset if self.min_users == 1 else frequent(dataset, items=self.min_users)
 
@@ -269,14 +271,3 @@ class Run(NamedTuple):
     def check_data(self, path: Path, described: dict[str, Any]) -> None:
         """Raises OtherData if the file at the path, described by `described`, was made from other data."""
         self.experiment.check_data(path, described.get("fingerprint", ""), self.fingerprint)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes the file, which appears with all of the content or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

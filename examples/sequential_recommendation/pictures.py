@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .experiments import write_whole
+from .files import write_whole
 from .metrics import over_seeds
 
 Results = dict[str, list[dict[str, Any]]]  # by arm, one for each seed

@@ -40,7 +40,8 @@ import ilora
 from . import sequence_models
 from .arguments import MOST_SEED, whole
 from .data import Dataset, Example, Window, split, with_candidates
-from .experiments import PROMPTS, SMOLLM2, Arm, Experiment, unpacked, write_whole
+from .experiments import PROMPTS, SMOLLM2, Arm, Experiment, unpacked
+from .files import write_whole
 from .metrics import candidate_scores, hit_ratio, ndcg, popularity, ranks, text_ratios
 from .prompts import Prompts
 from .recommender import Recommender
