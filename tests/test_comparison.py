@@ -105,6 +105,9 @@ def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monk
 
     elsewhere = replace(experiment, folder=Path("out"), root=Path("data"))
     same = [run._replace(experiment=elsewhere), other(workers=2, save_steps=5, logging_steps=1, progress=False)]
+    names = {options.table_name(other(**each).settings) for each in ({}, {"seed": 3}, {"lr": 1.0}, {"save_steps": 5})}
+    assert len(names) == 1
+    assert options.table_name(other(patience=2).settings) not in names
     assert [each.key for each in same] == [run.key] * 2
     different = [other(lr=1e-4), other(steps=3), other(precision="bf16"), other(curriculum=None), other(seed=1)]
     different += [run._replace(watch=5), run._replace(texts=False), run._replace(arm=Arm("ours", "sequence", 2))]

@@ -311,7 +311,7 @@ def test_the_files_must_be_those_of_the_training_wherever_they_are(run, tmp_path
     assert run(*LIKED)[1] == run("--root", items.parent, *LIKED)[1]
     for other in (
         films.replace("Film number 29", "Film number 30"),
-        films + "99|A new film (1999)||||" + "|0" * 19 + "\n",
+        films + "99|A new film (1999)|||" + "|0" * 19 + "\n",
     ):
         items.write_text(other, "latin-1")
         status, *_ = run("--root", items.parent, *LIKED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -26,6 +27,7 @@ from .metrics import hit_ratio, ndcg, text_ratios
 from .prompts import Choice, Prompts
 from .recommender import Recommender
 from .scoring import gates, score, write
+from .shared import check_room
 from .training import train
 
 CURVE_KEY, STOP_KEY = "validation_hit_ratio", "validation_ndcg"  # of the curve's values in the Trainer's log
@@ -36,12 +38,32 @@ def perform(run: Run) -> dict[str, Any]:
     """Trains and tests the arm. Returns the result, JSON-able, and writes it to run.file; the next call reads it there.
 
     A run that was killed resumes from its last checkpoint, if settings.save_steps made it write checkpoints.
-    Raises OtherData if the files of the run were made from other data, and whatever training and the files raise.
+    Raises OtherData if the files of the run were made from other data, FloatingPointError if training diverges, and
+    whatever training and the files raise.
     """
+    result = attempt(run)
+    if "diverged" in result:
+        raise FloatingPointError(f"{run.arm.name}, lr {run.settings.lr:g}: {result['diverged']}")
+    return result
+
+
+def attempt(run: Run) -> dict[str, Any]:
+    """As `perform`, but the result of a training that diverges is worse than any other, and has the key "diverged"."""
     if run.file.exists():
         result = json.loads(run.file.read_text(encoding="utf-8"))
         run.check_data(run.file, result["run"])
         return result
+    try:
+        found = _trained_and_measured(run)
+    except FloatingPointError as error:
+        worst = {"hit_ratio": -1.0, "ndcg": -1.0}
+        found = {"run": run.described(), "validation": worst, "diverged": str(error)}
+    text = json.dumps(found, indent=1) + "\n"
+    write_whole(run.file, text)
+    return json.loads(text)  # exactly what the next call reads from the file
+
+
+def _trained_and_measured(run: Run) -> dict[str, Any]:
     start = time.perf_counter()
     dataset = run.experiment.dataset()
     parts, val, test = run.experiment.parts(dataset)
@@ -49,6 +71,7 @@ def perform(run: Run) -> dict[str, Any]:
     if run.settings.precision == "bf16-frozen":
         lm = lm.to(torch.bfloat16)
     prompts = Prompts(tokenizer, dataset, PROMPTS[run.experiment.data], run.arm.soft_prompt)
+    check_room(lm, prompts, parts, run.settings)
     sequence_model = sequence_models.load(run.experiment.sequence_file(run.experiment.guide)).to(lm.device)
     torch.manual_seed(run.settings.seed)
     model = Recommender(lm, sequence_model, run.recommender).eval()
@@ -68,9 +91,7 @@ def perform(run: Run) -> dict[str, Any]:
     found["losses"] = [entry["loss"] for entry in log if "loss" in entry]
     found["curve"] = [(int(entry["step"]), entry[CURVE_KEY]) for entry in log if CURVE_KEY in entry]
     found["seconds"] = time.perf_counter() - start
-    text = json.dumps(found, indent=1) + "\n"
-    write_whole(run.file, text)
-    return json.loads(text)  # exactly what the next call reads from the file
+    return found
 
 
 def checkpoint_of(run: Run) -> Path | None:
@@ -113,7 +134,8 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
     """The figures of a trained model, JSON-able."""
     size, choice = 4 * run.settings.batch_size, run.choice
     _, val_rank = score(model, prompts, val, choice, size)
-    _, rank = score(model, prompts, test, choice, size)
+    scores, rank = score(model, prompts, test, choice, size)
+    write_predictions(run.folder / "predictions.tsv", prompts, test, rank, scores)
     trained = [*model.lm.parameters(), *(model.user_projector.parameters() if model.user_projector else ())]
     found: dict[str, Any] = {
         "validation": {"hit_ratio": hit_ratio(val_rank).value, "ndcg": ndcg(val_rank, 20)},
@@ -135,6 +157,18 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
         if None not in groups and len(set(groups)) > 1 and run.arm.gate == "sequence":
             found["gate"] |= exchange_gates(model, prompts, test, choice, gate, groups, size)
     return found
+
+
+def write_predictions(path: Path, prompts: Prompts, test: list[Example], rank: Tensor, scores: Tensor) -> None:
+    """A line for each test user: user, target, its rank, and the candidates' log-likelihoods as JSON, by title."""
+    titles = prompts.dataset.titles
+    lines = ["user\ttarget\trank\tscores"]
+    for example, place, row in zip(test, rank.tolist(), scores.tolist(), strict=True):
+        scored = json.dumps(
+            {titles[c]: round(value, 4) for c, value in zip(example.candidates, row, strict=True)}, ensure_ascii=False
+        )
+        lines.append(f"{example.user}\t{titles[example.target]}\t{place}\t{scored}")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def rounded(gate: Tensor) -> list[list[float]]:
@@ -172,6 +206,7 @@ def exchange_gates(
 
 def one_thread() -> None:
     """Every worker calls this first. Small models gain nothing from threads, and workers would fight for the cores."""
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of several workers would overwrite each other
     torch.set_num_threads(1)
     sys.stdout.flush()
 

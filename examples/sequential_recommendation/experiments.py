@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .data import Dataset, Example, Split, frequent, split, with_candidates
+from .data import NUM_CANDIDATES, Dataset, Example, Split, frequent, split, with_candidates
 from .files import read_once
 from .readers import READERS, plain_titles
-from .settings import RecommenderConfig, TrainingSettings
+from .settings import WITHOUT_EFFECT, RecommenderConfig, TrainingSettings
 from .synthetic import synthetic
 from .tastes import tastes
 
@@ -59,7 +59,7 @@ class Experiment:
     users: how many users to make up. tests: how many of the validation and of the test examples to use, 0 for all.
     plain: whether titles are shortened by `readers.plain_titles`.
     guide: the kind of the sequence model that gives the gate its z and the prompts their item embeddings.
-    model_seed: of the sequence models and of the tiny language model.
+    model_seed: of the sequence models and of the tiny language model. candidates: of each example.
     """
 
     folder: Path
@@ -76,6 +76,7 @@ class Experiment:
     plain: bool = False
     guide: str = "sasrec"
     model_seed: int = 0
+    candidates: int = NUM_CANDIDATES
 
     @classmethod
     def read(cls, described: dict[str, str], folder: Path) -> Experiment:
@@ -100,9 +101,17 @@ class Experiment:
         return dataset if self.min_users == 1 else frequent(dataset, items=self.min_users)
 
     def parts(self, dataset: Dataset) -> tuple[Split, list[Example], list[Example]]:
-        """(split, validation examples, test examples)"""
+        """(split, validation examples, test examples). Raises ValueError if there are too few items or users."""
         parts = split(dataset, self.data_seed, self.protocol, self.evaluate)
-        val, test = (with_candidates(part, dataset, self.data_seed, self.exclude) for part in parts[1:])
+        longest, titles = max(len(window.history) for part in parts for window in part), len(set(dataset.names))
+        if titles < longest + self.candidates:
+            raise ValueError(
+                f"{dataset.name}: too few titles, {titles}, for a history of {longest} and {self.candidates} candidates"
+                + (f": give --candidates {titles - longest}" if titles - longest > 1 else "")
+            )
+        val, test = (
+            with_candidates(part, dataset, self.data_seed, self.exclude, self.candidates) for part in parts[1:]
+        )
         return parts, val[: self.tests or None], test[: self.tests or None]
 
     def fingerprint(self, dataset: Dataset) -> str:
@@ -111,6 +120,8 @@ class Experiment:
         Where the files lie does not matter.
         """
         split_by = [dataset.given, self.protocol, self.evaluate, self.exclude, self.data_seed, self.tests]
+        if self.candidates != NUM_CANDIDATES:
+            split_by.append(self.candidates)
         deciding = [dataset.titles, sorted(dataset.users.items()), split_by]
         return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
@@ -237,7 +248,7 @@ class Run(NamedTuple):
         del deciding["experiment"]["folder"], deciding["fingerprint"]
         if self.experiment.root is not None:
             deciding["experiment"]["root"] = str(self.experiment.root.resolve())
-        for name in ("workers", "logging_steps", "save_steps", "progress"):
+        for name in WITHOUT_EFFECT:
             del deciding["settings"][name]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -108,12 +108,12 @@ def ranks(scores: Tensor, target: Tensor) -> Tensor:
 
     scores [N, C], floating; target int64 [N], the target's column. A tie counts against the target: a model that gives
     all candidates the same score gets the last rank, not the first, and the order of the candidates never matters.
-    Raises ValueError for NaN and for shapes that do not match.
+    Raises FloatingPointError for NaN and ValueError for shapes that do not match.
     """
     if scores.ndim != 2 or target.shape != scores.shape[:1]:
         raise ValueError(f"ranks: expected [N, C] and [N], got {list(scores.shape)} and {list(target.shape)}")
     if scores.isnan().any():
-        raise ValueError("ranks: a score is NaN")
+        raise FloatingPointError("a score is NaN: try a lower learning rate")
     return (scores >= scores.gather(1, target[:, None])).sum(1)
 
 

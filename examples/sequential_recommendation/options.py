@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .arguments import MOST_SEED, real, refuse_idle, refuse_missing_folder, refuse_repeats, whole
+from .data import NUM_CANDIDATES
 from .experiments import MADE_UP, PROMPTS, SMOLLM2, TINY, Arm, Experiment
 from .sequence_models import KINDS
-from .settings import PRECISIONS, RecommenderConfig, TrainingSettings
+from .settings import PRECISIONS, WITHOUT_EFFECT, RecommenderConfig, TrainingSettings
 
 STEPS, BATCH, PRETRAINING = 300, 32, 800  # defaults for made-up users and the tiny model
 WIDE = RecommenderConfig.r + 1
@@ -66,7 +70,8 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     add("--pretrain-steps", type=whole(1), help=f"most steps to train the tiny model (default: {PRETRAINING})")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
     add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="sequence models to compare")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS[:-1]), help="what each is: see the README")
+    add("--arms", nargs="*", choices=ARMS, default=list(ARMS[:-1]), help="what each is: see the README; may be none")
+    add("--candidates", type=whole(2), default=NUM_CANDIDATES, metavar="N", help="of each example (%(default)s)")
     add("--experts", type=whole(1), nargs="+", default=[4], help="of the sequence gate; other gates take the first")
     add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0, 1, 2, 3, 4])
     rates = "one learning rate for all arms, or several from which each arm chooses (see above)"
@@ -109,13 +114,14 @@ def model_of(options: argparse.Namespace) -> str:
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
     protocol: Any = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
-    names = ("data", "users", "min_users", "evaluate", "tests", "plain", "guide")
+    names = ("data", "users", "min_users", "evaluate", "tests", "plain", "guide", "candidates")
     marks = {
         f"{options.users}-users": options.data in MADE_UP and options.users != Experiment.users,
         f"min-{options.min_users}": options.min_users != Experiment.min_users,
         "plain": options.plain,
         options.evaluate: options.evaluate != Experiment.evaluate,
         f"{options.tests}-tests": options.tests != Experiment.tests,
+        f"{options.candidates}-candidates": options.candidates != NUM_CANDIDATES,
         f"{options.pretrain_steps}-pretrained": options.model == TINY and options.pretrain_steps != PRETRAINING,
     }
     name = [options.data, protocol, Path(model_of(options)).name, *(mark for mark, differs in marks.items() if differs)]
@@ -143,7 +149,15 @@ def settings_of(options: argparse.Namespace) -> TrainingSettings:
         logging_steps=10,
         save_steps=options.save_steps,
         patience=options.patience or 0,
+        candidates=options.candidates,
     )
+
+
+def table_name(settings: TrainingSettings) -> str:
+    """The name of a folder: the length of the training, and a hash of the settings but for seed and learning rate."""
+    deciding = {name: value for name, value in asdict(settings).items() if name not in ("seed", "lr", *WITHOUT_EFFECT)}
+    key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{settings.steps}-steps-{key}" if settings.steps else f"{settings.epochs:g}-epochs-{key}"
 
 
 def watch_of(options: argparse.Namespace, settings: TrainingSettings, windows: int) -> int:

@@ -20,6 +20,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from .data import MAX_HISTORY, MIN_HISTORY, Dataset, Split, Window
 from .titles import article_first, without_year
 
@@ -48,8 +50,11 @@ def _lines(path: Path, encoding: str = "utf-8") -> Iterator[Line]:
     """Yields the lines that are not empty, without line ends and byte order mark."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
+        shown = {"total": path.stat().st_size, "desc": path.name, "unit": "B", "unit_scale": True}
+        with path.open("rb") as packed, tqdm(**shown, leave=False, disable=None) as bar:
+            for number, raw in enumerate(gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed, 1):
+                if number % 50_000 == 0:
+                    bar.update(packed.tell() - bar.n)
                 text = raw.decode(encoding).rstrip("\r\n")
                 text = text.removeprefix("\ufeff") if number == 1 else text
                 if text.strip():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .data import NUM_CANDIDATES
+
 LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # the paper's, by data set
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-frozen")
+WITHOUT_EFFECT = ("workers", "logging_steps", "save_steps", "progress")  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class TrainingSettings:
     weight_decay: for the projector and the gate.
     curriculum: the share of all steps over which the share of prompts with item embeddings rises from 0 to 1. 0: all
         prompts have them; None: no prompt has them.
+    candidates: of each example.
     precision: fp32; bf16 or fp16, which cast the weights at every use; or bf16-frozen, which holds the frozen model in
         bfloat16. save_steps: steps between checkpoints, 0 for none.
     """
@@ -66,6 +70,7 @@ class TrainingSettings:
     logging_steps: int = 10
     save_steps: int = 0
     patience: int = 0
+    candidates: int = NUM_CANDIDATES
     progress: bool = True
 
     def __post_init__(self) -> None:

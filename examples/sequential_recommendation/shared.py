@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from . import sequence_models
-from .data import Dataset
-from .experiments import PROMPTS, Experiment
+from .data import Dataset, Split
+from .experiments import PROMPTS, SMOLLM2, Experiment, unpacked
 from .prompts import Prompts
 from .sequence_models import SequenceModel
 from .sequence_training import train_sequence_model
+from .settings import TrainingSettings
 from .tiny_model import pretrain, tiny_lm
 
 MARK = "fingerprint.txt"  # the file in the tiny model's folder that holds the fingerprint of the data
@@ -39,6 +41,32 @@ def train_sequence(experiment: Experiment, dataset: Dataset, kind: str) -> Seque
     return model
 
 
+def check_model(experiment: Experiment, dataset: Dataset, parts: Split, settings: TrainingSettings) -> None:
+    """Loads the language model once, before anything is trained. Raises OSError or ValueError if it is of no use."""
+    if experiment.model == SMOLLM2:
+        unpacked(experiment.smollm2_folder)
+    try:
+        lm, tokenizer = experiment.language_model(dataset)
+        prompts = Prompts(tokenizer, dataset, PROMPTS[experiment.data])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--model {experiment.model}: expected a causal language model of transformers: {error}"
+        ) from error
+    check_room(lm, prompts, parts, settings)
+
+
+def check_room(lm: Any, prompts: Prompts, parts: Split, settings: TrainingSettings) -> None:
+    """Raises ValueError if a prompt of these windows may be longer than the language model's context window."""
+    room = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    histories = [window.history for part in parts for window in part]
+    longest = prompts.longest(histories, settings.candidates, hybrid=settings.curriculum is not None)
+    if room is not None and longest > room:
+        raise ValueError(
+            f"a prompt with {settings.candidates} candidates may have {longest} tokens, and the language model has "
+            f"room for {room}: give fewer --candidates or another --model"
+        )
+
+
 def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
     """Makes the tiny language model and trains it for `steps` steps at most, unless the experiment's folder has one.
 
@@ -52,7 +80,8 @@ def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
     start = time.perf_counter()
     tokenizer = experiment.tokenizer(dataset)
     lm = tiny_lm(tokenizer, seed=experiment.model_seed)
-    losses = pretrain(lm, Prompts(tokenizer, dataset, PROMPTS[experiment.data]), steps, seed=experiment.model_seed)
+    prompts = Prompts(tokenizer, dataset, PROMPTS[experiment.data])
+    losses = pretrain(lm, prompts, steps, seed=experiment.model_seed, candidates=experiment.candidates)
     staged = folder.with_name(f".{folder.name}")
     lm.save_pretrained(staged)
     (staged / MARK).write_text(fingerprint, encoding="utf-8")

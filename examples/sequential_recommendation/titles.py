@@ -93,6 +93,11 @@ class Titles:
         """Every title once, in alphabetical order."""
         return sorted((self.dataset.titles[item] for item in self.items.values()), key=str.casefold)
 
+    def holding(self, words: Sequence[str]) -> list[str]:
+        """The titles of `known` that hold all of the words, which may lack accents and have other case."""
+        wanted = [_letters(normal(word)) for word in words]
+        return [title for title in self.known if all(word in _letters(normal(title)) for word in wanted)]
+
     def find(self, titles: Sequence[str]) -> list[int]:
         """The items of the titles, in the order of the titles.
 

@@ -100,7 +100,8 @@ class RecommenderTrainer(Trainer):
         settings, prompts = self.settings, self.prompts
         share = 0.0 if settings.curriculum is None else hybrid_share(step, total, settings.curriculum)
         negatives = settings.seed * 1_000_003 + step
-        examples = with_candidates([self.windows[row] for row in rows], prompts.dataset, negatives)
+        windows = [self.windows[row] for row in rows]
+        examples = with_candidates(windows, prompts.dataset, negatives, count=settings.candidates)
         choices = [choose(prompts.kind, example, settings.seed, step, share) for example in examples]
         return list(zip(examples, choices, strict=True))
 
@@ -194,5 +195,7 @@ def train(
         trainer.remove_callback(PrinterCallback)  # the Trainer adds it if the progress bar is disabled
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     _check_finite(result.training_loss)
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise FloatingPointError("a weight is not finite after the last step: try a lower learning rate")
     model.eval()
     return trainer.state.log_history
