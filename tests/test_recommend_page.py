@@ -189,7 +189,7 @@ def test_nothing_is_fetched_from_elsewhere(opened, url):
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     addresses = [parameters["request"]["url"] for parameters in sent]
     assert addresses
-    own = (url, "data:", "blob:", "chrome:", "chrome-extension:")
+    own = (url, "data:", "blob:", "chrome:", "chrome-untrusted:", "chrome-extension:")
     assert [address for address in addresses if not address.startswith(own)] == []
 
 

@@ -1,7 +1,9 @@
 """SASRec, GRU4Rec and Caser: padding, batches, causality, files, training."""
 
 import copy
+import io
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,3 +232,15 @@ def test_training_to_infinity_is_refused(made_up):
     dataset, parts, val, _ = made_up
     with pytest.raises(FloatingPointError, match="try a lower learning rate"):
         train_sequence_model(build("gru4rec", dataset.num_items), parts.train, val, Settings(lr=1e30))
+
+
+def test_a_terminal_sees_how_long_it_will_take(made_up, monkeypatch, capsys):
+    dataset, parts, val, _ = made_up
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    for stream, silent in ((terminal, False), (io.StringIO(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        train_sequence_model(build("caser", dataset.num_items), parts.train, val, Settings(epochs=2))
+        assert (stream.getvalue() == "") == silent
+    assert "Caser, epochs (2 at most)" in terminal.getvalue()
+    assert "/2 [" in terminal.getvalue()

@@ -28,7 +28,7 @@ from .prompts import Choice, Prompts
 from .recommender import Recommender
 from .scoring import gates, score, write
 from .shared import check_room
-from .training import train
+from .training import checkpoints, last_checkpoint, train
 
 CURVE_KEY, STOP_KEY = "validation_hit_ratio", "validation_ndcg"  # of the curve's values in the Trainer's log
 CURVE_EXAMPLES = 200  # validation examples that are ranked for a point of the curve
@@ -84,7 +84,7 @@ def _trained_and_measured(run: Run) -> dict[str, Any]:
             model.restore(curve.best)
             shutil.rmtree(curve.best)
         model.save(run.folder / "recommender")
-        for done in run.folder.glob("checkpoint-*"):
+        for done in checkpoints(run.folder):
             shutil.rmtree(done)
     found: dict[str, Any] = {"run": run.described(), "training_seconds": time.perf_counter() - start}
     found |= measure(model, prompts, val, test, run)
@@ -100,9 +100,7 @@ def checkpoint_of(run: Run) -> Path | None:
     if described.exists():
         run.check_data(described, json.loads(described.read_text(encoding="utf-8")))
     write_whole(described, json.dumps(run.described(), indent=1) + "\n")
-    # The Trainer writes trainer_state.json last, so a checkpoint that has it is complete.
-    complete = [path.parent for path in run.folder.glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return last_checkpoint(run.folder)
 
 
 class Curve(TrainerCallback):

@@ -170,6 +170,17 @@ def parameter_groups(model: Recommender, settings: TrainingSettings) -> list[dic
     return [group for group in groups if group["params"]]
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint in a folder. The Trainer writes trainer_state.json last."""
+    complete = [path for path in checkpoints(folder) if (path / "trainer_state.json").exists()]
+    return complete[-1] if complete else None
+
+
 def train(
     model: Recommender,
     prompts: Prompts,
