@@ -142,3 +142,11 @@ def test_a_model_of_no_use_is_refused_before_anything_is_trained(teas, tmp_path,
 def test_the_same_model_is_taken_where_there_is_room(teas, tmp_path):
     folder = saved(tmp_path / "model", gpt2)
     assert compare.main(brief(teas, tmp_path / "out", "--candidates", "3", "--text-only", model=folder))
+
+
+def test_titles_too_long_for_the_tiny_model_are_refused_before_it_is_trained(teas, tmp_path):
+    long = "".join(f"{i}\t{' '.join([title] * 120)}\n" for i, title in enumerate(TEAS))
+    (teas[1] / "items.tsv").write_text(long, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"a prompt with 6 candidates may have 2\d\d\d tokens, .* has room for 2048"):
+        compare.main(brief(teas, tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("tiny-lm*"))

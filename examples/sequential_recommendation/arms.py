@@ -71,7 +71,7 @@ def _trained_and_measured(run: Run) -> dict[str, Any]:
     if run.settings.precision == "bf16-frozen":
         lm = lm.to(torch.bfloat16)
     prompts = Prompts(tokenizer, dataset, PROMPTS[run.experiment.data], run.arm.soft_prompt)
-    check_room(lm, prompts, parts, run.settings)
+    check_room(lm, prompts, parts, run.settings.candidates, run.settings.curriculum is not None)
     sequence_model = sequence_models.load(run.experiment.sequence_file(run.experiment.guide)).to(lm.device)
     torch.manual_seed(run.settings.seed)
     model = Recommender(lm, sequence_model, run.recommender).eval()

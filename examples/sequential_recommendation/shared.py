@@ -52,17 +52,20 @@ def check_model(experiment: Experiment, dataset: Dataset, parts: Split, settings
         raise ValueError(
             f"--model {experiment.model}: expected a causal language model of transformers: {error}"
         ) from error
-    check_room(lm, prompts, parts, settings)
+    check_room(lm, prompts, parts, settings.candidates, settings.curriculum is not None)
 
 
-def check_room(lm: Any, prompts: Prompts, parts: Split, settings: TrainingSettings) -> None:
-    """Raises ValueError if a prompt of these windows may be longer than the language model's context window."""
+def check_room(lm: Any, prompts: Prompts, parts: Split, candidates: int, hybrid: bool = True) -> None:
+    """Raises ValueError if a prompt of these windows may be longer than the language model's context window.
+
+    hybrid: whether prompts have item embeddings.
+    """
     room = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     histories = [window.history for part in parts for window in part]
-    longest = prompts.longest(histories, settings.candidates, hybrid=settings.curriculum is not None)
+    longest = prompts.longest(histories, candidates, hybrid)
     if room is not None and longest > room:
         raise ValueError(
-            f"a prompt with {settings.candidates} candidates may have {longest} tokens, and the language model has "
+            f"a prompt with {candidates} candidates may have {longest} tokens, and the language model has "
             f"room for {room}: give fewer --candidates or another --model"
         )
 
@@ -81,6 +84,7 @@ def tiny_model(experiment: Experiment, dataset: Dataset, steps: int) -> None:
     tokenizer = experiment.tokenizer(dataset)
     lm = tiny_lm(tokenizer, seed=experiment.model_seed)
     prompts = Prompts(tokenizer, dataset, PROMPTS[experiment.data])
+    check_room(lm, prompts, experiment.parts(dataset)[0], experiment.candidates)
     losses = pretrain(lm, prompts, steps, seed=experiment.model_seed, candidates=experiment.candidates)
     staged = folder.with_name(f".{folder.name}")
     lm.save_pretrained(staged)
