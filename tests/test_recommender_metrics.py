@@ -35,7 +35,6 @@ def test_an_interval_holds_its_ratio_and_mirrors(counts):
         (lambda: Ratio(0, 0), "expected 0 <= hits <= total"),
         (lambda: Ratio(3, 2), "expected 0 <= hits <= total"),
         (lambda: Ratio(-1, 2), "expected 0 <= hits <= total"),
-        (lambda: ranks(torch.tensor([[math.nan, 1.0]]), torch.tensor([0])), "a score is NaN"),
         (lambda: ranks(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long)), r"expected \[N, C\] and \[N\]"),
         (lambda: ndcg(torch.zeros(0), 5), "one rank or more"),
         (lambda: over_seeds([]), "one value or more"),
@@ -133,3 +132,8 @@ def test_paired_arms_are_compared_user_by_user():
     )
     with pytest.raises(ValueError, match=r"expected twice \[seeds, N\], got \[2, 100\] and \[1, 100\]"):
         metrics.paired(first, second[:1])
+
+
+def test_a_score_that_is_nan_means_that_training_diverged():
+    with pytest.raises(FloatingPointError, match="a score is NaN: try a lower learning rate"):
+        ranks(torch.tensor([[math.nan, 1.0]]), torch.tensor([0]))
