@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from . import readers
+from . import lines, readers
 from .data import Dataset, Split, Window
 
 
@@ -30,7 +30,7 @@ def read_once(name: str, root: Path, kept: Path) -> Dataset:
     It is kept in the file `kept`, and read from there until a file in root or the reader changes: Steam's 7.8 million
     reviews take minutes. Raises what the reader raises.
     """
-    code = hashlib.sha256(Path(readers.__file__).read_bytes()).hexdigest()
+    code = [hashlib.sha256(Path(str(each.__file__)).read_bytes()).hexdigest() for each in (lines, readers)]
     files = sorted([p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in root.iterdir() if p.is_file())
     made_from = [name, str(root.resolve()), code, files]
     if kept.exists():

@@ -6,108 +6,33 @@ that it cannot use. What published files have and a reader leaves out is counted
 
 from __future__ import annotations
 
-import ast
 import csv
-import gzip
-import json
 import re
-import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from .data import MAX_HISTORY, MIN_HISTORY, Dataset, Split, Window
+from .lines import (
+    Line,
+    body,
+    content,
+    day_of,
+    fields_of,
+    find_files,
+    lines_of,
+    needed,
+    number,
+    old_lines,
+    records,
+    time_of,
+    value,
+)
 from .titles import article_first, without_year
 
-Line = tuple[str, str]  # "file:line", for messages, and the text
 Event = tuple[str, str, str, int]  # "file:line", user, item, time
-EARLIEST, LATEST = 631_152_000, 4_102_444_800  # the years 1990 and 2100, in seconds since 1970
-BROKEN_LITERAL = (ValueError, SyntaxError, TypeError, RecursionError, MemoryError)  # what ast.literal_eval raises
-
-
-def _find(folder: Path, *choices: Sequence[str]) -> list[Path]:
-    """The files of the first choice that is there whole. Raises FileNotFoundError that names all choices."""
-    for names in choices:
-        found = [next((p for p in (folder / n, folder / f"{n}.gz") if p.is_file()), None) for n in names]
-        if all(found):
-            return [path for path in found if path]
-    expected = ", or ".join(" and ".join(names) for names in choices)
-    raise FileNotFoundError(f"{folder}: expected {expected}, each as it is or as .gz; {_content(folder)}")
-
-
-def _content(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else None
-    return "there is no such folder" if names is None else f"it has {', '.join(names[:12]) or 'nothing'}"
-
-
-def _lines(path: Path, encoding: str = "utf-8") -> Iterator[Line]:
-    """Yields the lines that are not empty, without line ends and byte order mark."""
-    number = 0
-    try:
-        shown = {"total": path.stat().st_size, "desc": path.name, "unit": "B", "unit_scale": True}
-        with path.open("rb") as packed, tqdm(**shown, leave=False, disable=None) as bar:
-            for number, raw in enumerate(gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed, 1):
-                if number % 50_000 == 0:
-                    bar.update(packed.tell() - bar.n)
-                text = raw.decode(encoding).rstrip("\r\n")
-                text = text.removeprefix("\ufeff") if number == 1 else text
-                if text.strip():
-                    yield f"{path}:{number}", text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{number}: expected {encoding}: {error}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}:{number + 1}: the packed file is damaged or cut short: {error}") from error
-
-
-def _old_lines(path: Path) -> list[Line]:
-    """The lines of a file in UTF-8 or, as the older MovieLens files are, in Latin-1."""
-    try:
-        return list(_lines(path))
-    except ValueError as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            return list(_lines(path, "latin-1"))
-        raise
-
-
-def _body(lines: Iterable[Line], header: str) -> Iterator[Line]:
-    """The lines behind the header. Raises ValueError if the first line is another one, or if there is none."""
-    lines = iter(lines)
-    where, text = next(lines, ("the file is empty", ""))
-    if text != header:
-        raise ValueError(f"{where}: expected the header {header!r}, got {text!r}")
-    return lines
-
-
-def _fields(line: Line, separator: str, names: str) -> list[str]:
-    """As many fields as there are names. None may be empty."""
-    found, expected = line[1].split(separator), names.split()
-    if len(found) != len(expected) or not all(found):
-        raise ValueError(
-            f"{line[0]}: expected {len(expected)} fields between {separator!r}, {', '.join(expected)}, got {line[1]!r}"
-        )
-    return found
-
-
-def _number(where: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: expected an integer, got {text!r}") from error
-
-
-def _time(where: str, text: str, unit: int = 1) -> int:
-    """Seconds, or with unit=1000 milliseconds, since 1970."""
-    time = _number(where, text)
-    if not EARLIEST <= time / unit < LATEST:
-        kind = "seconds" if unit == 1 else "milliseconds"
-        raise ValueError(f"{where}: expected a time in {kind} since 1970, of the years 1990 to 2099, got {text!r}")
-    return time
 
 
 def _put_title(titles: dict[str, str], where: str, key: str, title: str) -> None:
@@ -148,19 +73,19 @@ def movielens(folder: Path) -> Dataset:
     Three quarters of those have the same second as another one of the same user; they keep the order of the file.
     """
     choices = (("u.item", "u.data"), ("movies.dat", "ratings.dat"), ("movies.csv", "ratings.csv"))
-    movies, ratings = _find(folder, *choices)
+    movies, ratings = find_files(folder, *choices)
     kind = movies.name.removesuffix(".gz")
     titles: dict[str, str] = {}
     for where, item, title in {"u.item": _old_items, "movies.dat": _dat_items, "movies.csv": _csv_items}[kind](movies):
         _put_title(titles, where, item, title)
-    lines, separator = _lines(ratings), {"u.item": "\t", "movies.dat": "::", "movies.csv": ","}[kind]
+    lines, separator = lines_of(ratings), {"u.item": "\t", "movies.dat": "::", "movies.csv": ","}[kind]
     if kind == "movies.csv":
-        lines = _body(lines, "userId,movieId,rating,timestamp")
+        lines = body(lines, "userId,movieId,rating,timestamp")
 
     def events() -> Iterator[Event]:
         for line in lines:
-            user, item, _, time = _fields(line, separator, "user item rating time")
-            yield line[0], user, item, _time(line[0], time)
+            user, item, _, time = fields_of(line, separator, "user item rating time")
+            yield line[0], user, item, time_of(line[0], time)
 
     name = "MovieLens-100K" if kind == "u.item" else f"MovieLens ({folder.resolve().name})"
     return _assemble(name, titles, events(), Counter())
@@ -168,7 +93,7 @@ def movielens(folder: Path) -> Dataset:
 
 def _old_items(path: Path) -> Iterator[tuple[str, str, str]]:
     """(file:line, id, title) of lines id|title|date|video date|address|19 genres. A title may have | in it."""
-    for where, text in _old_lines(path):
+    for where, text in old_lines(path):
         item, _, rest = text.partition("|")
         title, *behind = rest.rsplit("|", 22)
         if len(behind) != 22 or set(behind[3:]) - {"0", "1"}:
@@ -177,13 +102,13 @@ def _old_items(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _dat_items(path: Path) -> Iterator[tuple[str, str, str]]:
-    for line in _old_lines(path):
-        item, title, _ = _fields(line, "::", "id title genres")
+    for line in old_lines(path):
+        item, title, _ = fields_of(line, "::", "id title genres")
         yield line[0], item, title
 
 
 def _csv_items(path: Path) -> Iterator[tuple[str, str, str]]:
-    for where, text in _body(_lines(path), "movieId,title,genres"):
+    for where, text in body(lines_of(path), "movieId,title,genres"):
         found = next(csv.reader([text]))
         if len(found) != 3:
             raise ValueError(f"{where}: expected 3 fields between ',', movieId, title, genres, got {text!r}")
@@ -200,11 +125,11 @@ def lastfm(folder: Path) -> Dataset:
     If a folder has items.tsv and no artists.dat, `windows_files` reads it.
     """
     published = ("artists.dat", "user_taggedartists-timestamps.dat")
-    found = _find(folder, published, ("items.tsv", "train.tsv", "val.tsv", "test.tsv"))
+    found = find_files(folder, published, ("items.tsv", "train.tsv", "val.tsv", "test.tsv"))
     if len(found) == 4:
         return replace(windows_files(folder), name="LastFM")
     titles: dict[str, str] = {}
-    for where, text in _body(_lines(found[0]), "id\tname\turl\tpictureURL"):
+    for where, text in body(lines_of(found[0]), "id\tname\turl\tpictureURL"):
         fields = text.split("\t")
         if not 3 <= len(fields) <= 4:  # some have no picture
             raise ValueError(f"{where}: expected id, name, url and pictureURL between tabs, got {text!r}")
@@ -212,15 +137,15 @@ def lastfm(folder: Path) -> Dataset:
     dropped: Counter[str] = Counter()
 
     def events() -> Iterator[Event]:
-        for line in _body(_lines(found[1]), "userID\tartistID\ttagID\ttimestamp"):
-            user, item, _, text = _fields(line, "\t", "userID artistID tagID timestamp")
-            time = _number(line[0], text)
+        for line in body(lines_of(found[1]), "userID\tartistID\ttagID\ttimestamp"):
+            user, item, _, text = fields_of(line, "\t", "userID artistID tagID timestamp")
+            time = number(line[0], text)
             if item not in titles:
                 dropped["tags of artists without a name"] += 1
             elif time < 1_009_843_200_000:
                 dropped["tags from before 2002"] += 1
             else:
-                yield line[0], user, item, _time(line[0], text, 1000)
+                yield line[0], user, item, time_of(line[0], text, 1000)
 
     return _assemble("LastFM", titles, events(), dropped)
 
@@ -232,21 +157,21 @@ def steam(folder: Path) -> Dataset:
     name, and reviews of games without a title, are left out, since the published files have some. Pass the result
     through `data.frequent`, because most users wrote a single review.
     """
-    games, reviews = _find(folder, ("steam_games.json", "steam_reviews.json"))
+    games, reviews = find_files(folder, ("steam_games.json", "steam_reviews.json"))
     titles: dict[str, str] = {}
     dropped: Counter[str] = Counter()
-    for where, game in _records(games):
-        item, title = _value(game, "id"), _value(game, "app_name", "title")
+    for where, game in records(games):
+        item, title = value(game, "id"), value(game, "app_name", "title")
         if not item or not title:
             dropped["games without an id or a name"] += 1
         elif titles.get(item) != " ".join(title.split()):
             _put_title(titles, where, item, title)
 
     def events() -> Iterator[Event]:
-        for where, review in _records(reviews):
-            user, item, day = (_needed(where, review, key) for key in ("username", "product_id", "date"))
+        for where, review in records(reviews):
+            user, item, day = (needed(where, review, key) for key in ("username", "product_id", "date"))
             if item in titles:
-                yield where, user, item, _day(where, day)
+                yield where, user, item, day_of(where, day)
             else:
                 dropped["reviews of games without a name"] += 1
 
@@ -265,65 +190,27 @@ def amazon(folder: Path) -> Dataset:
     if len(meta) != 1 or len(reviews) != 1:
         raise FileNotFoundError(
             f"{folder}: expected one file meta_*.json and one other .json, or .jsonl, each as it is or as .gz; "
-            + _content(folder)
+            + content(folder)
         )
     titles: dict[str, str] = {}
     dropped: Counter[str] = Counter()
-    for where, product in _records(meta[0]):
-        item, title = _needed(where, product, "parent_asin", "asin"), _value(product, "title")
+    for where, product in records(meta[0]):
+        item, title = needed(where, product, "parent_asin", "asin"), value(product, "title")
         if not title:
             dropped["products without a title"] += 1
         elif titles.get(item) != " ".join(title.split()):
             _put_title(titles, where, item, title)
 
     def events() -> Iterator[Event]:
-        for where, review in _records(reviews[0]):
-            user, item = _needed(where, review, "reviewerID", "user_id"), _needed(where, review, "parent_asin", "asin")
+        for where, review in records(reviews[0]):
+            user, item = needed(where, review, "reviewerID", "user_id"), needed(where, review, "parent_asin", "asin")
             if item in titles:
                 unit = 1000 if "timestamp" in review else 1
-                yield where, user, item, _time(where, _needed(where, review, "unixReviewTime", "timestamp"), unit)
+                yield where, user, item, time_of(where, needed(where, review, "unixReviewTime", "timestamp"), unit)
             else:
                 dropped["reviews of products without a title"] += 1
 
     return _assemble(f"Amazon ({reviews[0].name.split('.')[0]})", titles, events(), dropped)
-
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, record) of lines in JSON or written as Python dictionaries, as the older published files are."""
-    for where, text in _lines(path):
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            try:
-                record = ast.literal_eval(text)
-            except BROKEN_LITERAL as error:
-                raise ValueError(f"{where}: expected a record in JSON, got {text[:60]!r}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected a record in JSON, got {text[:60]!r}")
-        yield where, record
-
-
-def _value(record: dict[str, Any], *keys: str) -> str:
-    """The first of the keys that has a text or an integer, as text, or ""."""
-    values = (record.get(key) for key in keys)
-    return next((str(v).strip() for v in values if isinstance(v, str | int) and str(v).strip()), "")
-
-
-def _needed(where: str, record: dict[str, Any], *keys: str) -> str:
-    if found := _value(record, *keys):
-        return found
-    raise ValueError(f"{where}: expected a text or integer for {' or '.join(keys)}, got {str(record)[:90]}")
-
-
-def _day(where: str, text: str) -> int:
-    """The number of a day such as 2018-1-5."""
-    try:
-        day = date(*map(int, text.split("-")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: expected a date such as 2018-01-05, got {text!r}") from error
-    if not 1990 <= day.year < 2100:
-        raise ValueError(f"{where}: expected a date of the years 1990 to 2099, got {text!r}")
-    return day.toordinal()
 
 
 def interactions(folder: Path) -> Dataset:
@@ -331,13 +218,13 @@ def interactions(folder: Path) -> Dataset:
 
     A time is any whole number from 0 on; the smaller one came first.
     """
-    items, events = _find(folder, ("items.tsv", "interactions.tsv"))
+    items, events = find_files(folder, ("items.tsv", "interactions.tsv"))
     titles = _titles(items)
 
     def read() -> Iterator[Event]:
-        for line in _lines(events):
-            user, item, text = _fields(line, "\t", "user item time")
-            if (time := _number(line[0], text)) < 0:
+        for line in lines_of(events):
+            user, item, text = fields_of(line, "\t", "user item time")
+            if (time := number(line[0], text)) < 0:
                 raise ValueError(f"{line[0]}: expected a time of 0 or more, got {text!r}")
             yield line[0], user, item, time
 
@@ -347,8 +234,8 @@ def interactions(folder: Path) -> Dataset:
 def _titles(path: Path, numbered: bool = False) -> dict[str, str]:
     """item -> title of lines id<TAB>title. numbered: whether the ids have to be 0, 1, ..."""
     titles: dict[str, str] = {}
-    for line in _lines(path):
-        item, title = _fields(line, "\t", "id title")
+    for line in lines_of(path):
+        item, title = fields_of(line, "\t", "id title")
         if numbered and item != str(len(titles)):
             raise ValueError(f"{line[0]}: expected item {len(titles)}, got {item}")
         _put_title(titles, line[0], item, title)
@@ -366,13 +253,13 @@ def windows_files(folder: Path) -> Dataset:
     of train.tsv belongs to the user of the line before if it continues that line: its history is the end of that line's
     history and target. Each line of val.tsv and test.tsv is a user of its own.
     """
-    items, *files = _find(folder, ("items.tsv", "train.tsv", "val.tsv", "test.tsv"))
+    items, *files = find_files(folder, ("items.tsv", "train.tsv", "val.tsv", "test.tsv"))
     titles = _titles(items, numbered=True)
     parts: list[list[Window]] = []
     users: dict[str, list[int]] = {}
     seen: dict[tuple[tuple[int, ...], int], str] = {}
     for name, path in zip(("train", "val", "test"), files, strict=True):
-        found = [(where, _window((where, text), len(titles))) for where, text in _lines(path)]
+        found = [(where, _window((where, text), len(titles))) for where, text in lines_of(path)]
         if not found:
             raise ValueError(f"{path}: expected windows, it has none")
         for where, window in found:
@@ -385,8 +272,8 @@ def windows_files(folder: Path) -> Dataset:
 
 def _window(line: Line, num_items: int) -> tuple[tuple[int, ...], int]:
     where = line[0]
-    left, right = _fields(line, "\t", "history next")
-    *history, target = (_number(where, text) for text in (*left.split(","), right))
+    left, right = fields_of(line, "\t", "history next")
+    *history, target = (number(where, text) for text in (*left.split(","), right))
     if not MIN_HISTORY <= len(history) <= MAX_HISTORY:
         raise ValueError(f"{where}: expected a history of {MIN_HISTORY} to {MAX_HISTORY} items, got {len(history)}")
     if len({*history, target}) <= len(history):
