@@ -78,7 +78,7 @@ def test_the_commands_of_the_results_are_still_accepted():
         assert experiment_of(parse(shlex.split(command)))
 
 
-@pytest.mark.parametrize("page_of_commands", [ROOT / "docs" / "how-to.md", FOLDER / "README.md"])
+@pytest.mark.parametrize("page_of_commands", [ROOT / "docs" / "recommender.md", FOLDER / "README.md"])
 def test_the_commands_of_the_pages(page_of_commands):
     lines = page_of_commands.read_text(encoding="utf-8").splitlines()
     start = f"python {FOLDER.relative_to(ROOT)}/"
