@@ -43,7 +43,7 @@ class Split:
 
 def split_of(base: nn.Module) -> Split | None:
     """How the base's weight is split over processes; None if it is whole. Raises ValueError for an unknown split."""
-    weight = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
     if not hasattr(weight, "device_mesh") or not ("forward" in base.__dict__ or base._forward_hooks):
         return None  # FSDP2 splits weights too, but gathers them before each forward
     from torch.distributed.tensor import Shard
