@@ -27,7 +27,7 @@ def run_ranks(worker, folder, world):
                 command = [sys.executable, worker.__file__, str(folder)]
                 ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
         for process in ranks:
-            process.wait(timeout=250)
+            process.wait(timeout=400)
     finally:
         for process in ranks:
             if process.poll() is None:

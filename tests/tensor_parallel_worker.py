@@ -24,8 +24,11 @@ FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwe
 GATES = ("tensor", "sequence", "prompt")
 SAVED = ("llama", "sequence", 0.0, "float32")  # the variant that is saved and goes on
 VARIANTS = {  # by the number of processes: (family, gate, dropout, dtype)
-    2: list(itertools.product(FAMILIES, GATES, (0.0, 0.1), ("float32", "float64"))),
-    4: [SAVED, *itertools.product(FAMILIES, GATES, (0.1,), ("float64",))],
+    2: [
+        *itertools.product(FAMILIES, GATES, (0.0,), ("float32",)),
+        *itertools.product(FAMILIES, GATES, (0.1,), ("float64",)),
+    ],
+    4: [SAVED, *itertools.product(("llama",), GATES, (0.1,), ("float64",))],
 }
 COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 ROWS = ("self_attn.o_proj", "mlp.down_proj")
