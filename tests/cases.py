@@ -88,9 +88,18 @@ class Wrapped(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.detach.default:  # nn.Parameter wants the same type
+            return cls(args[0].held)
         held = lambda t: t.held if isinstance(t, cls) else t  # noqa: E731
         return op(*tree_map(held, args), **tree_map(held, kwargs or {}))
 
+
+# Tensors whose memory does not hold their values: what a kernel must not be given.
+LAZY = {
+    "a lazy negation": lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag,
+    "a lazy zero": lambda t: torch._efficientzerotensor(t.shape, device=t.device),
+    "a wrapper": Wrapped,
+}
 
 GEMM = Case(M=24, d_in=64, d_out=48)
 GEMMS = {  # what every kernel that holds the frozen product takes

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import assert_same
+from cases import LAZY, assert_same
 from torch import nn
 from torch.nn.modules import module as hooks
 
@@ -97,6 +97,15 @@ def test_hooks_on_the_base_still_run():
     assert calls == [1]
 
 
+def projections(shared, backend=None):
+    """Two layers that share their input or do not."""
+    layers = {name: trained(ILoRALinear(nn.Linear(10, 6).double(), backend=backend)) for name in ("q_proj", "k_proj")}
+    for name, layer in layers.items():
+        layer.name, layer.gate_state = name, layers["q_proj"].gate_state
+    assert len(group(layers.values(), shared)) == shared
+    return nn.ModuleDict(layers)
+
+
 REGISTER = [
     hooks.register_module_forward_hook,
     hooks.register_module_forward_pre_hook,
@@ -108,12 +117,8 @@ REGISTER = [
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("register", REGISTER)
 def test_hooks_for_all_modules_see_the_base(register, shared):
-    model, seen = nn.ModuleDict({name: trained(ILoRALinear(nn.Linear(10, 6))) for name in ("q_proj", "k_proj")}), []
-    layers = list(model.double().values())
-    if shared:
-        for name, layer in model.items():
-            layer.name, layer.gate_state = name, layers[0].gate_state
-        assert group(layers, True)
+    model, seen = projections(shared), []
+    layers = list(model.values())
     x, g = torch.randn(2, 40, 10, dtype=torch.float64, requires_grad=True), torch.rand(2, 4)
 
     def results():
@@ -132,6 +137,33 @@ def test_hooks_for_all_modules_see_the_base(register, shared):
     del seen[:]
     results()
     assert not seen
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", LAZY)
+@pytest.mark.parametrize("name", ["x", "gate", "lora_A", "lora_B", "weight", "bias"])
+def test_layers_with_a_tensor_whose_memory_does_not_hold_its_values(name, kind, shared, target):
+    backend, device = target
+    model = projections(shared, backend).float().to(device)
+    q, k = model.values()
+    given = {"x": torch.randn(2, 40, 10).to(q.lora_A), "gate": torch.rand(2, 4).to(q.lora_A)}
+    owner = None if name in given else q if name.startswith("lora") else q.base_layer
+    plain = (given[name] if owner is None else getattr(owner, name)).detach()
+    watched = k.lora_A
+
+    def results(value):
+        if owner is None:
+            given[name] = value
+        else:
+            setattr(owner, name, nn.Parameter(value, requires_grad=False))
+        with ilora.gated(model, given["gate"]):
+            y = torch.cat([q(given["x"]), k(given["x"])])
+        return y, torch.autograd.grad(y.square().sum(), watched)[0]
+
+    expected = results(torch.zeros_like(plain) if "zero" in kind else plain)
+    found = results(LAZY[kind](plain))
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("base", [nn.Linear(10, 6), Opaque()])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.multiprocessing
-from cases import F64, Case, Wrapped
+from cases import F64, LAZY, Case
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,13 +107,6 @@ def test_a_dispatch_mode_sees_one_op_each_way():
         ilora.ilora_linear(*leaves.values(), 2.0).backward(dy)
     for op in (torch.ops.ilora.forward.default, torch.ops.ilora.backward.default):
         assert seen.ops.count(op) == 1
-
-
-LAZY = {
-    "a lazy negation": lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag,
-    "a lazy zero": lambda t: torch._efficientzerotensor(t.shape, device=t.device),
-    "a wrapper": Wrapped,
-}
 
 
 @pytest.mark.parametrize("kind", LAZY)
