@@ -1,4 +1,4 @@
-"""What is known of the frozen modules under an adapter: their sizes, where they compute, how they stay trainable."""
+"""Facts about the frozen modules that get an adapter: sizes, dtype, device, norms, 4-bit packing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 NESTS = "use_nested_tensor"  # an attribute of nn.TransformerEncoder: whether it may make nested tensors
-PACKS = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit: whether it may
+PACKS = "support_avx512bf16_for_cpu"  # an attribute of bitsandbytes' Linear4bit: whether it may pack its weights
 
 
 def is_conv1d(base: nn.Module) -> bool:
-    # By name, so that transformers need not be there; its weight is [d_in, d_out].
+    # By its name, since transformers may not be installed. Its weight is [d_in, d_out].
     return (type(base).__module__, type(base).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ILoRALinear can wrap this module: one product of its input, by what it is or by what it says."""
+    """Whether ILoRALinear can wrap this module: an nn.Linear, a Conv1D, or one with in_features and out_features."""
     if type(module).__name__.endswith("Router"):
-        return False  # transformers has some that are an nn.Linear and return scores and a choice
+        return False  # some of transformers' are subclasses of nn.Linear and return scores and indices
     if is_conv1d(module) or isinstance(module, nn.Linear):
         return True
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
@@ -29,8 +29,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def features_of(base: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out). Raises TypeError for a module that ILoRALinear cannot wrap."""
     if adapted(base):
-        raise TypeError("base_layer: it is an ILoRALinear already")
+        raise TypeError("base_layer: expected a layer without an adapter, got an ILoRALinear already")
     if is_conv1d(base):
         d_in, d_out = cast(Tensor, base.weight).shape
         return d_in, d_out
@@ -44,7 +45,7 @@ def features_of(base: nn.Module) -> tuple[int, int]:
 
 
 def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
-    """An empty tensor where the base computes, in the adapter's dtype."""
+    """An empty tensor on the base's device, in this dtype, or in the base's if that is a float of 16 bits or more."""
     tensor = next((t for t in (*base.parameters(), *base.buffers())), torch.empty(0))
     if dtype is None:
         dtype = tensor.dtype if tensor.is_floating_point() and tensor.itemsize > 1 else torch.float32
@@ -52,8 +53,8 @@ def adapter_like(base: nn.Module, dtype: torch.dtype | None) -> Tensor:
 
 
 def compute_device(module: nn.Module) -> torch.device | None:
-    """The device a module computes on: its first tensor's, or where accelerate brings a weight that it keeps elsewhere
-    (a device map that offloads); None without tensors."""
+    """The device a module computes on: that of its first tensor, or the one accelerate copies offloaded weights to.
+    None for a module without tensors."""
     for owner in module.modules():
         tensor = next((t for t in (*owner._parameters.values(), *owner._buffers.values()) if t is not None), None)
         if tensor is not None:
@@ -62,7 +63,7 @@ def compute_device(module: nn.Module) -> torch.device | None:
 
 
 def offloading_to(module: nn.Module) -> torch.device | None:
-    """Where accelerate brings the weights of this very module for each forward, if it keeps them elsewhere."""
+    """Where accelerate copies this module's own weights for each forward; None if they are not offloaded."""
     hook: Any = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         if getattr(each, "offload", False) and each.execution_device is not None:
@@ -71,7 +72,7 @@ def offloading_to(module: nn.Module) -> torch.device | None:
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """The norms with running statistics and without a parameter that is trained."""
+    """The norm layers with running statistics of which no parameter is trained."""
     return [
         norm
         for norm in model.modules()
@@ -82,25 +83,25 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def adapted(module: nn.Module) -> bool:
-    return hasattr(module, "gate_state")  # an ILoRALinear, whose file needs this one
+    return hasattr(module, "gate_state")  # not isinstance: the file of ILoRALinear imports this one
 
 
 def keep_unpacked(module: nn.Module) -> list[nn.Module]:
-    """Keeps bitsandbytes from packing the 4-bit weights in a module for inference, and unpacks those that are.
+    """Keeps bitsandbytes from packing the 4-bit weights in a module for inference, and unpacks what it has packed.
 
-    On CPUs with AVX512-BF16 it packs them at the first forward in eval mode; from then on, in training too, no gradient
-    passes such a layer, silently. Returns the modules that would pack, for `let_pack`.
+    On CPUs with AVX512-BF16 it packs them at the first forward in eval mode. From then on no gradient passes such a
+    layer, without an error. Returns the modules that would pack, for `let_pack`.
     """
     found = [each for each in module.modules() if getattr(each, PACKS, False)]
     for each in found:
         setattr(each, PACKS, False)
         if getattr(getattr(each.weight, "quant_state", None), "packing_format_for_cpu", False):
-            each.state_dict()  # which unpacks it first
+            each.state_dict()  # unpacks the weight
     return found
 
 
 def let_pack(modules: list[nn.Module]) -> None:
-    """Takes `keep_unpacked` back."""
+    """Undoes `keep_unpacked`."""
     for module in modules:
         setattr(module, PACKS, True)
 

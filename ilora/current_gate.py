@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_layers import WeightReads
-from .op.checks import float_gate
+from .op.checks import blocks, float_gate
 
 
 class Frame(NamedTuple):
@@ -106,7 +106,7 @@ class GateState:
 def _fits(x: Tensor, rows: int, lengths: tuple[int, ...]) -> bool:
     """Whether x [..., d_in] holds the model's own sequences, one after another."""
     if x.dim() > 2:
-        return x.shape[0] == rows or math.prod(x.shape[:-2]) == rows
+        return rows in blocks(x.shape[:-2])
     M = math.prod(x.shape[:-1])  # flattened tokens, or one pooled row for each sequence
     return rows == M or any(rows * length == M for length in lengths)
 

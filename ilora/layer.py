@@ -8,15 +8,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from .base_layers import adapter_like, features_of, is_conv1d, keep_unpacked
 from .current_gate import GateState
-from .op.checks import check_settings, dtype_named
+from .op.checks import check_settings, dtype_named, float_gate
 from .op.functional import ilora_linear, ilora_update
 from .shared import SharedInputGroup
 from .tensor_parallel import add_update, split_of
 
-# What x Wᵀ may be computed of; a FakeTensor is a weight in a model that is being exported.
+# The types of a weight that the fused operation may read; a FakeTensor is one in a model that is being exported.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
@@ -24,21 +25,22 @@ class ILoRALinear(nn.Module):
     """Wraps a linear layer: y = base(x) + ((dropout(x) lora_Aᵀ) ⊙ γ) lora_Bᵀ, γ from the gate of each instance.
 
     Args:
-        base_layer: nn.Linear or transformers' Conv1D, whose product and update are then computed together; or any
-            module that maps [..., d_in] to [..., d_out] and has in_features and out_features (a quantised linear, one
-            with hooks or with a tensor-subclass weight), whose output the update is added to. It is frozen in place.
+        base_layer: the layer, which is frozen (requires_grad=False). For nn.Linear and transformers' Conv1D, x Wᵀ and
+            the update are computed together. Any other module with in_features and out_features that maps
+            [..., d_in] to [..., d_out], such as a quantised linear, is called, and the update is added to its output.
+            So is a linear with hooks, under hooks for all modules, or with a weight of a tensor subclass.
         r: total rank R, 1 to 256, split evenly over the experts.
         num_experts: E, which divides r.
         lora_alpha: scaling = lora_alpha / (r / num_experts).
         lora_dropout: 0 <= p < 1, on the low-rank path, in training mode only.
-        adapter_dtype: of lora_A and lora_B, torch.float32 or "float32" and so on; None means the base weight's, or
-            float32 where that is no float.
+        adapter_dtype: the dtype of lora_A and lora_B, as torch.float32 or "float32"; None means that of the base's
+            weight, or float32 if the weight is quantised.
         backend: as in `ilora.ilora_linear`.
-    lora_A [R, d_in] starts Kaiming-uniform and lora_B [d_out, R] zero, so a fresh layer equals its base.
-    Raises: TypeError, ValueError naming a base or a setting that does not fit, before the base is changed.
+    lora_A [R, d_in] starts Kaiming-uniform and lora_B [d_out, R] zero, so that a new layer computes what its base does.
+    Raises: TypeError, ValueError naming the argument that does not fit, before the base is changed.
     """
 
-    input_group: SharedInputGroup | None = None  # with others that get the same input (ilora.share_inputs)
+    input_group: SharedInputGroup | None = None  # the layers that may get the same input (ilora.share_inputs)
 
     def __init__(
         self,
@@ -89,10 +91,11 @@ class ILoRALinear(nn.Module):
         return getattr(self.base_layer, "bias", None)
 
     def forward(self, x: Tensor, gate: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
-        """y [..., d_out] from x [..., d_in], gate [N, E] and segments int32 [N+1] (see `ilora.ilora_linear`).
+        """y [..., d_out] from x [..., d_in], gate [N, E] and segments int32 [N+1]; see `ilora.ilora_linear`. Without a
+        gate argument the model's gate is used (`ilora.gated`, or the call of an injected model).
 
-        Raises: RuntimeError without a gate, and for one while another is merged into the weights; TypeError, ValueError
-        naming the argument that does not fit.
+        Raises: RuntimeError without any gate, and where a gate is given while another is merged into the weights;
+        TypeError, ValueError naming the layer and the argument that does not fit.
         """
         if not torch.compiler.is_compiling():
             self.gate_state.reads.called.add(self.name)
@@ -110,33 +113,30 @@ class ILoRALinear(nn.Module):
                 f"{self.name} ({self.in_features}->{self.out_features}) has no gate: pass layer(x, gate=g) with g "
                 f"[N, {self.gate_experts}], or run the model inside `with ilora.gated(model, g):`"
             )
-        dropout_p = self.lora_dropout if self.training else 0.0
-        adapter = (self.lora_A, self.lora_B, self.own_gate(gate), self.scaling, segments, dropout_p, None, self.backend)
-        if self.split is not None:
-            settings = (*adapter[:5], dropout_p, self.backend)
-            try:
-                return add_update(self.split, x, self.base_layer(x), *settings)
-            except ValueError as error:
-                error.args = (f"{self.name}: {error}",)
-                raise
         weight = self.plain_weight()
-        if weight is None:
-            return ilora_update(x, self.base_layer(x), *adapter)
+        base = self.base_layer(x) if weight is None else None
+        settings = (self.scaling, segments, self.lora_dropout if self.training else 0.0, None, self.backend)
         try:
+            adapter = (self.lora_A, self.lora_B, self.own_gate(gate), *settings)
+            if self.split is not None:
+                return add_update(self.split, x, base, *adapter)
+            if weight is None:
+                return ilora_update(x, base, *adapter)
             return ilora_linear(x, weight, self.base_layer.bias, *adapter)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             error.args = (f"{self.name}: {error}",)
             raise
 
     def plain_weight(self) -> Tensor | None:
-        """[d_out, d_in] if x Wᵀ + b is all that calling the base does; None where it must be called itself."""
+        """The base's weight [d_out, d_in] if the base computes x Wᵀ + b and nothing else; None where it must be called:
+        it is no linear layer, or something watches or replaces its forward."""
         base = self.base_layer
         linear = type(base) is nn.Linear
         if not linear and not is_conv1d(base):
             return None
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return None
-        if "forward" in base.__dict__:  # as accelerate's device maps put there
+        if _has_any_global_hook() or "forward" in base.__dict__:  # accelerate's device maps replace `forward`
             return None
         weight = cast(Tensor, base.weight)
         if type(weight) not in _PLAIN:
@@ -144,19 +144,12 @@ class ILoRALinear(nn.Module):
         return weight if linear else weight.T
 
     def own_gate(self, gate: Tensor) -> Tensor:
-        """[N, num_experts] from the model's [N, gate_experts]: a layer with fewer experts sums neighbours' gates.
-        Raises TypeError, ValueError for what is no gate of this width."""
-        try:
-            fits = gate.shape[-1] == self.gate_experts
-        except (AttributeError, IndexError):  # no tensor, or one without dimensions
-            fits = False
-        if not fits:
-            got = list(gate.shape) if isinstance(gate, Tensor) else type(gate).__name__
-            kind = ValueError if isinstance(gate, Tensor) else TypeError
-            raise kind(f"gate: expected [N, num_experts={self.gate_experts}], got {got}")
+        """This layer's gate [..., num_experts] from the model's [..., gate_experts]: a layer with fewer experts
+        than the gate adds up the weights of neighbouring experts. Raises TypeError, ValueError for another width."""
+        float_gate(gate, num_experts=self.gate_experts)
         if self.num_experts == self.gate_experts:
             return gate
-        return gate.reshape(gate.shape[0], self.num_experts, -1).sum(-1)
+        return gate.unflatten(-1, (self.num_experts, -1)).sum(-1)
 
     def extra_repr(self) -> str:
         return (

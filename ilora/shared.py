@@ -1,8 +1,8 @@
-"""Groups of layers that get one input, such as q, k and v: `ilora.share_inputs` lets them share the pass over it.
+"""Groups of layers that get one input, such as q, k and v. `ilora.share_inputs` lets them read it once for all.
 
-A group is found by the names of its layers. That they really get the same input is seen at each call: it is the very
-same tensor, unchanged since the first layer of the group was called, under the same gate, modes and parameters. A layer
-that gets another one (cross-attention's keys) begins a new pass, and the result is the same.
+A group is found by the names of its layers. Each call checks that its layers really get the same input: it must be the
+very tensor that the first layer got, unchanged since, under the same gate, modes and parameters. A layer that gets
+another tensor (cross-attention's keys) begins a new pass, and the result is right in any case.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FAMILIES = (  # names of children of one module
     ("q", "k", "v"),
     ("wi_0", "wi_1"),
 )
-FEW_ROWS = 64  # a decoding step: its x is in the cache, and a GPU computes each layer in one launch
+FEW_ROWS = 64  # as in a decoding step: x is in the cache then, and a GPU computes each layer in one launch
 
 
 def group(layers: Iterable[ILoRALinear], share: bool) -> tuple[tuple[str, ...], ...]:
-    """Puts the layers into groups: those of one family that are alike and have plain weights, as many as fit into the
-    largest rank. Returns the paths of each group's layers. share=False: no layer is in a group."""
+    """Puts layers of one family, with equal settings and plain weights, into groups whose ranks add up to at most
+    MAX_RANK. Returns the paths of each group's layers. share=False removes all groups."""
     families: dict[Any, list[ILoRALinear]] = {}
     for layer in layers:
         layer.input_group = None
@@ -50,7 +50,7 @@ def group(layers: Iterable[ILoRALinear], share: bool) -> tuple[tuple[str, ...], 
 
 
 class SharedInputGroup:
-    """Layers of a model that may get one input. layers: all of them; each knows its group as `input_group`."""
+    """Layers of a model that may get one input; each has the group as its `input_group`."""
 
     def __init__(self, layers: Iterable[ILoRALinear]) -> None:
         self.layers = tuple(layers)
@@ -58,7 +58,7 @@ class SharedInputGroup:
             layer.input_group = self
 
     def output(self, layer: ILoRALinear, x: Tensor) -> Tensor | None:
-        """What the layer makes of x [..., d_in], out of a pass it shares; None where it is to compute by itself."""
+        """The layer's output for x [..., d_in] from a pass that it shares, or None where it must compute by itself."""
         if torch.compiler.is_compiling():  # a graph holds no state between two calls
             return None
         state = layer.gate_state
@@ -73,25 +73,27 @@ class SharedInputGroup:
         return y
 
     def _begin(self, layer: ILoRALinear, x: Tensor) -> _Pass | None:
-        if not unseen(x) or x.is_inference():  # whether it changes in inference mode, nobody could tell
+        if x.is_inference():  # an inference tensor does not count its changes
             return None
-        # Not in training, also without gradients: a re-entrant checkpoint's recomputation must draw the same seeds.
+        # A layer in training shares here too: a re-entrant checkpoint runs its forward without gradients and later with
+        # them, and must draw the same seeds both times.
         if rows(x) <= FEW_ROWS and not layer.training and not torch.is_grad_enabled():
             return None
         settings = _settings(layer)
         members = [each for each in self.layers if _can_share(each) and _settings(each) == settings]
         gate, segments = layer.gate_state.gate_for(x, layer.gate_index, layer.name)
-        if gate is None or not unseen(gate) or layer not in members or len(members) < 2:
+        if gate is None or layer not in members or len(members) < 2 or not unseen(x, gate, segments):
             return None
         projections = [
             Projection(m.plain_weight(), m.base_layer.bias, m.lora_A, m.lora_B)  # type: ignore[arg-type]
             for m in members
         ]
-        dropout_p = layer.lora_dropout if layer.training else 0.0
-        own = layer.own_gate(gate)
-        return _Pass(
-            members, x, SharedInput(x, projections, own, layer.scaling, segments, dropout_p, None, layer.backend)
-        )
+        options = (layer.scaling, segments, layer.lora_dropout if layer.training else 0.0, None, layer.backend)
+        try:
+            return _Pass(members, x, SharedInput(x, projections, layer.own_gate(gate), *options))
+        except (TypeError, ValueError) as error:
+            error.args = (f"{layer.name}: {error}",)
+            raise
 
 
 class _Pass:
@@ -99,13 +101,13 @@ class _Pass:
 
     def __init__(self, layers: list[ILoRALinear], x: Tensor, shared: SharedInput) -> None:
         self.x, self.conditions, self.shared = x, _conditions(layers[0], x), shared
-        self.kept = [_tensors(layer) for layer in layers]  # so that no id in a stamp is given to another tensor
+        self.kept = [_tensors(layer) for layer in layers]  # so that no other tensor gets an id that a stamp holds
         self.waiting = {layer: (j, _stamp(layer)) for j, layer in enumerate(layers)}
 
     def serves(self, layer: ILoRALinear, x: Tensor) -> bool:
-        """Whether this layer would make of x what has been prepared."""
+        """Whether this layer's output for x is the one that was prepared: nothing that decides it has changed."""
         place = self.waiting.get(layer)
-        if x is not self.x or place is None or self.shared.spent or layer.plain_weight() is None or layer.merged:
+        if x is not self.x or place is None or self.shared.spent or not _can_share(layer):
             return False
         return self.conditions == _conditions(layer, x) and place[1] == _stamp(layer)
 
@@ -114,8 +116,7 @@ class _Pass:
 
 
 def _settings(layer: ILoRALinear) -> tuple[Any, ...]:
-    """What the layers of a group have in common. One r and E, so that the A's can be taken apart again; one gate; one
-    dropout."""
+    """What the layers of a group have in common: r, since one product gives the ranks of all, the gate, the dropout."""
     A, weight = layer.lora_A, layer.base_layer.weight
     same = (layer.in_features, layer.r, layer.num_experts, layer.gate_experts, layer.gate_index, layer.scaling)
     modes = (layer.lora_dropout, layer.training, layer.backend)
@@ -123,8 +124,7 @@ def _settings(layer: ILoRALinear) -> tuple[Any, ...]:
 
 
 def _can_share(layer: ILoRALinear) -> bool:
-    plain = not layer.merged and layer.plain_weight() is not None
-    return plain and unseen(*_tensors(layer))
+    return not layer.merged and layer.plain_weight() is not None and unseen(*_tensors(layer))
 
 
 def _tensors(layer: ILoRALinear) -> tuple[Tensor, ...]:
@@ -133,13 +133,13 @@ def _tensors(layer: ILoRALinear) -> tuple[Tensor, ...]:
 
 
 def _stamp(layer: ILoRALinear) -> tuple[Any, ...]:
-    """Changes whenever anything changes that the layer's output depends on, but for the call."""
+    """Changes whenever a setting or a tensor of the layer changes."""
     return (*_settings(layer), *((id(t), _version(t), t.requires_grad) for t in _tensors(layer)))
 
 
 def _conditions(layer: ILoRALinear, x: Tensor) -> tuple[Any, ...]:
-    """Changes with the values of x and the gate, and with torch's modes; with the hooks on saved tensors too, since a
-    checkpointed region must save what it saves again when it is recomputed."""
+    """Changes with the values of x and of the gate, and with torch's modes. Hooks on saved tensors count among these: a
+    checkpoint must save the same tensors when it computes its region again."""
     (gate, segments, *_), device = layer.gate_state.frame, x.device.type
     modes = (torch.is_grad_enabled(), autocasts(device) and torch.get_autocast_dtype(device))
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -147,5 +147,5 @@ def _conditions(layer: ILoRALinear, x: Tensor) -> tuple[Any, ...]:
 
 
 def _version(t: Tensor | None) -> int | None:
-    """Counts the changes of t; an inference tensor has no count, and outside inference mode no changes."""
+    """How often t has been changed. An inference tensor has no such count, and cannot change outside inference mode."""
     return None if t is None or t.is_inference() else t._version

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .op import backends, reference
+from .op.checks import check_dtypes, check_tensors
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,16 @@ def add_update(
     scaling: float,
     segments: Tensor | None,
     dropout_p: float,
+    seed: Tensor | None,
     backend: str | None,
 ) -> Tensor:
     """base + ((dropout(x) Aᵀ) ⊙ γ) Bᵀ, where x, base and the results are what this process has of them.
 
     x: [..., d_in], or this process's columns of it if the weight is split by rows; base [..., d_out], or this process's
     columns of it if the weight is split by columns. A, B: DTensors [R, d_in], [d_out, R] (see `Split.distribute`).
-    gate, segments: as in `ilora_linear`, the same in every process. Dropout's mask is that of one process.
-    Raises ValueError if x or base is not the part that belongs to this process.
+    gate, segments, seed: as in `ilora_linear`, the same in every process, except that the seed of the first counts.
+    Dropout's mask is that of one process.
+    Raises ValueError if x or base is not the part that belongs to this process, and as `ilora_linear` does.
     """
     A, B = A.to_local(), B.to_local()
     for name, tensor, width in (("input", x, A.shape[1]), ("output", base, B.shape[0])):
@@ -86,13 +89,14 @@ def add_update(
                 f"its {name} is {type(tensor).__name__} {list(tensor.shape)}, expected a local tensor [..., {width}]: "
                 "a layer that gathers its output or splits its input cannot be adapted; name it in exclude_modules"
             )
+    gate = check_tensors(x, None, None, base, A, B, gate, segments)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
-    seed = None
+    check_dtypes(x, None, None, base, A, B)
     if dropout_p:
-        seed = reference.as_seed(None, x.device)
+        seed = reference.as_seed(seed, x.device)
         dist.broadcast(seed, group=split.mesh.get_group(), group_src=0)  # processes may have drawn different ones
     y: Tensor = _Update.apply(
         x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1]), A, B, gate, segments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._pytree import tree_map
 
 import ilora
 
@@ -71,6 +72,34 @@ class Case:
             "dy": dy,
         }
 
+
+class Wrapped(torch.Tensor):
+    """A tensor whose values lie in another one, as those of quantised and distributed tensors do."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Wrapped:
+        facts = {"dtype": held.dtype, "device": held.device, "strides": held.stride()}
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, **facts)
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held.detach()
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.detach.default:  # nn.Parameter wants the same type
+            return cls(args[0].held)
+        held = lambda t: t.held if isinstance(t, cls) else t  # noqa: E731
+        return op(*tree_map(held, args), **tree_map(held, kwargs or {}))
+
+
+# Tensors whose memory does not hold their values: what a kernel must not be given.
+LAZY = {
+    "a lazy negation": lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag,
+    "a lazy zero": lambda t: torch._efficientzerotensor(t.shape, device=t.device),
+    "a wrapper": Wrapped,
+}
 
 GEMM = Case(M=24, d_in=64, d_out=48)
 GEMMS = {  # what every kernel that holds the frozen product takes

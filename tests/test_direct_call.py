@@ -45,7 +45,8 @@ def results(case, wanted=NAMES):
     torch.manual_seed(3)
     t = case.tensors()
     leaves = {n: t[n].detach().requires_grad_(n in wanted) for n in NAMES if t[n] is not None}
-    x = leaves["x"].view(2, -1, case.d_in) if case.M % 2 == 0 and not case.strided else leaves["x"]
+    first = 2 if case.N == case.M else case.N
+    x = leaves["x"].view(first, -1, case.d_in) if case.M % 2 == 0 and not case.strided else leaves["x"]
     y = ilora.ilora_linear(x, leaves["weight"], leaves.get("bias"), *(leaves[n] for n in ("A", "B", "gate")), 2.0,
                            dropout_p=case.dropout_p)  # fmt: skip
     asked = [leaves[n] for n in wanted if n in leaves]
@@ -84,6 +85,8 @@ UNCOMMON = {
     "no rows": {"x": torch.randn(0, 20)},
     "a strided bias": {"bias": torch.randn(24)[::2]},
     "a subclass": {"B": torch.randn(12, 8).as_subclass(Subclass)},
+    "choices": {"x": torch.randn(2, 3, 4, 20), "gate": torch.rand(6, 4)},
+    "a token gate as x": {"x": torch.randn(2, 5, 20), "gate": torch.rand(2, 5, 4)},
     "a lazy negation": {"x": torch.complex(torch.randn(24, 20), torch.randn(24, 20)).conj().imag},
 }
 
@@ -137,9 +140,10 @@ def test_a_mode_that_is_on_in_the_backward_only(taken):
         again.sum().backward()
 
 
-def test_refusals_are_those_of_python(taken):
-    with pytest.raises(ValueError, match=r"gate: its N=5 rows do not divide the M=24 rows of x evenly"):
-        ilora.ilora_linear(**arguments(gate=torch.ones(5, 4)))
+@pytest.mark.parametrize("shape", [(20, 20), (6, 4, 20), (1, 24, 20), (20,)])
+def test_refusals_are_those_of_python(shape, taken):
+    with pytest.raises(ValueError, match=rf"gate: \[8, 4\] does not fit x \[{', '.join(map(str, shape))}\]"):
+        ilora.ilora_linear(**arguments(x=torch.randn(shape)[..., :20], gate=torch.ones(8, 4)))
     assert taken == [None]
 
 

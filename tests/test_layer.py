@@ -6,11 +6,13 @@ import pickle
 
 import pytest
 import torch
-from cases import assert_same
+from cases import LAZY, assert_same
 from torch import nn
+from torch.nn.modules import module as hooks
 
 import ilora
 from ilora import ILoRALinear
+from ilora.shared import group
 
 
 def trained(layer):
@@ -93,6 +95,110 @@ def test_hooks_on_the_base_still_run():
     handle.remove()
     torch.testing.assert_close(layer(x, gate=gate), with_hook)
     assert calls == [1]
+
+
+def projections(shared, backend=None):
+    """Two layers that share their input or do not."""
+    layers = {name: trained(ILoRALinear(nn.Linear(10, 6).double(), backend=backend)) for name in ("q_proj", "k_proj")}
+    for name, layer in layers.items():
+        layer.name, layer.gate_state = name, layers["q_proj"].gate_state
+    assert len(group(layers.values(), shared)) == shared
+    return nn.ModuleDict(layers)
+
+
+REGISTER = [
+    hooks.register_module_forward_hook,
+    hooks.register_module_forward_pre_hook,
+    hooks.register_module_full_backward_hook,
+    hooks.register_module_full_backward_pre_hook,
+]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("register", REGISTER)
+def test_hooks_for_all_modules_see_the_base(register, shared):
+    model, seen = projections(shared), []
+    layers = list(model.values())
+    x, g = torch.randn(2, 40, 10, dtype=torch.float64, requires_grad=True), torch.rand(2, 4)
+
+    def results():
+        with ilora.gated(model, g):
+            y = torch.cat([layer(x) for layer in layers])
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, layers[0].lora_A, layers[1].lora_B))]
+
+    expected, handle = results(), register(lambda module, *_: seen.append(module))
+    try:
+        found = results()
+    finally:
+        handle.remove()
+    assert {id(layer.base_layer) for layer in layers} <= {id(module) for module in seen}
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    del seen[:]
+    results()
+    assert not seen
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", LAZY)
+@pytest.mark.parametrize("name", ["x", "gate", "lora_A", "lora_B", "weight", "bias"])
+def test_layers_with_a_tensor_whose_memory_does_not_hold_its_values(name, kind, shared, target):
+    backend, device = target
+    model = projections(shared, backend).float().to(device)
+    q, k = model.values()
+    given = {"x": torch.randn(2, 40, 10).to(q.lora_A), "gate": torch.rand(2, 4).to(q.lora_A)}
+    owner = None if name in given else q if name.startswith("lora") else q.base_layer
+    plain = (given[name] if owner is None else getattr(owner, name)).detach()
+    watched = k.lora_A
+
+    def results(value):
+        if owner is None:
+            given[name] = value
+        else:
+            setattr(owner, name, nn.Parameter(value, requires_grad=False))
+        with ilora.gated(model, given["gate"]):
+            y = torch.cat([q(given["x"]), k(given["x"])])
+        return y, torch.autograd.grad(y.square().sum(), watched)[0]
+
+    expected = results(torch.zeros_like(plain) if "zero" in kind else plain)
+    found = results(LAZY[kind](plain))
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("base", [nn.Linear(10, 6), Opaque()])
+def test_an_error_names_the_layer(base):
+    layer = ILoRALinear(base)
+    layer.name = "model.down_proj"
+    for gate, segments in (
+        (torch.rand(2, 3), None),
+        (torch.rand(2, 4), torch.tensor([0, 6])),
+        (torch.rand(5, 4), None),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"^model\.down_proj: (gate|segments): "):
+            layer(torch.randn(2, 3, 10), gate=gate, segments=segments)
+    layer.scaling = nn.Parameter(torch.tensor(2.0))
+    with pytest.raises(TypeError, match=r"^model\.down_proj: scaling: .*requires a gradient"):
+        layer(torch.randn(2, 3, 10), gate=torch.rand(2, 4))
+
+
+@pytest.mark.parametrize("experts", [4, 2])
+def test_a_token_gate_has_the_dimensions_of_x(experts):
+    layer = trained(ILoRALinear(nn.Linear(10, 6), num_experts=experts))
+    layer.gate_experts = 4  # as in a model whose other layers have four
+    x, gate = torch.randn(3, 5, 10), torch.rand(3, 5, 4)
+    assert torch.equal(layer(x, gate=gate), layer(x, gate=gate.view(15, 4)))
+    alone = [layer(x[i, j], gate=gate[i, j, None]) for i in range(3) for j in range(5)]
+    torch.testing.assert_close(layer(x, gate=gate), torch.stack(alone).view(3, 5, 6))
+
+
+def test_a_gate_of_another_batch_is_refused_in_bare_layers_too():
+    model = nn.Sequential(ILoRALinear(nn.Linear(10, 10)), nn.ReLU(), ILoRALinear(nn.Linear(10, 6)))
+    with (
+        ilora.gated(model, torch.rand(8, 4)),
+        pytest.raises(ValueError, match=r"\[8, 4\] does not fit x \[7, 256, 10\]"),
+    ):
+        model(torch.randn(7, 256, 10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

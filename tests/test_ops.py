@@ -176,12 +176,23 @@ BAD = [
         TypeError,
         r"x: expected a dense tensor, got one of layout torch\.sparse_coo",
     ),
+    ("x", torch.nested.nested_tensor([torch.ones(2, 20)] * 12), TypeError, r"x: expected a dense tensor, got a nested"),
+    ("weight", torch.ones(12, 20).to_sparse_csr(), TypeError, r"weight: expected a dense tensor.*sparse_csr"),
+    ("bias", torch.ones(12).to_sparse(), TypeError, r"bias: expected a dense tensor.*sparse_coo"),
+    ("A", torch.ones(8, 20).to_sparse_bsc((2, 2)), TypeError, r"A: expected a dense tensor.*sparse_bsc"),
+    ("B", torch.ones(12, 8).to_mkldnn(), TypeError, r"B: expected a dense tensor, got one of layout torch\._mkldnn"),
+    ("gate", torch.ones(3, 4).to_sparse(), TypeError, r"gate: expected a dense tensor.*sparse_coo"),
     ("B", torch.ones(0, 8), ValueError, r"B: expected \[d_out, R=8\] with d_out >= 1, got \[0, 8\]"),
     ("B", torch.ones(12, 7), ValueError, r"B: expected \[d_out, R=8\].* got \[12, 7\]"),
     ("gate", torch.ones(4), ValueError, r"gate: expected \[N, E\].* got \[4\]"),
     ("gate", torch.ones(3, 3), ValueError, r"E=3 experts must divide the rank R=8"),
-    ("gate", torch.ones(5, 4), ValueError, r"N=5 rows do not divide the M=24 rows of x evenly; pass segments"),
-    ("gate", torch.ones(0, 4), ValueError, r"N=0 rows"),
+    (
+        "gate",
+        torch.ones(5, 4),
+        ValueError,
+        r"gate: \[5, 4\] does not fit x \[24, 20\]: N=5 must divide 24; .*segments=",
+    ),
+    ("gate", torch.ones(0, 4), ValueError, r"gate: \[0, 4\] does not fit x \[24, 20\]: N=0 must divide 24"),
     ("segments", torch.tensor([0, 24], dtype=torch.int32), ValueError, r"expected \[N\+1=4\] row offsets"),
     ("segments", torch.tensor([0, 5, 9, 24]), TypeError, r"segments: expected torch\.int32, got torch\.int64"),
     (
@@ -196,6 +207,19 @@ BAD = [
     ("dropout_p", 1.0, ValueError, r"dropout_p: expected 0 <= p < 1, got 1\.0"),
     ("dropout_p", -0.1, ValueError, r"dropout_p"),
     ("dropout_p", float("nan"), ValueError, r"dropout_p"),
+    ("dropout_p", torch.tensor(0.1, requires_grad=True), TypeError, r"dropout_p: .*requires a gradient"),
+    ("dropout_p", "0.1", TypeError, r"dropout_p: expected a number, got '0\.1'"),
+    (
+        "scaling",
+        torch.nn.Parameter(torch.ones(1)),
+        TypeError,
+        r"scaling: .*requires a gradient.*multiply the gate by it",
+    ),
+    ("scaling", torch.ones(2), TypeError, r"scaling: expected a number, got a tensor \[2\] of torch\.float32 on cpu"),
+    ("scaling", torch.ones(0), TypeError, r"scaling: expected a number, got a tensor \[0\]"),
+    ("scaling", torch.ones((), dtype=torch.complex64), TypeError, r"scaling: expected a number.*complex64"),
+    ("scaling", torch.ones((), device="meta"), TypeError, r"scaling: expected a number.*on meta"),
+    ("scaling", 1j, TypeError, r"scaling: expected a number, got 1j"),
     ("seed", 2**63, ValueError, r"seed: expected 64 bits"),
     ("seed", "1", TypeError, r"seed: expected an int, a tensor or None, got str"),
     ("seed", torch.tensor([1.0]), ValueError, r"seed: expected one torch\.int64"),
@@ -210,6 +234,108 @@ def test_bad_arguments_are_named(name, value, error, message):
         del known["weight"], known["bias"]
     with pytest.raises(error, match=message):
         (ilora.ilora_update if name == "base" else ilora.ilora_linear)(**known)
+
+
+FITTING = [  # x without d_in, gate without E; how many rows an instance has
+    ((6, 10), (6,), 10),
+    ((6, 10), (3,), 20),  # an instance has two rows of the batch, as with beams
+    ((6, 10), (1,), 60),
+    ((6, 10), (60,), 1),
+    ((6, 10), (6, 10), 1),
+    ((2, 3, 4), (6,), 4),  # a choice is an instance
+    ((2, 3, 4), (2, 3), 4),
+    ((2, 3, 4), (2,), 12),
+    ((2, 3, 4), (2, 3, 4), 1),
+    ((2, 3, 4), (24,), 1),
+    ((1, 8), (8,), 1),
+    ((60,), (15,), 4),  # flattened already
+    ((60,), (60,), 1),
+    ((), (1,), 1),
+]
+CUTTING = [((6, 10), n) for n in (4, 5, 10, 12, 15, 20, 30)] + [((2, 3, 4), n) for n in (3, 4, 8, 12)]
+CUTTING += [((1, 8), 2), ((1, 8), 4), ((7, 256), 8), ((3, 0), 2), ((), 2), ((6, 10), 0)]
+
+
+@pytest.mark.parametrize(("leading", "gates", "length"), FITTING)
+def test_gates_that_fit(leading, gates, length, target):
+    backend, device = target
+    t = Case(M=60, device=device).tensors()
+    low, gate = (t["A"], t["B"]), torch.rand(*gates, 4, device=device, requires_grad=True)
+    x, rows = torch.randn(*leading, 20, device=device), gate.reshape(-1, 4).repeat_interleave(length, 0)
+    for f in (ilora.ilora_linear, ilora.ilora_update):
+        frozen = (t["weight"], t["bias"]) if f is ilora.ilora_linear else (None,)
+        ours = f(x, *frozen, *low, gate, 2.0, backend=backend)
+        each = f(x.reshape(-1, 20), *frozen, *low, rows, 2.0, backend="reference").view_as(ours)
+        assert_same(ours, each, [gate])
+    assert_same(
+        *(f(x, t["weight"], None, *low, gate, 2.0) for f in (ilora.ilora_linear, ilora.reference.ilora_linear)), [gate]
+    )
+
+
+@pytest.mark.parametrize(("leading", "N"), CUTTING)
+def test_gates_that_would_cut_a_sequence(leading, N):
+    known = arguments(x=torch.randn(*leading, 20), gate=torch.rand(N, 4))
+    message = rf"gate: \[{N}, 4\] does not fit x \[{', '.join(map(str, (*leading, 20)))}\]: N={N} must .*segments="
+    with pytest.raises(ValueError, match=message):
+        ilora.ilora_linear(**known)
+    if N:
+        lengths = torch.tensor([0] * N + [known["x"].numel() // 20], dtype=torch.int32)
+        ilora.ilora_linear(**known | {"segments": lengths})
+
+
+@pytest.mark.parametrize("gates", [(6, 1), (10, 6), (3, 10), (6, 10, 1), (2, 6)])
+def test_gates_of_other_dimensions_are_refused(gates):
+    with pytest.raises(ValueError, match=r"gate: expected \[N, E\].*x's first dimensions.*for x \[6, 10, 20\]"):
+        ilora.ilora_linear(**arguments(x=torch.randn(6, 10, 20), gate=torch.rand(*gates, 4)))
+
+
+def test_a_scaling_that_is_learned_multiplies_the_gate():
+    """As the message says; and where no gradient is wanted, any tensor of one element will do."""
+    known, scaling = arguments(), torch.tensor([1.5], requires_grad=True)
+    y = ilora.ilora_linear(**known | {"scaling": 1.0, "gate": known["gate"] * scaling})
+    assert_same(y, ilora.reference.ilora_linear(**known | {"scaling": scaling}), [scaling])
+    with torch.no_grad():
+        assert torch.equal(
+            ilora.ilora_linear(**known | {"scaling": scaling}), ilora.ilora_linear(**known | {"scaling": 1.5})
+        )
+    with pytest.raises(TypeError, match="scaling: expected a number, got a tensor that requires a gradient"):
+        torch.func.grad(lambda s: ilora.ilora_linear(**known | {"scaling": s}).sum())(torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "native", "triton"])
+def test_every_backend_gives_shapes_on_the_meta_device(backend):
+    known = {k: v.to("meta") for k, v in arguments().items() if isinstance(v, torch.Tensor)}
+    leaves = [t.requires_grad_() for t in known.values()]
+    y = ilora.ilora_linear(**known, scaling=2.0, dropout_p=0.1, backend=backend)
+    assert (y.shape, y.device.type, y.requires_grad) == ((24, 12), "meta", True)
+    assert [g.shape for g in torch.autograd.grad(y.sum(), leaves)] == [t.shape for t in leaves]
+    with torch.no_grad():
+        update = ilora.ilora_update(known["x"], y, known["A"], known["B"], known["gate"], 2.0, backend=backend)
+    assert (update.shape, update.device.type) == ((24, 12), "meta")
+    with pytest.raises(ValueError, match=r"backend='cuda': expected one of"):
+        ilora.ilora_linear(**known, scaling=2.0, backend="cuda")
+
+
+def low(d_in, d_out):
+    return torch.ones(4, d_in), torch.ones(d_out, 4), torch.ones(2, 2), 1.0
+
+
+TWICE = {  # one tensor in two places or more
+    "x and base": ((8, 12), lambda x: ilora.ilora_update(x, x, *low(12, 12))),
+    "x and weight": ((12, 12), lambda x: ilora.ilora_linear(x, x, None, *low(12, 12))),
+    "weight and A": ((4, 12), lambda w: ilora.ilora_linear(torch.ones(8, 12), w, None, w, *low(12, 4)[1:])),
+    "all but the bias": ((4, 4), lambda x: ilora.ilora_linear(x, x, None, x, x, x, 1.0)),
+    "x and a token gate": ((4, 4), lambda x: ilora.ilora_update(x, None, torch.eye(4), torch.eye(4), x, 1.0)),
+    "two views": ((8, 12), lambda x: ilora.ilora_update(x[:, :6], x[:, 6:], *low(6, 6))),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_one_tensor_in_two_places_compiles_in_one_graph(name):
+    torch._dynamo.reset()
+    shape, f = TWICE[name]
+    x = torch.randn(shape, requires_grad=True)
+    assert_same(torch.compile(f, backend="aot_eager", fullgraph=True)(x), f(x), [x])
 
 
 def test_a_seed_may_be_numpys():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,25 @@ def test_strategy_and_precision_make_new_plans(made, monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert len(made) == 6
+
+
+def test_threads_of_other_shapes_do_not_disturb_each_other():
+    """Triton's interpreter has one place in the grid and one triton.language for the whole process."""
+
+    def ask(n):
+        torch.manual_seed(n)
+        t = replace(EVEN, M=20 + n % 3, N=1, d_in=32, d_out=16 + 16 * (n % 2), seed=n).tensors()
+        args = [t[name].requires_grad_() for name in ("x", "weight", "bias", "A", "B", "gate")]
+        results = []
+        for f, options in ((ilora.ilora_linear, {"backend": "triton"}), (ilora.reference.ilora_linear, {})):
+            y = f(*args, 2.0, **options)
+            results.append([y.detach(), *torch.autograd.grad(y, args, t["dy"])])
+        return results
+
+    with ThreadPoolExecutor(4) as pool:
+        for ours, wanted in pool.map(ask, range(12)):
+            for a, b in zip(ours, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_a_kept_plan_holds_no_tensor_and_refuses_a_view_as_its_buffer(made):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, F64, Case, within
+from cases import DTYPES, F64, LAZY, Case, within
 
 import ilora
 from ilora.op import backends
@@ -85,6 +85,41 @@ def test_float64_gradients_against_finite_differences(backend, dropout_p):
     assert torch.autograd.gradcheck(f, [draw(3, 2, 5), draw(3, 3), *tensors])
 
 
+@pytest.mark.parametrize("kind", [*LAZY, "batched"])
+def test_a_dy_whose_memory_does_not_hold_its_values(kind, target):
+    backend, device = target
+    leaves, projections, _, dys = problem(replace(CASES["dropout"], device=device))
+    weight, bias = projections[1].weight.requires_grad_(), projections[1].bias.requires_grad_()
+    shared = SharedInput(leaves["x"], projections, leaves["gate"], 2.0, None, 0.3, 5, backend)
+    ys, asked = [shared.y(j) for j in range(3)], [*leaves.values(), weight, bias]
+
+    def gradients(dys, **options):
+        return torch.autograd.grad(ys, asked, dys, retain_graph=True, **options)
+
+    if kind == "batched":
+        found = gradients([torch.stack([dy, -2 * dy]) for dy in dys], is_grads_batched=True)
+        expected = [torch.stack([grad, -2 * grad]) for grad in gradients(dys)]
+    else:
+        found = gradients([LAZY[kind](dy) for dy in dys])
+        expected = gradients([torch.zeros_like(dy) if kind == "a lazy zero" else dy for dy in dys])
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_gate_may_have_the_dimensions_of_x(target):
+    backend, device = target
+    leaves, projections, _, dys = problem(replace(CASES["token gates"], device=device))
+    x, gate = leaves["x"].view(5, 10, -1), leaves["gate"].view(5, 10, -1)
+    shared = SharedInput(x, projections, gate, 2.0, backend=backend)
+    flat = SharedInput(leaves["x"], projections, leaves["gate"], 2.0, backend=backend)
+    for j, dy in enumerate(dys):
+        found, expected = shared.y(j), flat.y(j)
+        assert torch.equal(found.flatten(0, 1), expected)
+        pairs = ((found, dy.view(found.shape)), (expected, dy))
+        grads = [torch.autograd.grad(y, leaves["gate"], dy, retain_graph=True)[0] for y, dy in pairs]
+        assert torch.equal(*grads)
+
+
 def test_only_what_was_called_and_asked_for_gets_a_gradient(target):
     backend, device = target
     leaves, projections, _, dys = problem(replace(CASES["dropout"], device=device))
@@ -135,8 +170,11 @@ def test_what_is_kept_for_backward_is_x_once_and_the_ranks():
 
 def test_bad_arguments_are_named():
     leaves, projections, _, _ = problem(Case())
-    with pytest.raises(ValueError, match=r"gate: its N=5 rows do not divide the M=24 rows"):
+    with pytest.raises(ValueError, match=r"gate: \[5, 4\] does not fit x \[24, 20\]"):
         SharedInput(leaves["x"], projections, torch.ones(5, 4), 2.0)
+    for scaling in (torch.ones((), requires_grad=True), torch.ones(2)):
+        with pytest.raises(TypeError, match="scaling: expected a number, got a tensor"):
+            SharedInput(leaves["x"], projections, leaves["gate"], scaling)
     with pytest.raises(ValueError, match=r"segments: expected offsets rising from 0 to M=24"):
         SharedInput(leaves["x"], projections, leaves["gate"], 2.0, torch.tensor([0, 5, 9, 23], dtype=torch.int32))
 

@@ -119,5 +119,5 @@ def test_a_layer_that_gathers_or_splits_by_itself_is_refused(d_in, d_out, name):
     with pytest.raises(ValueError, match=f"its {name} is Tensor .* name it in exclude_modules"):
         tensor_parallel.add_update(
             split, torch.randn(2, d_in), torch.randn(2, d_out), Local(torch.randn(2, 4)), Local(torch.randn(3, 2)),
-            torch.ones(1, 1), 1.0, None, 0.0, None,
+            torch.ones(1, 1), 1.0, None, 0.0, None, None,
         )  # fmt: skip

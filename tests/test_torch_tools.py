@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.multiprocessing
-from cases import F64, Case
+from cases import F64, LAZY, Case
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,28 +109,59 @@ def test_a_dispatch_mode_sees_one_op_each_way():
         assert seen.ops.count(op) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_value_that_is_still_to_be_negated(name, target):
-    """Kernels that read memory would miss the sign."""
+@pytest.mark.parametrize("kind", LAZY)
+@pytest.mark.parametrize("name", [*NAMES, "base", "dy"])
+def test_a_tensor_whose_memory_does_not_hold_its_values(name, kind, target):
     backend, device = target
     t = Case(device=device).tensors()
-    args = [t[n] for n in NAMES]
-    wanted = ilora.ilora_linear(*args, 2.0, backend=backend)
-    at = NAMES.index(name)
-    args[at] = torch.complex(torch.zeros_like(args[at]), -args[at]).conj().imag
-    assert args[at].is_neg()
-    torch.testing.assert_close(ilora.ilora_linear(*args, 2.0, backend=backend), wanted)
+    known = (
+        {n: t[n] for n in NAMES} if name != "base" else {n: t[n] for n in ("x", "A", "B", "gate")} | {"base": t["dy"]}
+    )
+    others = {n: v.requires_grad_() for n, v in known.items() if n != name}
+
+    def results(value):
+        args = {**known, name: value} if name != "dy" else known
+        f = ilora.ilora_update if name == "base" else ilora.ilora_linear
+        y = f(**args, scaling=2.0, dropout_p=0.3, seed=7, backend=backend)
+        return [y.detach(), *torch.autograd.grad(y, list(others.values()), value if name == "dy" else t["dy"])]
+
+    plain = t["dy"] if name == "dy" else known[name].detach()
+    found, expected = results(LAZY[kind](plain)), results(torch.zeros_like(plain) if "zero" in kind else plain)
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_a_bias_and_segments_with_strides_given_to_the_op(target):
+    """As a lazy zero becomes one of stride 0 on its way through the dispatcher."""
+    backend, device = target
+    t = Case(lengths=(9, 0, 15), device=device).tensors()
+    strided = lambda v: torch.stack([v, v + 1], 1)[:, 0]  # noqa: E731
+    outputs = []
+    for bias, segments in ((t["bias"], t["segments"]), (strided(t["bias"]), strided(t["segments"]))):
+        settings = (segments, 2.0, 0.0, None)
+        y, xa = torch.ops.ilora.forward(t["x"], t["weight"], bias, None, t["A"], t["B"], t["gate"], *settings, backend)
+        low = (t["weight"], t["A"], t["B"], t["gate"])
+        outputs.append([y, *torch.ops.ilora.backward(t["dy"], t["x"], xa, *low, *settings, True, backend)])
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_batched_gradients(dropout_p, target):
+    backend, device = target
+    t = Case(device=device).tensors()
+    leaves = [t[n].requires_grad_() for n in NAMES]
+    y = ilora.ilora_linear(*leaves, 2.0, dropout_p=dropout_p, seed=3, backend=backend)
+    grad = lambda dy, **options: torch.autograd.grad(y, leaves, dy, retain_graph=True, **options)  # noqa: E731
+    batched = grad(torch.stack([t["dy"], -3 * t["dy"]]), is_grads_batched=True)
+    for found, first, second in zip(batched, grad(t["dy"]), grad(-3 * t["dy"]), strict=True):
+        torch.testing.assert_close(found, torch.stack([first, second]))
 
 
 def test_torch_func_gets_right_values_or_a_refusal():
-    leaves, _, dy = problem()
-    args = [t.detach() for t in leaves.values()]
+    args = [t.detach() for t in problem()[0].values()]
     xs = torch.stack([args[0], args[0] * 2, args[0] - 1])
     found = torch.vmap(lambda x: ilora.ilora_linear(x, *args[1:], 2.0))(xs)
     torch.testing.assert_close(found, torch.stack([ilora.ilora_linear(x, *args[1:], 2.0) for x in xs]))
-    y = ilora.ilora_linear(*leaves.values(), 2.0)
-    batched = torch.autograd.grad(y, leaves["B"], torch.stack([dy, 3 * dy]), is_grads_batched=True)[0]
-    torch.testing.assert_close(batched[1], 3 * batched[0])
     f = lambda x: ilora.ilora_linear(x, *args[1:], 2.0)  # noqa: E731
     with pytest.raises(RuntimeError, match="forward-mode differentiation is not supported"):
         torch.func.jvp(f, (args[0],), (args[0],))
@@ -148,6 +179,23 @@ def test_an_exported_model_trains(strict):
         each(x, gate).square().sum().backward()
     assert_same(gradients(exported), gradients(model))
     assert gradients(model).keys() == {"first.weight", "first.bias", "a.lora_A", "a.lora_B", "b.lora_A", "b.lora_B"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("base", ["Linear", "Conv1D", "no bias"])
+def test_export_keeps_a_layer_in_one_op(base, strict):
+    bases = {"Linear": lambda: nn.Linear(20, 12), "no bias": lambda: nn.Linear(20, 12, bias=False)}
+    if base == "Conv1D":
+        bases[base] = lambda: pytest.importorskip("transformers.pytorch_utils").Conv1D(12, 20)
+    layer, rows = ILoRALinear(bases[base]()), torch.export.Dim("rows", min=2)
+    nn.init.normal_(layer.lora_B)
+    x, gate = torch.randn(6, 5, 20), torch.rand(6, 4)
+    exported = torch.export.export(layer, (x, gate), dynamic_shapes=({0: rows}, {0: rows}), strict=strict)
+    ops = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert "ilora.forward.default" in ops
+    assert not any("linear" in op or "mm" in op or "matmul" in op for op in ops)
+    x, gate = torch.randn(7, 5, 20), torch.rand(7, 4)
+    torch.testing.assert_close(exported.module()(x, gate), layer(x, gate))
 
 
 def test_an_exported_model_draws_a_mask_of_its_own_each_time():

@@ -133,7 +133,9 @@ bool allowed(const Arguments& f) {
   if (f.bias && !(f.bias->scalar_type() == type && f.bias->dim() == 1 && f.bias->size(0) == d_out &&
                   f.bias->is_contiguous()))
     return false;
-  return (f.x.numel() / d_in) % N == 0 && f.dropout_p >= 0 && f.dropout_p < 1;
+  // gate_fits of checks.py, but for the products of several leading dimensions that are not all
+  const int64_t first = f.x.dim() > 1 ? f.x.size(0) : 1;
+  return (first % N == 0 || f.x.numel() == N * d_in) && f.dropout_p >= 0 && f.dropout_p < 1;
 }
 
 // ---------------------------------------------------------------------------------------------- autograd

@@ -23,6 +23,6 @@ def one_gate(gate: Any, num_experts: int, blocks: int, what: str) -> Tensor:
     Raises ValueError, TypeError in the name of `what`."""
     E = num_experts
     expected = f"one user's gate, [{E}] or [1, {E}] or, with one for each block, [{blocks}, 1, {E}]"
-    if float_gate(gate, expected, what).shape not in ((E,), (1, E), (blocks, 1, E)):
+    if float_gate(gate, expected, what, E).shape not in ((E,), (1, E), (blocks, 1, E)):
         raise ValueError(f"{what}: expected {expected}, got {list(gate.shape)}")
     return gate.reshape(-1, E)

@@ -158,11 +158,10 @@ def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs
     """Raises ValueError unless there is one gate row for each sequence, or one for all, or segments that say which row
     belongs to which instance; TypeError for a gate that is no float tensor."""
     E, layers = model.ilora.config.num_experts, len(model.ilora.adapter.blocks)
-    float_gate(gate, f"[N, {E}] or [{layers}, N, {E}]")
-    if gate.dim() not in (2, 3) or gate.shape[-1] != E or (gate.dim() == 3 and gate.shape[0] != layers):
-        raise ValueError(
-            f"gate: expected [N, {E}], or [{layers}, N, {E}] with one for each block, got {list(gate.shape)}"
-        )
+    expected = f"[N, {E}], or [{layers}, N, {E}] with one for each block"
+    float_gate(gate, expected, num_experts=E)
+    if gate.dim() not in (2, 3) or (gate.dim() == 3 and gate.shape[0] != layers):
+        raise ValueError(f"gate: expected {expected}, got {list(gate.shape)}")
     N = gate.shape[-2]
     if segments is not None:
         if segments.shape != (N + 1,):

@@ -67,17 +67,22 @@ def select(backend: str | None, device_type: str, dtype: torch.dtype) -> ModuleT
 
     Raises ValueError for an unknown name and BackendUnavailable for a named backend that cannot run this call.
     """
-    name, source = backend, "backend="
-    if not name:
-        name, source = os.environ.get("ILORA_BACKEND"), "ILORA_BACKEND="
+    name, source = named(backend)
     if not name:
         return _module(_fastest(device_type, dtype))
-    if name not in NAMES:
-        raise ValueError(f"{source}{name!r}: expected one of {', '.join(NAMES)}")
     reason = why_not(name, device_type, dtype)
     if reason is not None:
-        raise BackendUnavailable(f"{source}{name!r} cannot run {dtype} on {device_type}: {reason}")
+        raise BackendUnavailable(f"{source}={name!r} cannot run {dtype} on {device_type}: {reason}")
     return _module(name)
+
+
+def named(backend: str | None) -> tuple[str, str]:
+    """The name of the backend that is asked for, "" for none, and where it is asked for. Raises ValueError for an
+    unknown name."""
+    name, source = (backend, "backend") if backend else (os.environ.get("ILORA_BACKEND") or "", "ILORA_BACKEND")
+    if name and name not in NAMES:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(NAMES)}")
+    return name, source
 
 
 @cache

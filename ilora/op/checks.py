@@ -1,10 +1,12 @@
-"""What a call may look like. Every bad argument is refused here, by name, with what was expected and what came."""
+"""Checks the arguments of a call. Every error names the argument and says what was expected and what came."""
 
 from __future__ import annotations
 
 import math
 import operator
 import sys
+from collections.abc import Sequence
+from itertools import accumulate
 from numbers import Real
 from typing import Any
 
@@ -26,14 +28,13 @@ def check_tensors(
     B: Tensor,
     gate: Tensor,
     segments: Tensor | None,
-) -> None:
-    """Kinds, devices and shapes. Reads no values, so it costs no synchronisation and traces under torch.compile."""
+) -> Tensor:
+    """Checks types, devices and shapes, and returns the gate as [N, E]. It reads no values, so it costs no
+    synchronisation and torch.compile can trace it."""
     _check_kinds(x, weight, bias, base, A, B, gate, segments)
-    if x.layout is not torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: expected [..., d_in] with d_in >= 1, got {_shape(x)}")
-    d_in, M = x.shape[-1], rows(x)
+    d_in = x.shape[-1]
     if A.dim() != 2 or A.shape[1] != d_in:
         raise ValueError(_misfit(x, weight, A))
     R = A.shape[0]
@@ -50,40 +51,68 @@ def check_tensors(
         raise ValueError(f"bias: expected [d_out={d_out}], got {_shape(bias)}")
     if base is not None and tuple(base.shape) != (*x.shape[:-1], d_out):
         raise ValueError(f"base: expected {[*x.shape[:-1], d_out]} to go with x {_shape(x)}, got {_shape(base)}")
-    _check_gate(gate, segments, M, R)
+    return _flat_gate(gate, segments, x, R)
 
 
-def float_gate(gate: Any, expected: str, what: str = "gate") -> Tensor:
-    """The gate. Raises TypeError for anything but a float tensor. expected: its shape, in words; what: who asks."""
+def float_gate(gate: Any, expected: str = "", what: str = "gate", num_experts: int | None = None) -> Tensor:
+    """The gate. Raises TypeError for anything but a float tensor, and ValueError where its last dimension is not
+    num_experts. expected: its shape, in words; what: the name of the argument."""
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         got = gate.dtype if isinstance(gate, Tensor) else type(gate).__name__
-        raise TypeError(f"{what}: expected a float tensor, {expected}, got {got}")
+        raise TypeError(f"{what}: expected a float tensor, {expected or '[N, num_experts]'}, got {got}")
+    if num_experts is not None and gate.shape[-1:] != (num_experts,):
+        raise ValueError(f"{what}: expected {expected or f'[N, num_experts={num_experts}]'}, got {_shape(gate)}")
+    return gate
+
+
+def gate_fits(N: int, leading: Sequence[int]) -> bool:
+    """Whether the shape of x [*leading, d_in] tells which rows belong to which of N instances of equal length.
+
+    N divides the first dimension (the rows of an instance are side by side, as beams are), or it is the product of the
+    first few dimensions, as of [batch, choices, length, d_in]; of all of them for a token gate. Any other N would cut
+    an instance in the middle of a sequence.
+    """
+    if N == 1 or (leading and N and leading[0] % N == 0):
+        return True
+    return N in blocks(leading)
+
+
+def blocks(leading: Sequence[int]) -> list[int]:
+    """[d0, d0·d1, …]: how many blocks x [d0, d1, …, d_in] consists of, by its first dimension, its first two, …"""
+    return list(accumulate(leading, operator.mul))
+
+
+def _flat_gate(gate: Tensor, segments: Tensor | None, x: Tensor, R: int) -> Tensor:
+    """The gate as [N, E] if it fits x [..., d_in]; a gate [..., E] may have the first dimensions of x instead of N."""
+    leading = x.shape[:-1]
+    if gate.dim() > 2 and segments is None and gate.shape[:-1] == leading[: gate.dim() - 1]:
+        gate = gate.flatten(0, -2)
+    if gate.dim() != 2 or gate.shape[1] < 1:
+        raise ValueError(
+            f"gate: expected [N, E], one row of expert weights an instance, or x's first dimensions and E; "
+            f"got {_shape(gate)} for x {_shape(x)}"
+        )
+    N, E = gate.shape
+    if R % E:
+        raise ValueError(f"gate: its E={E} experts must divide the rank R={R}; gate is {_shape(gate)}")
+    if segments is None and not gate_fits(N, leading):
+        known = [f"divide {leading[0]}", *(f"be {n}" for n in blocks(leading)[1:])] if leading else ["be 1"]
+        raise ValueError(
+            f"gate: {_shape(gate)} does not fit x {_shape(x)}: N={N} must {' or '.join(known)}; "
+            "give segments=[N+1] row offsets where instances differ in length"
+        )
+    if segments is not None and tuple(segments.shape) != (N + 1,):
+        raise ValueError(
+            f"segments: expected [N+1={N + 1}] row offsets to go with gate {_shape(gate)}, got {_shape(segments)}"
+        )
     return gate
 
 
 def _misfit(x: Tensor, weight: Tensor | None, A: Tensor) -> str:
-    """What is wrong where x and A have no d_in in common: x, if the weight agrees with A."""
+    """The error for an x and an A of different d_in. It blames x if the weight agrees with A."""
     if weight is not None and A.dim() == weight.dim() == 2 and A.shape[1] == weight.shape[1]:
         return f"x: expected [..., {A.shape[1]}], as weight {_shape(weight)} and A {_shape(A)} have it, got {_shape(x)}"
     return f"A: expected [R, d_in={x.shape[-1]}] to go with x {_shape(x)}, got {_shape(A)}"
-
-
-def _check_gate(gate: Tensor, segments: Tensor | None, M: int, R: int) -> None:
-    if gate.dim() != 2 or gate.shape[1] < 1:
-        raise ValueError(f"gate: expected [N, E], one row of expert weights an instance, got {_shape(gate)}")
-    N, E = gate.shape
-    if R % E:
-        raise ValueError(f"gate: its E={E} experts must divide the rank R={R}; gate is {_shape(gate)}")
-    if segments is None:
-        if (N == 0 and M > 0) or (N > 0 and M % N):
-            raise ValueError(
-                f"gate: its N={N} rows do not divide the M={M} rows of x evenly; "
-                "pass segments=[N+1] row offsets where instances differ in length"
-            )
-    elif tuple(segments.shape) != (N + 1,):
-        raise ValueError(
-            f"segments: expected [N+1={N + 1}] row offsets to go with gate {_shape(gate)}, got {_shape(segments)}"
-        )
 
 
 def _check_kinds(x: Tensor, *others: Tensor | None) -> None:
@@ -92,6 +121,9 @@ def _check_kinds(x: Tensor, *others: Tensor | None) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+            raise TypeError(f"{name}: expected a dense tensor, got {kind}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected it on x's device {x.device}, got {tensor.device}")
         if name == "segments":
@@ -102,9 +134,9 @@ def _check_kinds(x: Tensor, *others: Tensor | None) -> None:
 
 
 def check_dtypes(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor, gate: Tensor
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor
 ) -> None:
-    """The combinations that are defined: the layer in one dtype; A and B in it too, or float32 beside 16 bits."""
+    """weight, bias and base have x's dtype. A and B have one dtype: x's, or float32 beside a 16-bit x."""
     for name, tensor in (("weight", weight), ("bias", bias), ("base", base)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
@@ -115,7 +147,7 @@ def check_dtypes(
 
 
 def check_segments(segments: Tensor | None, M: int) -> None:
-    """The offsets rise from 0 to M. On a GPU the values stay unread: that would stop the stream on every call."""
+    """The offsets rise from 0 to M. On a GPU their values are not read: each call would wait for the device."""
     if segments is None or segments.device.type != "cpu":
         return
     if segments[0] != 0 or segments[-1] != M or bool((segments[1:] < segments[:-1]).any()):
@@ -123,7 +155,7 @@ def check_segments(segments: Tensor | None, M: int) -> None:
 
 
 def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> int | Tensor | None:
-    """The seed as an int that fits 64 bits, or as it came: one int64 on the device, or None."""
+    """The seed: None, an int of 64 bits, or a tensor with one int64 on the device."""
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
     if isinstance(seed, Tensor):
@@ -132,7 +164,7 @@ def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devi
                 f"seed: expected one torch.int64 on {device}, got {seed.dtype} {_shape(seed)} on {seed.device}"
             )
     elif seed is not None:
-        if not isinstance(seed, int):  # numpy's integers; of torch's symbolic ones an index would be a guard
+        if not isinstance(seed, int):  # a symbolic int counts as one; operator.index would guard on its value
             if not hasattr(seed, "__index__"):
                 raise TypeError(f"seed: expected an int, a tensor or None, got {type(seed).__name__}")
             seed = operator.index(seed)
@@ -142,8 +174,21 @@ def checked_seed(seed: int | Tensor | None, dropout_p: float, device: torch.devi
 
 
 def as_number(name: str, value: Any) -> float:
-    """A setting that is no Python number: one of another library, or of one element. Raises TypeError for others."""
-    if isinstance(value, (Real, Tensor)):
+    """The float in a Python number, another library's number or a tensor of one element. Raises TypeError for anything
+    else, and for a tensor that asks for a gradient, since a number has none."""
+    if isinstance(value, float):
+        return value
+    if isinstance(value, Tensor):
+        if value.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name}: expected a number, got a tensor that requires a gradient, which it would not get; "
+                "multiply the gate by it to learn a scaling, or detach it"
+            )
+        got = f"a tensor {_shape(value)} of {value.dtype} on {value.device}"
+        if value.numel() != 1 or value.is_complex() or value.is_meta:
+            raise TypeError(f"{name}: expected a number, got {got}")
+        return float(value)
+    if isinstance(value, Real):
         return float(value)
     raise TypeError(f"{name}: expected a number, got {value!r}")
 
@@ -157,7 +202,7 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-# The settings of an adapter: those of a layer, which a model's config has too.
+# The settings of an adapter, which ILoRALinear takes and ILoRAConfig has.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 

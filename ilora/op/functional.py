@@ -29,16 +29,19 @@ def ilora_linear(
         x: [..., d_in], float16, bfloat16, float32 or float64; its leading dimensions flatten to M rows.
         weight, bias: [d_out, d_in] and [d_out] or None, in x's dtype. Usually frozen; gradients are there if asked for.
         A, B: [R, d_in] and [d_out, R], one dtype: x's, or float32 beside a 16-bit x. 1 <= R <= 256.
-        gate: [N, E], any float dtype, E divides R. N = M is a token gate.
+        gate: [N, E], any float dtype, E divides R. Without segments each of the N instances owns M/N rows, and N must
+            divide the first dimension of x or be the product of its first few ([B, L, d_in]: N = B, or N = B·L for a
+            token gate, which may also be [B, L, E]).
         scaling: alpha / (R/E).
         segments: int32 [N+1] on x's device, rising from 0 to M: row m belongs to instance i iff
-            segments[i] <= m < segments[i+1]. None: N runs of M/N rows. On a GPU its values are trusted, not read back.
-        dropout_p: 0 <= p < 1, dropout on the low-rank path only. Nothing is stored for it: the mask is a function of
-            (seed, row, column).
-        seed: an int or one int64 on x's device; None draws one from torch's generator (torch.manual_seed rules it).
+            segments[i] <= m < segments[i+1]. None: instances of equal length. On a GPU the values are not checked.
+        dropout_p: 0 <= p < 1, dropout on the low-rank path only. The mask is a function of (seed, row, column), so
+            that the backward computes it again.
+        seed: an int or one int64 on x's device; None draws one from torch's generator, which torch.manual_seed sets.
         backend: "reference", "native" or "triton"; None means ILORA_BACKEND, else the fastest that fits.
     Returns: y [..., d_out] in x's dtype. Under autocast x, weight, bias, A and B are cast as torch's linear casts them.
-    Raises: ValueError or TypeError naming the argument, before any work; ilora.BackendUnavailable.
+    Raises: ValueError or TypeError naming the argument, before any work; ilora.BackendUnavailable for a backend that
+        cannot run this call.
     Saved for backward: x, xa [M, R], the arguments and the seed. The same inputs give the same bits.
     Formula: arXiv 2408.10159, with the experts' sum written as a scaling in rank space.
     """
@@ -69,17 +72,13 @@ def ilora_update(
 
 
 def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed, backend):
-    if not isinstance(scaling, float):
-        scaling = as_number("scaling", scaling)
-    if not isinstance(dropout_p, float):
-        dropout_p = as_number("dropout_p", dropout_p)
-    check_tensors(x, weight, bias, base, A, B, gate, segments)
+    scaling, dropout_p = as_number("scaling", scaling), as_number("dropout_p", dropout_p)
+    gate = check_tensors(x, weight, bias, base, A, B, gate, segments)
     device = x.device.type
     autocast = autocasts(device)
     if autocast:
         x, weight, bias, base, A, B = autocast_to(torch.get_autocast_dtype(device), x, weight, bias, base, A, B)
-    check_dtypes(x, weight, bias, base, A, B, gate)
-    bias, segments = dense(bias), dense(segments)
+    check_dtypes(x, weight, bias, base, A, B)
     seed = seed_tensor(checked_seed(seed, dropout_p, x.device), dropout_p, x)
     settings = (scaling / (1.0 - dropout_p), dropout_p, seed, backend or "")
     if not autocast:
@@ -89,17 +88,12 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, segments, dropout_p, seed
 
 
 def _call(*args):
-    tensors = args[:8]
-    if not unseen(*tensors):
+    tensors, seed = args[:8], args[10]
+    if not unseen(*tensors, seed):
         return FORWARD(*args)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return Eager.apply(*args)[0]
     return forward(*args)[0]
-
-
-def dense(vector: Tensor | None) -> Tensor | None:
-    """A bias or segments as the kernels read them, without a stride."""
-    return None if vector is None else vector.contiguous()
 
 
 def autocasts(device: str) -> bool:

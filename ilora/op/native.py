@@ -1,6 +1,6 @@
 """The native backend: C++ loops for the four primitives on the CPU, and torch's matrix multiplication for the frozen
-layer. Each function takes 2-D tensors that have been checked, as `composition` describes them. The libraries are built
-when ilora is installed (see setup.py).
+layer. Each function takes 2-D tensors that have been checked, as in `reference`. The libraries are built when ilora is
+installed (see setup.py).
 """
 
 from __future__ import annotations

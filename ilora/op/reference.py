@@ -29,7 +29,7 @@ def ilora_linear(
         x: [..., d_in]; its leading dimensions flatten to M rows.
         weight, bias: the frozen linear, [d_out, d_in] and [d_out] or None.
         A, B: [R, d_in] and [d_out, R]; expert e owns ranks [e·R/E, (e+1)·R/E).
-        gate: [N, E], one row per instance.
+        gate: [N, E], one row per instance; or [..., E] with the first dimensions of x.
         scaling: alpha / (R/E).
         segments: int32 [N+1], row m belongs to instance i iff segments[i] <= m < segments[i+1];
             None means N runs of M/N rows each.
@@ -40,6 +40,7 @@ def ilora_linear(
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
     # Inverted dropout: the mask on x, its 1/(1-p) in the scaling, where it costs no rounding.
     xa = shrink_x(rows, A, dropout_p, seed)
+    gate = gate.reshape(-1, gate.shape[-1])
     y = expand_xa(rows, xa, weight, bias, None, B, gate, segments, scaling / (1.0 - dropout_p))
     return y.reshape(*x.shape[:-1], B.shape[0])
 

@@ -36,6 +36,11 @@ _LIBRARY.define(
 _LIBRARY.define("keep_seed(Tensor seed, Tensor x) -> Tensor")
 FORWARD, BACKWARD, KEEP_SEED = (getattr(torch.ops.ilora, op).default for op in ("forward", "backward", "keep_seed"))
 _PLAIN = (Tensor, torch.nn.Parameter)
+# What the dispatcher goes through on every call; a mode or a transform adds a key of its own.
+_EVERY_CALL = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.ADInplaceOrView
+)
+_MODES = ~_EVERY_CALL.raw_repr()
 
 
 @torch.library.impl(_LIBRARY, "forward", "CompositeExplicitAutograd")
@@ -47,6 +52,7 @@ def forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, see
             "ilora.reference.ilora_linear is plain torch"
         )
     check_segments(segments, rows(x))
+    bias, segments = dense(bias), dense(segments)
     module = backends.select(backend, x.device.type, x.dtype)
     flat_x, flat_base = x.reshape(-1, x.shape[-1]), None if base is None else base.reshape(-1, B.shape[0])
     if hasattr(module, "forward"):
@@ -61,7 +67,8 @@ def forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, see
 @torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
 def backward(dy, x, xa, weight, A, B, gate, segments, scaling, dropout_p, seed, need_dx, backend):
     """(dx, empty unless need_dx; dA, dB, dgate)."""
-    check_segments(segments, rows(x))  # again: they may lie in a buffer that has been used anew
+    check_segments(segments, rows(x))  # again, because the caller may have changed them since the forward
+    segments = dense(segments)
     module = backends.select(backend, x.device.type, x.dtype)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     if hasattr(module, "backward"):
@@ -74,6 +81,11 @@ def backward(dy, x, xa, weight, A, B, gate, segments, scaling, dropout_p, seed, 
     return x.new_empty(0) if dx is None else dx.view(x.shape), dA, dB, dgate
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A bias or segments without a stride, as the kernels read them."""
+    return None if vector is None else vector.contiguous()
+
+
 @torch.library.impl(_LIBRARY, "keep_seed", "CompositeExplicitAutograd")
 def _keep_seed(seed, x):
     return seed.clone()
@@ -81,6 +93,7 @@ def _keep_seed(seed, x):
 
 @torch.library.register_fake("ilora::forward", lib=_LIBRARY)
 def _forward_fake(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend):
+    backends.named(backend)
     xa = x.new_empty(rows(x), A.shape[0], dtype=torch.promote_types(x.dtype, A.dtype))
     return x.new_empty(*x.shape[:-1], B.shape[0]), xa
 
@@ -97,14 +110,18 @@ def _keep_seed_fake(seed, x):
 
 
 def unseen(*tensors: Tensor | None) -> bool:
-    """Whether no tool of torch needs to see an op on these tensors: no compiler, no dispatch mode, no transform of
-    torch.func, no tensor subclass, no value that is still to be negated. Then the op's implementation may be called by
-    itself, which spares a third of the host's time."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether a backend may read these tensors without torch's dispatcher, which takes a third of the host's time.
+
+    False under a compiler, a tracer, a dispatch mode, a transform of torch.func or autograd's is_grads_batched, and for
+    a tensor whose memory does not hold its values: a subclass, a lazy negation, a lazy zero
+    (torch._efficientzerotensor), one on the meta device.
+    """
+    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() & _MODES:
         return False
-    if torch._C._are_functorch_transforms_active():
-        return False
-    return all(t is None or (type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor()) for t in tensors)
+    return all(
+        t is None or (type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor() and not t.is_meta)
+        for t in tensors
+    )
 
 
 def seed_tensor(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Tensor | None:
@@ -132,7 +149,8 @@ def gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]
     x, xa, weight, A, B, gate, segments, seed = ctx.saved_tensors
     scaling, dropout_p, backend = ctx.settings
     # Under create_graph the op itself is called, whose results refuse to be differentiated.
-    op = backward if not torch.is_grad_enabled() and unseen(dy, x, xa, weight, A, B, gate, segments) else BACKWARD
+    plain = not torch.is_grad_enabled() and unseen(dy, x, xa, weight, A, B, gate, segments, seed)
+    op = backward if plain else BACKWARD
     settings = (scaling, dropout_p, seed, needs[0], backend)
     dx, dA, dB, dgate = op(dy, x, xa, weight, A, B, gate, segments, *settings)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])

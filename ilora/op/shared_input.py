@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_dtypes, check_segments, check_tensors, checked_seed, rows
-from .functional import autocast_to, autocasts, dense
-from .registration import refuse_second_derivative, seed_tensor
+from .checks import as_number, check_dtypes, check_segments, check_tensors, checked_seed, rows
+from .functional import autocast_to, autocasts
+from .registration import BACKWARD, dense, refuse_second_derivative, seed_tensor, unseen
 
 
 class Projection(NamedTuple):
@@ -61,8 +61,8 @@ class SharedInput:
         seed: int | Tensor | None = None,
         backend: str | None = None,
     ) -> None:
-        for p in projections:
-            check_tensors(x, p.weight, p.bias, None, p.A, p.B, gate, segments)
+        scaling, dropout_p = as_number("scaling", scaling), as_number("dropout_p", dropout_p)
+        (gate, *_) = [check_tensors(x, p.weight, p.bias, None, p.A, p.B, gate, segments) for p in projections]
         check_segments(segments, rows(x))
         self.device = x.device.type
         if autocasts(self.device):
@@ -70,9 +70,9 @@ class SharedInput:
             (x,) = autocast_to(dtype, x)  # type: ignore[assignment]
             projections = [Projection(*autocast_to(dtype, *p)) for p in projections]  # type: ignore[arg-type]
         for p in projections:
-            check_dtypes(x, p.weight, p.bias, None, p.A, p.B, gate)
+            check_dtypes(x, p.weight, p.bias, None, p.A, p.B)
         seed = seed_tensor(checked_seed(seed, dropout_p, x.device), dropout_p, x)
-        self.settings = Settings(float(scaling) / (1.0 - dropout_p), float(dropout_p), backend or "")
+        self.settings = Settings(scaling / (1.0 - dropout_p), dropout_p, backend or "")
         projections, segments = [p._replace(bias=dense(p.bias)) for p in projections], dense(segments)
         self.x, self.projections, self.gate, self.segments = x, projections, gate, segments
         self._spent: list[bool] = []
@@ -112,6 +112,8 @@ class _AllProjections(torch.autograd.Function):
         given = {j: dy for j, dy in enumerate(dys) if dy is not None}
         if not given:
             return None, None, *(None for _ in needs)
+        if not unseen(*given.values(), *saved):
+            return None, None, *_gradients_by_op(ctx.settings, given, saved, needs)
         with torch.no_grad():
             grads = _gradients(ctx.settings, given, saved, needs)
         if torch.is_grad_enabled():
@@ -124,12 +126,12 @@ def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: An
     (x, gate, segments, seed, *flat, xas), (scaling, dropout_p, backend) = saved, settings
     module = backends.select(backend, x.device.type, x.dtype)
     flat_x = x.reshape(-1, x.shape[-1])
-    check_segments(segments, len(flat_x))  # again: they may lie in a buffer that has been used anew
+    check_segments(segments, len(flat_x))  # again, because the caller may have changed them since the forward
     grads: list[Any] = [None] * len(needs)
     products, dxas = [], []
     for j, dy in dys.items():
         weight, _, _, B = flat[4 * j : 4 * j + 4]
-        dy = dy.reshape(-1, len(B)).resolve_neg()  # a kernel reads its memory
+        dy = dy.reshape(-1, len(B))
         dxa, dB, dgate = module.backward_dy(dy, xas[j], B, gate, segments, scaling)
         at = 4 + 4 * j
         grads[at] = dy.T @ flat_x if needs[at] else None
@@ -143,6 +145,22 @@ def _gradients(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: An
     for j, part in zip(dys, dA.chunk(len(dys)), strict=True):
         grads[6 + 4 * j] = part
     grads[0] = None if dx is None else dx.view(x.shape)
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+def _gradients_by_op(settings: Settings, dys: dict[int, Tensor], saved: Any, needs: Any) -> list[Tensor | None]:
+    """The same by one op for each projection, for tensors that a backend cannot read by itself (a vmapped dy, say)."""
+    x, gate, segments, seed, *flat, xas = saved
+    scaling, dropout_p, backend = settings
+    grads: list[Any] = [None] * len(needs)
+    for j, dy in dys.items():
+        weight, _, A, B = flat[4 * j : 4 * j + 4]
+        low = (A, B, gate, segments, scaling, dropout_p, seed)
+        dx, dA, dB, dgate = BACKWARD(dy, x, xas[j], weight, *low, needs[0], backend)
+        flat_dy, at = dy.reshape(-1, len(B)), 4 + 4 * j
+        dweight = flat_dy.T @ x.reshape(-1, x.shape[-1]) if needs[at] else None
+        grads[at : at + 4] = dweight, flat_dy.sum(0) if needs[at + 1] else None, dA, dB
+        grads[:2] = (dx, dgate) if grads[1] is None else (grads[0] + dx, grads[1] + dgate)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 

@@ -1,6 +1,9 @@
 """A kernel launch as data, and a plan: the launches of one call in order, with the tensors that they fill."""
 
+import os
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,6 +11,10 @@ import torch
 from torch import Tensor
 
 from .device import Device, dots
+
+# Triton's interpreter puts its own functions into triton.language while a kernel runs, and keeps the place in the grid
+# in a global: it runs one kernel at a time. Compiled kernels are launched by all threads at once.
+INTERPRETER_LOCK: Any = threading.Lock() if os.environ.get("TRITON_INTERPRET") == "1" else nullcontext()
 
 
 class Launch(NamedTuple):
@@ -37,7 +44,7 @@ class Launch(NamedTuple):
 
 def run(launches: list[Launch], x: Tensor) -> list[Any]:
     """Launches all in order on the current stream of x's device, without waiting. Returns what each launch returns."""
-    with torch.cuda.device_of(x):
+    with INTERPRETER_LOCK, torch.cuda.device_of(x):
         return [launch() for launch in launches]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import device_of
-from .launch import Launch, Plan, run
+from .launch import INTERPRETER_LOCK, Launch, Plan, run
 
 LIMIT = 4096  # plans kept, about ten kilobytes each: training on rows of varying length makes many
 ALIGNMENT = 256  # bytes: where buffers begin in the workspace, as torch's tensors do
@@ -89,7 +89,7 @@ class KeptPlan:
             shape, dtype = self.buffers[slot - self._first]
             tensors[slot] = torch.empty(shape, dtype=dtype, device=x.device)
         work = torch.empty(self.work, dtype=torch.uint8, device=x.device) if self.offsets else None
-        with torch.cuda.device_of(x):
+        with INTERPRETER_LOCK, torch.cuda.device_of(x):
             options = {"stream": torch.cuda.current_stream(x.device).cuda_stream} if x.is_cuda else {}
             self._launch(tensors, work, options)
         return tuple(None if slot is None else tensors[slot] for slot in self.results)
