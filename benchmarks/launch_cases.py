@@ -18,7 +18,10 @@ TARGETS = {  # GPUTarget's arguments; multiprocessors and shared memory of A100,
     "sm_100": (("cuda", 100, 32), 148, 227 * KIB),
     "gfx942": (("hip", "gfx942", 64), 304, 64 * KIB),
 }
-DTYPES = {"bf16": (torch.bfloat16,) * 2, "mixed": (torch.bfloat16, torch.float32), "fp32": (torch.float32,) * 2}
+DTYPES = {  # of the activations, and of A and B
+    "bf16": (torch.bfloat16,) * 2, "fp16": (torch.float16,) * 2, "mixed": (torch.bfloat16, torch.float32),
+    "fp32": (torch.float32,) * 2,
+}  # fmt: skip
 TMEM = {"sm_100": 512}  # columns of tensor memory
 TMA = ("sm_90", "sm_100")  # copy tiles by tensor descriptor
 SQUARE: dict[str, Any] = {"d_in": 1024, "d_out": 1024, "token": True}

@@ -75,8 +75,10 @@ def add_grad_weights(
     """The partial sums of dA [R, d_in] and of dB [d_out, R], or dA and dB themselves. dy, h and dB go together."""
     (M, D_IN), R = x.shape, len(dA)
     D_OUT = 0 if dy is None else dy.shape[1]
-    one, two = (grad_weight_tile(plan.device, wide, R, plan.dots) for wide in (x, x if dy is None else dy))
-    m, n, warps, stages = min(one.m, two.m), one.n, max(one.warps, two.warps), min(one.stages, two.stages)
+    one = grad_weight_tile(plan.device, x, R, plan.dots, mask.on)
+    two = one if dy is None else grad_weight_tile(plan.device, dy, R, plan.dots)
+    m, n, stages = min(one.m, two.m), min(one.n, two.n), min(one.stages, two.stages)
+    warps = one.warps if one.n < two.n else max(one.warps, two.warps)
     C = ceil_div(D_IN, n) + ceil_div(D_OUT, n)
     G, chunk = splits(plan.device, C, M, m, programs_per_sm(R))
     da, db = new_parts(G, dA), None if dB is None else new_parts(G, dB)

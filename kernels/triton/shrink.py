@@ -77,7 +77,7 @@ def shrink(
 def add_shrink(plan: Plan, x: Tensor, A: Tensor, mask: Mask) -> Tensor:
     """The partial sums [S, M, R] of xa, or xa [M, R] itself, in float32."""
     (M, D), R = x.shape, len(A)
-    tile = shrink_tile(plan.device, x, R, plan.dots)
+    tile = shrink_tile(plan.device, x, R, plan.dots, mask.on)
     S, chunk = splits(plan.device, ceil_div(M, tile.m), D, tile.n, programs_per_sm(R))
     parts = x.new_empty((M, R) if S == 1 else (S, M, R), dtype=torch.float32)
     args = {

@@ -62,25 +62,33 @@ def _sizes(R: int, dot: Dots) -> tuple[int, int, int]:
     return size, 4 if dot.pieces > 1 else size, pow2(R, 16, 256)
 
 
-def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
-    """m rows and n columns of x a step. Every m rows read the [R, D] operand again."""
+# Under a dropout mask a program computes the mask in the registers that its wgmma reads, and Triton 3.6 leaves the last
+# wgmma of a step running into the next step's mask. The tiles of "masked" kernels are those for which it does not:
+# either steps of 64 columns, or blocks of fewer than 64, which no wgmma multiplies. benchmarks/kernel_report.py checks.
+
+
+def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots, masked: bool = False) -> Tile:
+    """m rows and n columns of x a step. Every m rows read the [R, D] operand again. masked: dropout acts on x."""
     size, narrow, r = _sizes(R, dot)
     heavy = dot.pieces > 1 and r > 64  # three pieces of so many ranks need registers, as unaligned addresses do
     full = 32 if (heavy and r == 256) or (size == 4 and r > 32) else 64 if r <= 64 or heavy or not aligned(x) else 128
     m = pow2(len(x), 16, full)
     pieces = dot.pieces > 1 and r > 32  # steps of 64 columns spilled in grad_dy on sm_80
-    n = (256 if r <= 32 else 128) // size // (2 if pieces or not aligned(x) else 1)
+    narrower = pieces or not aligned(x) or (masked and r <= 32 and size == 2)
+    n = (256 if r <= 32 else 128) // size // (2 if narrower else 1)
     budget = ONE_PROGRAM if r > 32 else TWO_PROGRAMS
     warps = 4 if r <= 32 and aligned(x) else 8
     return Tile(m, n, warps, stages_within(device, n * (m * size + r * narrow), budget))
 
 
-def grad_weight_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
-    """m rows and n columns of x a step. The [n, R] accumulator stays in registers."""
+def grad_weight_tile(device: Device, x: Tensor, R: int, dot: Dots, masked: bool = False) -> Tile:
+    """m rows and n columns of x a step. The [n, R] accumulator stays in registers. masked: dropout acts on x."""
     size, narrow, r = _sizes(R, dot)
     m = pow2(len(x), 16, 64 if size == narrow == 2 else 16 if (size == 4 and r > 32) or r == 256 else 32)
-    n, budget = 64, ONE_PROGRAM if r > 32 else TWO_PROGRAMS  # wider blocks read h less often and leave more sums
-    warps = 4 if r <= 32 and size == 2 and aligned(x) else 8
+    budget = ONE_PROGRAM if r > 32 else TWO_PROGRAMS
+    small = masked and r == 16 and size == 2 and not aligned(x)
+    n = 32 if small else 64  # wider blocks read h less often and leave more sums
+    warps = 4 if small or (r <= 32 and size == 2 and aligned(x)) else 8
     return Tile(m, n, warps, stages_within(device, m * (n * size + r * narrow), budget))
 
 
