@@ -103,9 +103,9 @@ def layer_plans(name: str, this: Layer, p: float, sms: int) -> Iterator[tuple[An
     strategy = "auto" if name == "decode" else name
     low = (this.A, this.B, *gating, *dropping)
     plan = made.forward(device, this.x, this.weight, this.bias, None, *low, strategy)
-    y, xa = plan.results
+    y, (xa, h) = plan.results
     yield plan, {"y": y}
-    plan = made.backward(device, this.dy, this.x, xa, this.weight, *low, True, strategy)
+    plan = made.backward(device, this.dy, this.x, xa, h, this.weight, *low, True, strategy)
     yield plan, dict(zip(("dx", "dA", "dB", "dgate"), plan.results, strict=True))
 
 
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dropouts", type=arguments.probabilities, default=[0.0, 0.1])
     add("--ranks", type=arguments.counts, default=[8, 16, 32, 64])
     add("--shape", type=arguments.counts, default=[200, 272, 144], help="M,d_in,d_out (200,272,144)")
-    add("--sms", type=arguments.count, default=4, help="multiprocessors that the launches are cut to")
+    add("--sms", type=arguments.count, default=7, help="multiprocessors that the launches are cut to (7)")
     options = parser.parse_args(argv)
     for option, known in (("plans", PLANS), ("dtypes", DTYPES), ("gates", GATES)):
         if unknown := set(getattr(options, option)) - set(known):

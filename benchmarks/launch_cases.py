@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ def cases(ranks: list[int], dtypes: list[str]) -> list[Case]:
     """The typical layer at every rank with dropout, and at one rank its variants: p = 0, few rows, odd sizes."""
     every = [Case(dtype, R, 0.1) for dtype in dtypes for R in ranks if dtype != "fp32"]
     first, main = ranks[len(ranks) > 1], dtypes[0]
+    every += [Case(main, 2, 0.1)]  # fewer ranks than experts elsewhere: two experts of one rank
     every += [Case(main, first, 0.0), Case(main, first, 0.0, M=1, token=True)]
     every += [Case(main, first, 0.1, M=1000, d_in=1001, d_out=777), Case(main, first, 0.1, d_out=1024, token=True)]
     every += [Case("fp32", R, 0.1) for R in ranks if "fp32" in dtypes]
@@ -77,7 +79,7 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     arch, sms, smem = TARGETS[target]
     device = package.device.Device(sms, smem, hip=arch[0] == "hip", tma=target in TMA, tmem=TMEM.get(target, 0))
     x_type, a_type = DTYPES[case.dtypes]
-    N, E = (case.M if case.token else 32), 4
+    N, E = (case.M if case.token else 32), math.gcd(case.R, 4)
 
     def empty(*shape: int, dtype: torch.dtype = x_type) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -94,5 +96,5 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     forward = package.plans.forward(device, x, weight, empty(case.d_out), None, *low, strategy)
     if decoding:
         return forward.launches, []
-    xa = forward.results[1]
-    return forward.launches, package.plans.backward(device, dy, x, xa, weight, *low, True, strategy).launches
+    xa, h = forward.results[1]
+    return forward.launches, package.plans.backward(device, dy, x, xa, h, weight, *low, True, strategy).launches

@@ -125,13 +125,17 @@ def title(job: Job) -> str:
     """The kernel, and what distinguishes its specialisations."""
     constants = dict(job.constants)
     kinds = dict(job.signature)
-    blocks = "×".join(str(v) for k, v in job.constants if k.startswith(("BLOCK", "ALONG", "DOWN")))
-    dtype = next((kinds[name][1:] for name in ("x_ptr", "dy_ptr", "b_ptr", "parts_ptr") if name in kinds), "")
-    small = next((kinds[name][1:] for name in ("a_ptr", "dxa_ptr", "b_ptr") if name in kinds), "")
+    blocks = "×".join(str(v) for k, v in job.constants if k.startswith(("BLOCK", "ALONG_", "DOWN_")))
+
+    def dtype_of(*names: str) -> str:
+        return next((kinds[name][1:] for name in names if kinds.get(name, "").startswith("*")), "")
+
+    dtype, small = dtype_of("x_ptr", "dy_ptr", "b_ptr", "parts_ptr"), dtype_of("a_ptr", "dxa_ptr", "b_ptr")
     marks = (
         ("dropout", constants.get("DROPOUT")),
         ("w by rows", constants.get("W_BY_ROWS")),
         ("and dB", job.kernel == "grad_weights" and constants.get("dy_ptr", "given") is not None),
+        ("gates", job.kernel in ("shrink", "grad_dy") and kinds["gate_ptr"] != "constexpr"),
         ("with W", kinds.get("weight_ptr", "constexpr") != "constexpr"),
     )
     flags = [name for name, on in marks if on]

@@ -40,7 +40,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @torch.library.impl(_LIBRARY, "forward", "CompositeExplicitAutograd")
 def forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend):
-    """(y [..., d_out], xa [M, R]) for x [..., d_in], by the backend of this name, "" for the fastest that fits."""
+    """(y [..., d_out], xa [M, R]) for x [..., d_in], by the backend of this name, "" for the fastest that fits.
+
+    A backend with its own forward and backward may keep more of the ranks than xa: see `_kept`.
+    """
     if torch.autograd.forward_ad._current_level >= 0:  # torch would take the missing tangents for zeros
         raise RuntimeError(
             "ilora_linear: forward-mode differentiation is not supported by the fused backends; "
@@ -81,8 +84,14 @@ def _keep_seed(seed, x):
 
 @torch.library.register_fake("ilora::forward", lib=_LIBRARY)
 def _forward_fake(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend):
-    xa = x.new_empty(rows(x), A.shape[0], dtype=torch.promote_types(x.dtype, A.dtype))
+    kept = () if backends.why_not("triton", x.device.type, x.dtype) else _kept(backend, x)
+    xa = x.new_empty(*kept, rows(x), A.shape[0], dtype=torch.promote_types(x.dtype, A.dtype))
     return x.new_empty(*x.shape[:-1], B.shape[0]), xa
+
+
+def _kept(backend, x):
+    """Leading dimensions of the ranks that the backend's own `forward` keeps for its `backward`: of xa alone none."""
+    return getattr(backends.select(backend, x.device.type, x.dtype), "KEPT", ())
 
 
 @torch.library.register_fake("ilora::backward", lib=_LIBRARY)

@@ -54,6 +54,25 @@ def gammas(
     return scaling * tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def store_gated(
+    total, gamma, rows, M, scaling, raw_ptr, gated_ptr, xa_ptr, scores_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Writes gated = γ ⊙ total, and where their pointers are given raw = total and scores = scaling · total ⊙ xa.
+
+    All are [M, R] contiguous. `sums` computes dgate from the scores.
+    """
+    ranks = tl.arange(0, BLOCK_R)
+    at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    inside = (rows < M)[:, None] & (ranks < R)[None, :]
+    tl.store(gated_ptr + at, total * gamma, mask=inside)
+    if raw_ptr is not None:
+        tl.store(raw_ptr + at, total, mask=inside)
+    if scores_ptr is not None:
+        xa = tl.load(xa_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(scores_ptr + at, scaling * total * xa, mask=inside)
+
+
 @triton.jit(do_not_specialize=["M", "N", "S", "run", "width"])
 def gate_ranks(
     parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
@@ -104,6 +123,10 @@ class Gate(NamedTuple):
             "width": search_width(N), "scaling": self.scaling, **strides("gate", self.gate),
         }  # fmt: skip
 
+    def no_rows(self) -> Tensor:
+        """dgate where there are no rows."""
+        return self.gate.new_zeros(self.gate.shape)
+
     def new_dgate(self) -> tuple[Tensor, Tensor]:
         """Empty (scores [M, E], dgate [N, E]); one tensor for both where each row has a gate row of its own."""
         dgate = self.gate.new_empty(self.gate.shape)
@@ -112,13 +135,18 @@ class Gate(NamedTuple):
         return self.gate.new_empty(self.M, self.gate.shape[1], dtype=torch.float32), dgate
 
 
+NO_GATE = {
+    "gate_ptr": None, "segments_ptr": None, "N": 1, "run": 1, "width": 1, "scaling": 1.0, **strides("gate", None),
+    "RANK": 1,
+}  # fmt: skip
+
+
 def add_gate_ranks(
-    plan: Plan, gate: Gate, parts: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
+    plan: Plan, gate: Gate, parts: Tensor, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
     scores: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """gated [M, R]. parts: [S, M, R] or [M, R]. raw and scores are filled too, if given; scores need xa."""
+) -> None:  # fmt: skip
+    """Fills gated [M, R], and raw and scores, if given; scores need xa. parts: [S, M, R] or [M, R]."""
     (M, R), E = parts.shape[-2:], gate.gate.shape[1]
-    gated = plan.new_ranks(M, R)
     block_e, block_j = pow2(E, 1, 256), pow2(R // E, 1, 256)
     block_m = max(1, 512 // (block_e * block_j))  # many programs: each waits for its loads more than it computes
     args = {
@@ -127,4 +155,3 @@ def add_gate_ranks(
         "E": E, "RANK": R // E, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j,
     }  # fmt: skip
     plan.launches.append(Launch(gate_ranks, (ceil_div(M, block_m),), args))
-    return gated

@@ -64,9 +64,9 @@ class Plan:
         """An empty [M, D] in the dtype of the activations."""
         return self._x.new_empty(M, D)
 
-    def new_ranks(self, M: int, R: int) -> Tensor:
-        """An empty [M, R] in the dtype that ranks have between launches."""
-        return self._x.new_empty(M, R, dtype=self._rank_dtype)
+    def new_ranks(self, *shape: int) -> Tensor:
+        """An empty [..., M, R] in the dtype that ranks have between launches."""
+        return self._x.new_empty(shape, dtype=self._rank_dtype)
 
 
 def new_parts(count: int, out: Tensor) -> Tensor:
