@@ -84,14 +84,16 @@ def _keep_seed(seed, x):
 
 @torch.library.register_fake("ilora::forward", lib=_LIBRARY)
 def _forward_fake(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend):
-    kept = () if backends.why_not("triton", x.device.type, x.dtype) else _kept(backend, x)
-    xa = x.new_empty(*kept, rows(x), A.shape[0], dtype=torch.promote_types(x.dtype, A.dtype))
-    return x.new_empty(*x.shape[:-1], B.shape[0]), xa
+    xa = x.new_empty(rows(x), A.shape[0], dtype=torch.promote_types(x.dtype, A.dtype))
+    return x.new_empty(*x.shape[:-1], B.shape[0]), _kept(xa, x, backend)
 
 
-def _kept(backend, x):
-    """Leading dimensions of the ranks that the backend's own `forward` keeps for its `backward`: of xa alone none."""
-    return getattr(backends.select(backend, x.device.type, x.dtype), "KEPT", ())
+def _kept(xa, x, backend):
+    """What a fake `forward` returns instead of xa for a backend that keeps more of the ranks for its own `backward`."""
+    if backends.why_not("triton", x.device.type, x.dtype) is not None:
+        return xa
+    module = backends.select(backend, x.device.type, x.dtype)
+    return xa.new_empty(*getattr(module, "KEPT", ()), *xa.shape)
 
 
 @torch.library.register_fake("ilora::backward", lib=_LIBRARY)
