@@ -83,7 +83,7 @@ def layer_plans(name: str, this: Layer, p: float, sms: int) -> Iterator[tuple[An
     A plan reads results of those before, so the next is made when the one before has run.
     """
     package = kernels()
-    device, made = package.device.Device(sms, 227 * KIB, tma=True), package.plans
+    device, made = package.device.Device(sms, 227 * KIB, early=True, tma=True), package.plans
     scaling = SCALING / (1 - p)
     gating, dropping = (this.gate, this.segments), (this.seed, scaling, p)
     if name == "primitives":

@@ -24,7 +24,7 @@ DTYPES = {  # of the activations, and of A and B
     "fp32": (torch.float32,) * 2,
 }  # fmt: skip
 TMEM = {"sm_100": 512}  # columns of tensor memory
-TMA = ("sm_90", "sm_100")  # copy tiles by tensor descriptor
+TMA = ("sm_90", "sm_100")  # copy tiles by tensor descriptor, and start kernels early
 SQUARE: dict[str, Any] = {"d_in": 1024, "d_out": 1024, "token": True}
 SMALL: dict[str, Any] = {"M": 100, "d_in": 1000, "d_out": 776}  # no block divides these
 
@@ -77,7 +77,9 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     """What forward and backward would launch there, on meta tensors; nothing where the strategy cannot run there."""
     package = kernels()
     arch, sms, smem = TARGETS[target]
-    device = package.device.Device(sms, smem, hip=arch[0] == "hip", tma=target in TMA, tmem=TMEM.get(target, 0))
+    device = package.device.Device(
+        sms, smem, hip=arch[0] == "hip", early=target in TMA, tma=target in TMA, tmem=TMEM.get(target, 0)
+    )
     x_type, a_type = DTYPES[case.dtypes]
     N, E = (case.M if case.token else 32), math.gcd(case.R, 4)
 

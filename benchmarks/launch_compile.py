@@ -94,9 +94,17 @@ def compile_job(job: Job) -> dict[str, Any]:
     usage = _nvidia(asm["cubin"]) if "cubin" in asm else _amd(asm["amdgcn"])
     wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel == "fused_layer" else ()
     missing = [name for name in wanted if not re.search(name, asm["ptx"])]
+    if dict(job.constants)["EARLY"] and not _waits_first(asm["ptx"]):
+        missing.append("griddepcontrol.wait before memory is accessed")
     early = early_writes(disassemble(asm["cubin"])) if "wgmma.mma_async" in asm.get("ptx", "") else []
     found = [f"{wgmma}  <-- {writer}" for wgmma, writer in early]
     return usage | {"shared": kernel.metadata.shared, "missing": missing, "early_writes": found}
+
+
+def _waits_first(ptx: str) -> bool:
+    """Whether a kernel that may start early waits for the one before it ahead of every access to memory."""
+    access = re.search(r"\b(?:ld|st|ldmatrix|stmatrix|red|atom|cp|wgmma|prefetch|mbarrier)\.(?!param)", ptx)
+    return -1 < ptx.find("griddepcontrol.wait") < (access.start() if access else len(ptx))
 
 
 def _amd(assembly: str) -> dict[str, int]:

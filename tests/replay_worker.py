@@ -60,7 +60,7 @@ def described(value: Any) -> Any:
 
 
 driver.set_active(Driver())
-setattr(replay, "device_of", lambda x: Device(132, 227 * 1024, tma=True))  # noqa: B010
+setattr(replay, "device_of", lambda x: Device(132, 227 * 1024, early=True, tma=True))  # noqa: B010
 
 
 def tensors(seed: int) -> dict[str, Any]:

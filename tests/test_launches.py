@@ -204,3 +204,19 @@ def test_tf32_is_read_in_the_way_that_always_answers():
         assert (device.dots(H100, F32, F32).precision, device.dots(H100, BF16, F32).precision) == ("ieee", "tf32x3")
     finally:
         matmul.fp32_precision = before
+
+
+def test_kernels_start_early_where_the_device_can_and_nobody_forbids_it(monkeypatch):
+    def options(device):
+        x, A = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((64, 64), (8, 64)))
+        (first, *_) = plans.shrink_x(device, x, A, None, 0.0).launches
+        return first.args["EARLY"], first.options.get("launch_pdl", False)
+
+    early = H100._replace(early=True)
+    assert options(early) == (True, True)
+    assert options(H100) == (False, False)
+    monkeypatch.setenv("ILORA_EARLY_START", "0")
+    assert options(early) == (False, False)
+    monkeypatch.setenv("ILORA_EARLY_START", "no")
+    with pytest.raises(ValueError, match="ILORA_EARLY_START='no': expected 0 or 1"):
+        options(early)

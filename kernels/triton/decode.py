@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .device import TYPES, Device, dots
 from .gates import Gate, gammas, store_gated
-from .launch import Launch, Plan
+from .launch import Plan, wait_for_previous
 from .shrink import accumulate
 from .tiles import TWO_PROGRAMS, Tile, aligned, ceil_div, pow2, stages_within, strides
 
@@ -25,6 +25,7 @@ def decode(
     R: tl.constexpr, RANK: tl.constexpr, DOT: tl.constexpr, NARROW: tl.constexpr, BASE_DOT: tl.constexpr,
     PIECES: tl.constexpr, PRECISION: tl.constexpr, BASE_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """xa = x Aᵀ and y = (γ ⊙ xa) Bᵀ + bias + base + x Wᵀ; a pointer that is None adds nothing.
 
@@ -34,6 +35,7 @@ def decode(
     Work: program (c, i) owns BLOCK_N columns and BLOCK_M rows. It computes xa of its rows for itself, since waiting for
     another program would need a counter that outlives the launch. The programs of the first columns store xa and h.
     """
+    wait_for_previous(EARLY)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks, ks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
@@ -109,5 +111,5 @@ def add_decode(
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": step, "BLOCK_R": block_r,
     }  # fmt: skip
     grid = ceil_div(D_OUT, tile.n), ceil_div(M, tile.m)
-    plan.launches.append(Launch(decode, grid, args, tile.warps, tile.stages))
+    plan.launch(decode, grid, args, tile.warps, tile.stages)
     return y

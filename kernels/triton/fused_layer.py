@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .device import Device
 from .dropout import NO_MASK, Mask, keep, row_keys
 from .gates import Gate, gammas, store_gated
-from .launch import Launch, Plan
+from .launch import Plan, wait_for_previous
 from .sums import sum_in_order
 from .tiles import ceil_div, pow2, strides, unit
 
@@ -65,6 +65,7 @@ def fused_layer(
     R: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr,
     W_BY_ROWS: tl.constexpr, A_BY_ROWS: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """t[m, r] = Σ_k x[m, k] · a[r, k], or Σ_s parts[s, m, r] if parts_ptr is given;
     y[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] + keep[m, n] · Σ_r γ[m, r] · t[m, r] · b[n, r].
@@ -76,6 +77,7 @@ def fused_layer(
     Work: a program takes every num_programs-th tile of y. Each tile computes t for itself, by one more product with the
     x that it loads anyway, or by adding the parts in order. The tiles at the left write what is of size [M, R].
     """
+    wait_for_previous(EARLY)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_N), tl.num_programs(0)):
         row, column = tile_corner(tile, M, D, GROUP, BLOCK_M, BLOCK_N)
         rows, columns, ranks = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
@@ -195,6 +197,6 @@ def add_fused_layer(
     }  # fmt: skip
     each = 2 if 2 * tile.shared_memory(R) <= plan.device.smem else 1  # programs that a multiprocessor holds
     programs = min(each * plan.device.sms, ceil_div(M, tile.m) * ceil_div(D, tile.n))
-    plan.launches.append(Launch(fused_layer, (programs,), args, tile.warps, tile.stages))
+    plan.launch(fused_layer, (programs,), args, tile.warps, tile.stages)
     plan.has_product = True
     return y

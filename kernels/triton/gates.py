@@ -8,7 +8,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .launch import Launch, Plan
+from .launch import Plan, wait_for_previous
 from .sums import sum_in_order
 from .tiles import ceil_div, pow2, strides
 
@@ -78,6 +78,7 @@ def gate_ranks(
     parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
     M, N, S, run, width, scaling, gate_row, gate_col,
     E: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """t = Σ_s parts[s] in order and gated = γ ⊙ t; where their pointers are given also raw = t and
     scores[m, e] = scaling · Σ_{r in e} t[m, r] · xa[m, r].
@@ -86,6 +87,7 @@ def gate_ranks(
     Writes gated and raw [M, R] and scores [M, E], all contiguous, each in its own dtype.
     Work: a program owns BLOCK_M rows and all ranks, as a tile [rows, experts, ranks of an expert].
     """
+    wait_for_previous(EARLY)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     experts, within = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_J)
     valid = (rows < M)[:, None] & (experts < E)[None, :]
@@ -154,4 +156,4 @@ def add_gate_ranks(
         "S": len(parts) if parts.dim() == 3 else 1, **gate.arguments(),
         "E": E, "RANK": R // E, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j,
     }  # fmt: skip
-    plan.launches.append(Launch(gate_ranks, (ceil_div(M, block_m),), args))
+    plan.launch(gate_ranks, (ceil_div(M, block_m),), args)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .gates import NO_GATE, Gate, add_gate_ranks, gammas, store_gated
 from .grad_weights import grad_weight_block
-from .launch import Launch, Plan, new_parts
+from .launch import Plan, new_parts, wait_for_previous
 from .shrink import shrink_block, store_part
 from .tiles import ceil_div, grad_dy_tiles, pow2, strides, unit
 
@@ -27,6 +27,7 @@ def grad_dy(
     ALONG: tl.constexpr, DOWN: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr,
     DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     ALONG_M: tl.constexpr, ALONG_N: tl.constexpr, DOWN_M: tl.constexpr, DOWN_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """ALONG: dh[s, m, r] = Σ_n dy[m, n] · b[n, r], summed over the s-th `columns` columns; or, if dh_ptr is None and
     `columns` are all, dxa = γ ⊙ dh and scores = scaling · dh ⊙ xa.
@@ -38,6 +39,7 @@ def grad_dy(
     then `columns` / DOWN_N that go down its columns, as `grad_weights` does. Cells follow one another by rows. No
     program waits for another. The steps are ALONG_N columns and DOWN_M rows.
     """
+    wait_for_previous(EARLY)
     along = rows // ALONG_M if ALONG else 0
     down = columns // DOWN_N if DOWN else 0
     at, task = tl.program_id(0) // (along + down), tl.program_id(0) % (along + down)
@@ -95,7 +97,7 @@ def add_grad_dy(
     warps, stages = max(along.warps, down.warps), min(along.stages, down.stages)
     for ALONG, DOWN in ((True, False), (False, True)) if apart() else ((True, True),):
         grid = (G * S * (ALONG * (rows // along.m) + DOWN * (columns // down.n)),)
-        plan.launches.append(Launch(grad_dy, grid, {**args, "ALONG": ALONG, "DOWN": DOWN}, warps, stages))
+        plan.launch(grad_dy, grid, {**args, "ALONG": ALONG, "DOWN": DOWN}, warps, stages)
     if dh is not None:
         add_gate_ranks(plan, gate, dh, dxa, xa=xa, scores=scores)
     return dxa, scores, dgate, db

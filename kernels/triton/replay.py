@@ -137,12 +137,12 @@ def replay(
     """Runs the plan make(device, *inputs, *settings). Returns its results and whether they have the frozen product.
 
     inputs: every tensor that a launch may read, the first not None. The plan may depend on nothing but their facts, the
-    settings, ILORA_STRATEGY, ILORA_GRAD_DY and torch's float32 precision. Triton's own knobs are those of the first
-    run: `forget` the plans when they change.
+    settings, the variables ILORA_STRATEGY, ILORA_GRAD_DY and ILORA_EARLY_START, and torch's float32 precision.
+    Triton's own knobs are those of the first run: `forget` the plans when they change.
     """
     x = inputs[0]
     precision = torch.backends.cuda.matmul.fp32_precision
-    forced = tuple(map(os.environ.get, ("ILORA_STRATEGY", "ILORA_GRAD_DY")))
+    forced = tuple(map(os.environ.get, ("ILORA_STRATEGY", "ILORA_GRAD_DY", "ILORA_EARLY_START")))
     key = (make, settings, x.device, *forced, precision, *map(_facts, inputs))
     kept = _KEPT.get(key)
     if kept is not None:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .dropout import Mask, keep, row_keys
 from .gates import NO_GATE, Gate, add_gate_ranks, gammas, store_gated
-from .launch import Launch, Plan
+from .launch import Plan, wait_for_previous
 from .tiles import Tile, ceil_div, pow2, programs_per_sm, shrink_tile, splits, strides, whole_row_tile
 
 
@@ -73,6 +73,7 @@ def shrink(
     R: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr,
     DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """parts[s, m, r] = Σ_k x̃[m, k] · a[r, k], summed over the s-th chunk of columns; or, if parts_ptr is None and a
     chunk is a whole row, xa[m, r], the same sum, and h = γ ⊙ xa.
@@ -82,6 +83,7 @@ def shrink(
     contiguous.
     Work: program (i, s) owns BLOCK_M rows and `chunk` columns, a multiple of BLOCK_K.
     """
+    wait_for_previous(EARLY)
     rows, split = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     total = shrink_block(rows, split, x_ptr, a_ptr, seed_ptr, M, D, chunk, threshold, x_row, x_col, a_row, a_col,
                          R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R)  # fmt: skip
@@ -125,4 +127,4 @@ def _add_shrink(
         "R": R, "DROPOUT": mask.on, **plan.dots.arguments(),
         "BLOCK_M": tile.m, "BLOCK_K": tile.n, "BLOCK_R": pow2(R, 16, 256),
     }  # fmt: skip
-    plan.launches.append(Launch(shrink, (ceil_div(M, tile.m), S), args, tile.warps, tile.stages))
+    plan.launch(shrink, (ceil_div(M, tile.m), S), args, tile.warps, tile.stages)
