@@ -101,6 +101,7 @@ def profile_jobs(strategies: tuple[str, ...], widths: tuple[int, ...] = (1024, 4
         for each in strategies:
             command = _python("gpu_profile.py", "--strategy", each, "--width", str(width))
             yield Job(f"profile-{width}-{each}", "profile", command, 100)
+            yield Job(f"profile-{width}-{each}-no-early-start", "profile", command, 100, {"ILORA_EARLY_START": "0"})
 
 
 def layer_jobs(strategies: tuple[str, ...]) -> Iterator[Job]:

@@ -4,8 +4,10 @@
     python benchmarks/kernel_report.py [--targets sm_80,sm_90,sm_100,gfx942] [--ranks 8,16,64,128,256] [--json FILE]
 
 The launches are those of the backend's own plans (kernels/triton/plans.py) on meta tensors, so the report cannot drift
-from what runs. Exit status 1 if a kernel spills registers or needs more shared memory than its target has, or if
-fused_layer does not load by tensor descriptor and multiply on the tensor cores where the target has both.
+from what runs. Exit status 1 if a kernel spills registers or needs more shared memory than its target has, if it
+writes registers that a running wgmma uses (register_check.py), or if fused_layer does not load by tensor descriptor and
+multiply on the tensor cores where the target has both. emulated_layers.py runs the kernels. For another Triton,
+`pip install --target DIR triton==3.6.0`, and set PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def report(every: list[Case], targets: list[str], names: list[str], processes: i
     rows = []
     for each, usage in compile_all(list(jobs), processes):
         limit = TARGETS[each.target][2]
-        bad = usage["spills"] > 0 or usage["shared"] > limit or bool(usage["missing"])
+        bad = usage["spills"] > 0 or usage["shared"] > limit or bool(usage["missing"] or usage["early_writes"])
         row: dict[str, Any] = {"target": each.target, "kernel": title(each), "warps": each.warps, "stages": each.stages}
         rows.append(row | usage | {"limit": limit, "bad": bad, "constants": {k: str(v) for k, v in each.constants}})
     print(
@@ -50,8 +52,10 @@ def report(every: list[Case], targets: list[str], names: list[str], processes: i
     )
     for r in rows:
         remarks = ["too much"] * (r["spills"] > 0 or r["shared"] > r["limit"]) + [f"no {name}" for name in r["missing"]]
+        remarks += ["registers written while wgmma uses them:"] * bool(r["early_writes"])
         print(f"{r['target']:8}{r['kernel']:44}{r['warps']:6}{r['stages']:7}{r['registers']:11}{r['spills']:8}"
-              f"{r['shared']:9}{r['limit'] // KIB:8}{'  <-- ' * r['bad']}{', '.join(remarks)}")  # fmt: skip
+              f"{r['shared']:9}{r['limit'] // KIB:8}{'  <-- ' * r['bad']}{', '.join(remarks)}",
+              *r["early_writes"], sep="\n    ")  # fmt: skip
     traffic = [bytes_report(case, target) for target in targets for case in every]
     heading = "MB moved, without cuBLAS's frozen product: the fewest"
     print(f"\n{heading}; × if launches read operands once; × as programs read them from L2")
@@ -63,7 +67,9 @@ def report(every: list[Case], targets: list[str], names: list[str], processes: i
             line += f"{part:>9} {count}: {least_bytes / 1e6:7.1f} {once / least_bytes:5.2f} {asked / least_bytes:5.2f}"
         print(line)
     worst = [r for r in rows if r["bad"]]
-    print(f"\n{len(rows)} kernels, {len(worst)} with spills, too much shared memory or missing instructions")
+    print(
+        f"\n{len(rows)} kernels, {len(worst)} with spills, too much shared memory, missing instructions or early writes"
+    )
     return {"kernels": rows, "bytes": traffic, "bad": len(worst)}
 
 

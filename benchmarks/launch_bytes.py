@@ -27,11 +27,12 @@ def moved(launch: Any) -> int:
 
     times: dict[str, float] = {}
     if name == "shrink":
-        times = {"a_ptr": launch.grid[0]}
+        times = {"a_ptr": launch.grid[0], "gate_ptr": args["M"] / args["N"]}
     elif name == "grad_weights":
         times = {"dxa_ptr": blocks("D_IN", "BLOCK_N"), "h_ptr": blocks("D_OUT", "BLOCK_N")}
     elif name == "grad_dy":
         times = {"dy_ptr": 2, "h_ptr": blocks("D", "DOWN_N"), "b_ptr": blocks("M", "ALONG_M")}
+        times["gate_ptr"] = args["M"] / args["N"]
     elif name == "expand":
         down, across = blocks("M", "BLOCK_M"), blocks("D", "BLOCK_N")
         times = {"h_ptr": across, "b_ptr": down, "bias_ptr": down}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,12 @@ TARGETS = {  # GPUTarget's arguments; multiprocessors and shared memory of A100,
     "sm_100": (("cuda", 100, 32), 148, 227 * KIB),
     "gfx942": (("hip", "gfx942", 64), 304, 64 * KIB),
 }
-DTYPES = {"bf16": (torch.bfloat16,) * 2, "mixed": (torch.bfloat16, torch.float32), "fp32": (torch.float32,) * 2}
+DTYPES = {  # of the activations, and of A and B
+    "bf16": (torch.bfloat16,) * 2, "fp16": (torch.float16,) * 2, "mixed": (torch.bfloat16, torch.float32),
+    "fp32": (torch.float32,) * 2,
+}  # fmt: skip
 TMEM = {"sm_100": 512}  # columns of tensor memory
-TMA = ("sm_90", "sm_100")  # copy tiles by tensor descriptor
+TMA = ("sm_90", "sm_100")  # copy tiles by tensor descriptor, and start kernels early
 SQUARE: dict[str, Any] = {"d_in": 1024, "d_out": 1024, "token": True}
 SMALL: dict[str, Any] = {"M": 100, "d_in": 1000, "d_out": 776}  # no block divides these
 
@@ -43,6 +47,7 @@ def cases(ranks: list[int], dtypes: list[str]) -> list[Case]:
     """The typical layer at every rank with dropout, and at one rank its variants: p = 0, few rows, odd sizes."""
     every = [Case(dtype, R, 0.1) for dtype in dtypes for R in ranks if dtype != "fp32"]
     first, main = ranks[len(ranks) > 1], dtypes[0]
+    every += [Case(main, 2, 0.1)]  # fewer ranks than experts elsewhere: two experts of one rank
     every += [Case(main, first, 0.0), Case(main, first, 0.0, M=1, token=True)]
     every += [Case(main, first, 0.1, M=1000, d_in=1001, d_out=777), Case(main, first, 0.1, d_out=1024, token=True)]
     every += [Case("fp32", R, 0.1) for R in ranks if "fp32" in dtypes]
@@ -72,9 +77,11 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     """What forward and backward would launch there, on meta tensors; nothing where the strategy cannot run there."""
     package = kernels()
     arch, sms, smem = TARGETS[target]
-    device = package.device.Device(sms, smem, hip=arch[0] == "hip", tma=target in TMA, tmem=TMEM.get(target, 0))
+    device = package.device.Device(
+        sms, smem, hip=arch[0] == "hip", early=target in TMA, tma=target in TMA, tmem=TMEM.get(target, 0)
+    )
     x_type, a_type = DTYPES[case.dtypes]
-    N, E = (case.M if case.token else 32), 4
+    N, E = (case.M if case.token else 32), math.gcd(case.R, 4)
 
     def empty(*shape: int, dtype: torch.dtype = x_type) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -91,5 +98,5 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     forward = package.plans.forward(device, x, weight, empty(case.d_out), None, *low, strategy)
     if decoding:
         return forward.launches, []
-    xa = forward.results[1]
-    return forward.launches, package.plans.backward(device, dy, x, xa, weight, *low, True, strategy).launches
+    xa, h = forward.results[1]
+    return forward.launches, package.plans.backward(device, dy, x, xa, h, weight, *low, True, strategy).launches

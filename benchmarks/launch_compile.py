@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from launch_cases import TARGETS, kernels
+from register_check import disassemble, early_writes
 from torch import Tensor
 
 # What the PTX of fused_layer must contain: loads by descriptor, tensor cores, and on sm_90 a wait that leaves a product
@@ -22,7 +23,9 @@ INSTRUCTIONS = {
     "sm_90": ("cp.async.bulk.tensor", "wgmma.mma_async", r"wgmma\.wait_group\.sync\.aligned [1-9]"),
     "sm_100": ("cp.async.bulk.tensor", "tcgen05.mma"),
 }
-TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -62,8 +65,8 @@ def job(launch: Any, target: str) -> Job:
                tuple(aligned), launch.warps, launch.stages)  # fmt: skip
 
 
-def compile_job(job: Job) -> dict[str, Any]:
-    """Registers and spilled registers of a thread, bytes of shared memory of a program, and missing INSTRUCTIONS."""
+def compiled(job: Job) -> Any:
+    """Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -80,11 +83,28 @@ def compile_job(job: Job) -> dict[str, Any]:
     }
     source = ASTSource(kernel, dict(job.signature), {(names.index(k),): v for k, v in job.constants}, attributes)
     options = {"num_warps": job.warps, "num_stages": job.stages}
-    compiled = triton.compile(source, target=GPUTarget(*arch), options=options)
-    usage = _amd(compiled.asm["amdgcn"]) if arch[0] == "hip" else _nvidia(compiled.asm["cubin"])
+    return triton.compile(source, target=GPUTarget(*arch), options=options)
+
+
+def compile_job(job: Job) -> dict[str, Any]:
+    """Registers and spilled registers of a thread, bytes of shared memory of a program, missing INSTRUCTIONS, and on
+    sm_90 what register_check.py found."""
+    kernel = compiled(job)
+    asm = kernel.asm
+    usage = _nvidia(asm["cubin"]) if "cubin" in asm else _amd(asm["amdgcn"])
     wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel == "fused_layer" else ()
-    missing = [name for name in wanted if not re.search(name, compiled.asm["ptx"])]
-    return usage | {"shared": compiled.metadata.shared, "missing": missing}
+    missing = [name for name in wanted if not re.search(name, asm["ptx"])]
+    if dict(job.constants)["EARLY"] and not _waits_first(asm["ptx"]):
+        missing.append("griddepcontrol.wait before memory is accessed")
+    early = early_writes(disassemble(asm["cubin"])) if "wgmma.mma_async" in asm.get("ptx", "") else []
+    found = [f"{wgmma}  <-- {writer}" for wgmma, writer in early]
+    return usage | {"shared": kernel.metadata.shared, "missing": missing, "early_writes": found}
+
+
+def _waits_first(ptx: str) -> bool:
+    """Whether a kernel that may start early waits for the one before it ahead of every access to memory."""
+    access = re.search(r"\b(?:ld|st|ldmatrix|stmatrix|red|atom|cp|wgmma|prefetch|mbarrier)\.(?!param)", ptx)
+    return -1 < ptx.find("griddepcontrol.wait") < (access.start() if access else len(ptx))
 
 
 def _amd(assembly: str) -> dict[str, int]:
@@ -113,13 +133,17 @@ def title(job: Job) -> str:
     """The kernel, and what distinguishes its specialisations."""
     constants = dict(job.constants)
     kinds = dict(job.signature)
-    blocks = "×".join(str(v) for k, v in job.constants if k.startswith(("BLOCK", "ALONG", "DOWN")))
-    dtype = next((kinds[name][1:] for name in ("x_ptr", "dy_ptr", "b_ptr", "parts_ptr") if name in kinds), "")
-    small = next((kinds[name][1:] for name in ("a_ptr", "dxa_ptr", "b_ptr") if name in kinds), "")
+    blocks = "×".join(str(v) for k, v in job.constants if k.startswith(("BLOCK", "ALONG_", "DOWN_")))
+
+    def dtype_of(*names: str) -> str:
+        return next((kinds[name][1:] for name in names if kinds.get(name, "").startswith("*")), "")
+
+    dtype, small = dtype_of("x_ptr", "dy_ptr", "b_ptr", "parts_ptr"), dtype_of("a_ptr", "dxa_ptr", "b_ptr")
     marks = (
         ("dropout", constants.get("DROPOUT")),
         ("w by rows", constants.get("W_BY_ROWS")),
         ("and dB", job.kernel == "grad_weights" and constants.get("dy_ptr", "given") is not None),
+        ("gates", job.kernel in ("shrink", "grad_dy") and kinds["gate_ptr"] != "constexpr"),
         ("with W", kinds.get("weight_ptr", "constexpr") != "constexpr"),
     )
     flags = [name for name, on in marks if on]

@@ -104,15 +104,16 @@ def test_a_transposed_weight_is_in_the_launch_and_a_strided_one_is_not(products)
         assert len(products) == count
 
 
-def test_the_last_rows_of_a_batch_repeated_bits_and_the_saved_xa():
+def test_the_last_rows_of_a_batch_repeated_bits_and_the_saved_ranks():
     t = Case(M=12, N=4, d_in=40, device=DEVICE).tensors()
     x, rest = t["x"].view(4, 3, 40)[:, -1], (t["weight"], t["bias"], t["A"], t["B"], t["gate"], 2.0)
     first, second = (ilora.ilora_linear(x, *rest, backend="triton") for _ in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, ilora.reference.ilora_linear(x, *rest), rtol=1e-4, atol=1e-4)
     arguments = (x, t["weight"], t["bias"], None, t["A"], t["B"], t["gate"], None, 2.0, 0.0, None)
-    _, xa = torch.ops.ilora.forward(*arguments, "triton")
+    _, (xa, h) = torch.ops.ilora.forward(*arguments, "triton")
     torch.testing.assert_close(xa, x @ t["A"].T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(h, 2.0 * xa * t["gate"].repeat_interleave(2, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not GPU, reason="no CUDA device")

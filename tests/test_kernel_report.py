@@ -20,7 +20,7 @@ def report(*arguments, **environment):
 
 
 def test_kernels_compile_without_spills_and_move_few_bytes(tmp_path):
-    file, names = tmp_path / "report.json", "shrink,grad_dy,fused_layer,decode"
+    file, names = tmp_path / "report.json", "shrink,grad_dy,grad_weights,fused_layer,decode"
     done = report("--targets=sm_90", "--ranks=16", "--dtypes=bf16", f"--kernels={names}", "--json", file)
     assert done.returncode == 0, done.stdout + done.stderr
     kept = json.loads(file.read_text())
@@ -28,6 +28,7 @@ def test_kernels_compile_without_spills_and_move_few_bytes(tmp_path):
     assert {row["kernel"].split()[0] for row in kept["kernels"]} == set(names.split(","))
     for row in kept["kernels"]:
         assert row["spills"] == 0
+        assert row["early_writes"] == []
         assert row["missing"] == []  # fused_layer is pipelined, by tensor descriptor and on the tensor cores
         assert 0 < row["registers"] <= 255
         assert row["shared"] <= row["limit"]

@@ -45,7 +45,10 @@ _MODES = ~_EVERY_CALL.raw_repr()
 
 @torch.library.impl(_LIBRARY, "forward", "CompositeExplicitAutograd")
 def forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend):
-    """(y [..., d_out], xa [M, R]) for x [..., d_in], by the backend of this name, "" for the fastest that fits."""
+    """(y [..., d_out], xa [M, R]) for x [..., d_in], by the backend of this name, "" for the fastest that fits.
+
+    A backend with its own forward and backward may keep more of the ranks than xa: see `_kept`.
+    """
     if torch.autograd.forward_ad._current_level >= 0:  # torch would take the missing tangents for zeros
         raise RuntimeError(
             "ilora_linear: forward-mode differentiation is not supported by the fused backends; "
@@ -95,7 +98,15 @@ def _keep_seed(seed, x):
 def _forward_fake(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, seed, backend):
     backends.named(backend)
     xa = x.new_empty(rows(x), A.shape[0], dtype=torch.promote_types(x.dtype, A.dtype))
-    return x.new_empty(*x.shape[:-1], B.shape[0]), xa
+    return x.new_empty(*x.shape[:-1], B.shape[0]), _kept(xa, x, backend)
+
+
+def _kept(xa, x, backend):
+    """What a fake `forward` returns instead of xa for a backend that keeps more of the ranks for its own `backward`."""
+    if backends.why_not("triton", x.device.type, x.dtype) is not None:
+        return xa
+    module = backends.select(backend, x.device.type, x.dtype)
+    return xa.new_empty(*getattr(module, "KEPT", ()), *xa.shape)
 
 
 @torch.library.register_fake("ilora::backward", lib=_LIBRARY)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from .device import TYPES, Device, dots
-from .gates import Gate, gammas
-from .launch import Launch, Plan
+from .gates import Gate, gammas, store_gated
+from .launch import Plan, wait_for_previous
 from .shrink import accumulate
 from .tiles import TWO_PROGRAMS, Tile, aligned, ceil_div, pow2, stages_within, strides
 
@@ -19,20 +19,23 @@ DEEP_PROGRAM = 176 * 1024  # bytes of shared memory for a program that has a mul
 
 @triton.jit(do_not_specialize=["M", "N", "run", "width"])
 def decode(
-    x_ptr, weight_ptr, bias_ptr, base_ptr, a_ptr, b_ptr, gate_ptr, segments_ptr, y_ptr, xa_ptr,
+    x_ptr, weight_ptr, bias_ptr, base_ptr, a_ptr, b_ptr, gate_ptr, segments_ptr, y_ptr, xa_ptr, h_ptr,
     M, N, D_IN, D_OUT, run, width, scaling,
     x_row, x_col, w_row, w_col, base_row, base_col, a_row, a_col, b_row, b_col, gate_row, gate_col,
     R: tl.constexpr, RANK: tl.constexpr, DOT: tl.constexpr, NARROW: tl.constexpr, BASE_DOT: tl.constexpr,
     PIECES: tl.constexpr, PRECISION: tl.constexpr, BASE_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """xa = x Aᵀ and y = (γ ⊙ xa) Bᵀ + bias + base + x Wᵀ; a pointer that is None adds nothing.
 
     Reads weight [D_OUT, D_IN], base [M, D_OUT] and B [D_OUT, R] once, x [M, D_IN] once per block of columns, and
-    A [R, D_IN] in every program, after the first from L2. All may have any strides. Writes y and xa, contiguous.
+    A [R, D_IN] in every program, after the first from L2. All may have any strides. Writes y, xa and h = γ ⊙ xa,
+    contiguous.
     Work: program (c, i) owns BLOCK_N columns and BLOCK_M rows. It computes xa of its rows for itself, since waiting for
-    another program would need a counter that outlives the launch. The programs of the first columns store xa.
+    another program would need a counter that outlives the launch. The programs of the first columns store xa and h.
     """
+    wait_for_previous(EARLY)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks, ks = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
@@ -50,9 +53,10 @@ def decode(
         a = tl.load(a_ptr + ats[:, None] * a_col + thin * a_row, mask=k_ok[:, None] & rank_ok[None, :], other=0.0)
         xa = accumulate(x.to(DOT), a, xa, PIECES, PRECISION)
 
+    gamma = gammas(rows, ranks, gate_ptr, segments_ptr, M, N, run, width, scaling, gate_row, gate_col, R, RANK)
     if tl.program_id(0) == 0:
-        tl.store(xa_ptr + at * R + ranks[None, :], xa, mask=row_ok & rank_ok[None, :])
-    h = xa * gammas(rows, ranks, gate_ptr, segments_ptr, M, N, run, width, scaling, gate_row, gate_col, R, RANK)
+        store_gated(xa, gamma, rows, M, scaling, xa_ptr, h_ptr, None, None, R, BLOCK_R)
+    h = xa * gamma
     b = tl.load(b_ptr + thin.trans() * b_col + wide * b_row, mask=rank_ok[:, None] & inside, other=0.0)
     y = tl.dot(h.to(NARROW), b.to(NARROW), y, input_precision=PRECISION)
     if bias_ptr is not None:
@@ -89,9 +93,9 @@ def decode_tile(device: Device, x: Tensor, d_out: int, A: Tensor, with_weight: b
 
 def add_decode(
     plan: Plan, x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor,
-    gate: Gate, xa: Tensor,
+    gate: Gate, xa: Tensor, h: Tensor,
 ) -> Tensor:  # fmt: skip
-    """y of at most ROWS rows, with x Wᵀ in it for up to BLOCK_M rows and a weight with a stride of 1. Fills xa too."""
+    """y of at most ROWS rows, with x Wᵀ in it for up to BLOCK_M rows and a weight with a stride of 1; fills xa, h."""
     (M, D), (D_OUT, R) = x.shape, B.shape
     y = plan.new_wide(M, D_OUT)
     plan.has_product = weight is None or (M <= BLOCK_M and 1 in weight.stride())
@@ -100,12 +104,12 @@ def add_decode(
     frozen = dots(plan.device, x.dtype, x.dtype)
     args = {
         "x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "base_ptr": base, "a_ptr": A, "b_ptr": B,
-        "y_ptr": y, "xa_ptr": xa, "D_IN": D, "D_OUT": D_OUT, **gate.arguments(),
+        "y_ptr": y, "xa_ptr": xa, "h_ptr": h, "D_IN": D, "D_OUT": D_OUT, **gate.arguments(),
         **strides("x", x), **strides("w", weight), **strides("base", base), **strides("a", A), **strides("b", B),
         "R": R, "RANK": R // gate.gate.shape[1], **plan.dots.arguments(), "NARROW": plan.dots.narrow,
         "BASE_DOT": frozen.wide if plan.device.interpret else TYPES[x.dtype], "BASE_PRECISION": frozen.precision,
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": step, "BLOCK_R": block_r,
     }  # fmt: skip
     grid = ceil_div(D_OUT, tile.n), ceil_div(M, tile.m)
-    plan.launches.append(Launch(decode, grid, args, tile.warps, tile.stages))
+    plan.launch(decode, grid, args, tile.warps, tile.stages)
     return y

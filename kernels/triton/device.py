@@ -15,7 +15,8 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 class Device(NamedTuple):
-    """sms: multiprocessors. smem: bytes of shared memory that one program may use. hip: an AMD GPU. tma: the GPU copies
+    """sms: multiprocessors. smem: bytes of shared memory that one program may use. hip: an AMD GPU. early:
+    a kernel may be scheduled before the one before it ends (NVIDIA, sm_90 and later). tma: the GPU copies
     tiles by tensor descriptor (sm_90 and later). tmem: columns of tensor memory, 0 if it has none. interpret: kernels
     run on the CPU in Triton's interpreter, whose bfloat16 arithmetic is wrong, so they compute in float32 there.
     """
@@ -23,6 +24,7 @@ class Device(NamedTuple):
     sms: int
     smem: int
     hip: bool = False
+    early: bool = False
     tma: bool = False
     tmem: int = 0
     interpret: bool = False
@@ -36,8 +38,8 @@ def _gpu(device: torch.device) -> Device:
     facts = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Device(facts.multi_processor_count, 64 * 1024, hip=True)
-    tmem = 512 if facts.major in (10, 11) else 0
-    return Device(facts.multi_processor_count, facts.shared_memory_per_block_optin, tma=facts.major >= 9, tmem=tmem)
+    new, tmem = facts.major >= 9, 512 if facts.major in (10, 11) else 0
+    return Device(facts.multi_processor_count, facts.shared_memory_per_block_optin, early=new, tma=new, tmem=tmem)
 
 
 def device_of(x: Tensor) -> Device:

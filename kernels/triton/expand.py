@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .dropout import NO_MASK, Mask, keep, row_keys
-from .launch import Launch, Plan
+from .launch import Plan, wait_for_previous
 from .tiles import ceil_div, expand_step, expand_tile, strides, unit
 
 
@@ -15,6 +15,7 @@ def expand(
     h_ptr, b_ptr, bias_ptr, base_ptr, seed_ptr, y_ptr, M, D, threshold, b_row, b_col, base_row, base_col,
     R: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = keep[m, n] · Σ_r h[m, r] · b[n, r] + bias[n] + base[m, n]; a pointer that is None adds nothing.
 
@@ -23,6 +24,7 @@ def expand(
     UNIT: a power of two that divides b_row. Triton itself only notices 16.
     Work: a program owns a tile [BLOCK_M, BLOCK_N] of y. Neighbours share their rows.
     """
+    wait_for_previous(EARLY)
     tiles = tl.cdiv(D, BLOCK_N)
     rows = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,5 +63,5 @@ def add_expand(
         "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": expand_step(R, dot),
     }  # fmt: skip
     grid = (ceil_div(M, tile.m) * ceil_div(D, tile.n),)
-    plan.launches.append(Launch(expand, grid, args, tile.warps, tile.stages))
+    plan.launch(expand, grid, args, tile.warps, tile.stages)
     return y

@@ -14,8 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .device import Device
 from .dropout import NO_MASK, Mask, keep, row_keys
-from .gates import Gate, gammas
-from .launch import Launch, Plan
+from .gates import Gate, gammas, store_gated
+from .launch import Plan, wait_for_previous
 from .sums import sum_in_order
 from .tiles import ceil_div, pow2, strides, unit
 
@@ -57,44 +57,27 @@ def _load_b(
     return tl.load(b_ptr + at, mask=(columns < D)[None, :] & (ranks < R)[:, None], other=0.0)
 
 
-@triton.jit
-def _store_ranks(
-    total, gamma, rows, M, scaling, xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr,
-    R: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Writes those of `fused_layer`'s outputs of size [M, R] whose pointers are given."""
-    ranks = tl.arange(0, BLOCK_R)
-    at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
-    inside = (rows < M)[:, None] & (ranks < R)[None, :]
-    if raw_ptr is not None:
-        tl.store(raw_ptr + at, total, mask=inside)
-    if gated_ptr is not None:
-        tl.store(gated_ptr + at, total * gamma, mask=inside)
-    if xa_ptr is not None:
-        xa = tl.load(xa_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(h_ptr + at, xa * gamma, mask=inside)
-        tl.store(scores_ptr + at, scaling * total * xa, mask=inside)
-
-
 @triton.jit(do_not_specialize=["M", "N", "S", "run", "width", "threshold"])
 def fused_layer(
     x, w, a, y, parts_ptr, b_ptr, bias_ptr, gate_ptr, segments_ptr, seed_ptr,
-    xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr,
+    xa_ptr, raw_ptr, gated_ptr, scores_ptr,
     M, D, K, N, S, run, width, threshold, scaling, b_row, b_col, gate_row, gate_col,
     R: tl.constexpr, RANK: tl.constexpr, UNIT: tl.constexpr, DROPOUT: tl.constexpr,
     W_BY_ROWS: tl.constexpr, A_BY_ROWS: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """t[m, r] = Σ_k x[m, k] · a[r, k], or Σ_s parts[s, m, r] if parts_ptr is given;
     y[m, n] = Σ_k x[m, k] · w[n, k] + bias[n] + keep[m, n] · Σ_r γ[m, r] · t[m, r] · b[n, r].
 
     x [M, K], w [D, K], a [R, K] and y [M, D] are tensor descriptors, of w and a as they lie in memory (BY_ROWS) or of
     their transposes; y's blocks are [BLOCK_M, BLOCK_N / 4]. parts [S, M, R]; b [D, R] (any strides); bias [D].
-    Writes y once, and where their pointers are given raw = t, gated = γ ⊙ t, h = γ ⊙ xa and scores = scaling · t ⊙ xa,
-    all [M, R] contiguous. `sums` computes dgate from the scores.
+    Writes y once, gated = γ ⊙ t, and where their pointers are given raw = t and scores = scaling · t ⊙ xa, all [M, R]
+    contiguous.
     Work: a program takes every num_programs-th tile of y. Each tile computes t for itself, by one more product with the
     x that it loads anyway, or by adding the parts in order. The tiles at the left write what is of size [M, R].
     """
+    wait_for_previous(EARLY)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(D, BLOCK_N), tl.num_programs(0)):
         row, column = tile_corner(tile, M, D, GROUP, BLOCK_M, BLOCK_N)
         rows, columns, ranks = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
@@ -117,7 +100,7 @@ def fused_layer(
             if parts_ptr is None:
                 total = tl.dot(left, narrow.to(DOT), total)
         if column == 0:
-            _store_ranks(total, gamma, rows, M, scaling, xa_ptr, raw_ptr, gated_ptr, h_ptr, scores_ptr, R, BLOCK_R)
+            store_gated(total, gamma, rows, M, scaling, raw_ptr, gated_ptr, xa_ptr, scores_ptr, R, BLOCK_R)
         gated = (total * gamma).to(DOT)
         if not DROPOUT:
             acc = tl.dot(gated, b.to(DOT), acc)
@@ -190,14 +173,13 @@ def _describe(matrix: Tensor, n: int, k: int) -> tuple[TensorDescriptor, bool]:
 
 
 def add_fused_layer(
-    plan: Plan, x: Tensor, weight: Tensor, gate: Gate, A: Tensor | None, B: Tensor,
+    plan: Plan, x: Tensor, weight: Tensor, gate: Gate, A: Tensor | None, B: Tensor, gated: Tensor,
     parts: Tensor | None = None, mask: Mask = NO_MASK, bias: Tensor | None = None,
-    xa: Tensor | None = None, raw: Tensor | None = None, gated: Tensor | None = None, h: Tensor | None = None,
-    scores: Tensor | None = None,
+    xa: Tensor | None = None, raw: Tensor | None = None, scores: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y [M, D] from x [M, K], weight [D, K], B [D, R], and A [R, K] or else the partial sums [S, M, R] or [M, R] of
-    x Aᵀ. Fills those of raw, gated, h and scores that are given; h and scores need xa. For dx, pass dy, weight.t(),
-    B.t() and A.t()."""
+    x Aᵀ. Fills gated, and raw and scores if they are given; scores need xa. For dx, pass dy, weight.t(), B.t() and
+    A.t()."""
     (M, K), (D, R), E = x.shape, B.shape, gate.gate.shape[1]
     y, tile, block_r = plan.new_wide(M, D), fused_tile(plan.device, M, D, R), pow2(R, 16, MAX_RANK)
     (x_tiles, _), (y_tiles, _) = _describe(x, tile.m, tile.k), _describe(y, tile.m, tile.n // 4)
@@ -207,7 +189,7 @@ def add_fused_layer(
         "x": x_tiles, "w": w, "a": a, "y": y_tiles,
         "parts_ptr": parts, "S": len(parts) if parts is not None and parts.dim() == 3 else 1,
         "b_ptr": B, "bias_ptr": bias, "seed_ptr": mask.seed, **gate.arguments(),
-        "xa_ptr": xa, "raw_ptr": raw, "gated_ptr": gated, "h_ptr": h, "scores_ptr": scores,
+        "xa_ptr": xa, "raw_ptr": raw, "gated_ptr": gated, "scores_ptr": scores,
         "D": D, "K": K, "threshold": mask.threshold, **strides("b", B),
         "R": R, "RANK": R // E, "UNIT": unit(B.stride(0)), "DROPOUT": mask.on,
         "W_BY_ROWS": w_by_rows, "A_BY_ROWS": a_by_rows, "DOT": plan.dots.wide,
@@ -215,6 +197,6 @@ def add_fused_layer(
     }  # fmt: skip
     each = 2 if 2 * tile.shared_memory(R) <= plan.device.smem else 1  # programs that a multiprocessor holds
     programs = min(each * plan.device.sms, ceil_div(M, tile.m) * ceil_div(D, tile.n))
-    plan.launches.append(Launch(fused_layer, (programs,), args, tile.warps, tile.stages))
+    plan.launch(fused_layer, (programs,), args, tile.warps, tile.stages)
     plan.has_product = True
     return y

@@ -8,7 +8,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .launch import Launch, Plan
+from .launch import Plan, wait_for_previous
 from .sums import sum_in_order
 from .tiles import ceil_div, pow2, strides
 
@@ -54,11 +54,31 @@ def gammas(
     return scaling * tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def store_gated(
+    total, gamma, rows, M, scaling, raw_ptr, gated_ptr, xa_ptr, scores_ptr, R: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Writes gated = γ ⊙ total, and where their pointers are given raw = total and scores = scaling · total ⊙ xa.
+
+    All are [M, R] contiguous. `sums` computes dgate from the scores.
+    """
+    ranks = tl.arange(0, BLOCK_R)
+    at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    inside = (rows < M)[:, None] & (ranks < R)[None, :]
+    tl.store(gated_ptr + at, total * gamma, mask=inside)
+    if raw_ptr is not None:
+        tl.store(raw_ptr + at, total, mask=inside)
+    if scores_ptr is not None:
+        xa = tl.load(xa_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(scores_ptr + at, scaling * total * xa, mask=inside)
+
+
 @triton.jit(do_not_specialize=["M", "N", "S", "run", "width"])
 def gate_ranks(
     parts_ptr, gate_ptr, segments_ptr, xa_ptr, raw_ptr, gated_ptr, scores_ptr,
     M, N, S, run, width, scaling, gate_row, gate_col,
     E: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """t = Σ_s parts[s] in order and gated = γ ⊙ t; where their pointers are given also raw = t and
     scores[m, e] = scaling · Σ_{r in e} t[m, r] · xa[m, r].
@@ -67,6 +87,7 @@ def gate_ranks(
     Writes gated and raw [M, R] and scores [M, E], all contiguous, each in its own dtype.
     Work: a program owns BLOCK_M rows and all ranks, as a tile [rows, experts, ranks of an expert].
     """
+    wait_for_previous(EARLY)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     experts, within = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_J)
     valid = (rows < M)[:, None] & (experts < E)[None, :]
@@ -104,6 +125,10 @@ class Gate(NamedTuple):
             "width": search_width(N), "scaling": self.scaling, **strides("gate", self.gate),
         }  # fmt: skip
 
+    def no_rows(self) -> Tensor:
+        """dgate where there are no rows."""
+        return self.gate.new_zeros(self.gate.shape)
+
     def new_dgate(self) -> tuple[Tensor, Tensor]:
         """Empty (scores [M, E], dgate [N, E]); one tensor for both where each row has a gate row of its own."""
         dgate = self.gate.new_empty(self.gate.shape)
@@ -112,13 +137,18 @@ class Gate(NamedTuple):
         return self.gate.new_empty(self.M, self.gate.shape[1], dtype=torch.float32), dgate
 
 
+NO_GATE = {
+    "gate_ptr": None, "segments_ptr": None, "N": 1, "run": 1, "width": 1, "scaling": 1.0, **strides("gate", None),
+    "RANK": 1,
+}  # fmt: skip
+
+
 def add_gate_ranks(
-    plan: Plan, gate: Gate, parts: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
+    plan: Plan, gate: Gate, parts: Tensor, gated: Tensor, raw: Tensor | None = None, xa: Tensor | None = None,
     scores: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """gated [M, R]. parts: [S, M, R] or [M, R]. raw and scores are filled too, if given; scores need xa."""
+) -> None:  # fmt: skip
+    """Fills gated [M, R], and raw and scores, if given; scores need xa. parts: [S, M, R] or [M, R]."""
     (M, R), E = parts.shape[-2:], gate.gate.shape[1]
-    gated = plan.new_ranks(M, R)
     block_e, block_j = pow2(E, 1, 256), pow2(R // E, 1, 256)
     block_m = max(1, 512 // (block_e * block_j))  # many programs: each waits for its loads more than it computes
     args = {
@@ -126,5 +156,4 @@ def add_gate_ranks(
         "S": len(parts) if parts.dim() == 3 else 1, **gate.arguments(),
         "E": E, "RANK": R // E, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j,
     }  # fmt: skip
-    plan.launches.append(Launch(gate_ranks, (ceil_div(M, block_m),), args))
-    return gated
+    plan.launch(gate_ranks, (ceil_div(M, block_m),), args)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .dropout import Mask, keep, row_keys
-from .launch import Launch, Plan, new_parts
+from .launch import Plan, new_parts, wait_for_previous
 from .shrink import accumulate
 from .tiles import ceil_div, grad_weight_tile, pow2, programs_per_sm, splits, strides
 
@@ -49,6 +49,7 @@ def grad_weights(
     x_row, x_col, dy_row, dy_col,
     R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """da[g] = dxaᵀ x̃ and db[g] = dyᵀ h, each summed over the g-th `chunk` rows; without dy_ptr, da alone.
 
@@ -57,6 +58,7 @@ def grad_weights(
     Work: program (c, g) owns BLOCK_N columns and `chunk` rows, a multiple of BLOCK_M. The first ⌈D_IN / BLOCK_N⌉
     programs of a chunk take columns of x, the others columns of dy.
     """
+    wait_for_previous(EARLY)
     column, first = tl.program_id(0), tl.cdiv(D_IN, BLOCK_N)
     if column < first:
         grad_weight_block(column, tl.program_id(1), x_ptr, dxa_ptr, seed_ptr, da_ptr, M, D_IN, chunk, threshold,
@@ -75,8 +77,10 @@ def add_grad_weights(
     """The partial sums of dA [R, d_in] and of dB [d_out, R], or dA and dB themselves. dy, h and dB go together."""
     (M, D_IN), R = x.shape, len(dA)
     D_OUT = 0 if dy is None else dy.shape[1]
-    one, two = (grad_weight_tile(plan.device, wide, R, plan.dots) for wide in (x, x if dy is None else dy))
-    m, n, warps, stages = min(one.m, two.m), one.n, max(one.warps, two.warps), min(one.stages, two.stages)
+    one = grad_weight_tile(plan.device, x, R, plan.dots, mask.on)
+    two = one if dy is None else grad_weight_tile(plan.device, dy, R, plan.dots)
+    m, n, stages = min(one.m, two.m), min(one.n, two.n), min(one.stages, two.stages)
+    warps = one.warps if one.n < two.n else max(one.warps, two.warps)
     C = ceil_div(D_IN, n) + ceil_div(D_OUT, n)
     G, chunk = splits(plan.device, C, M, m, programs_per_sm(R))
     da, db = new_parts(G, dA), None if dB is None else new_parts(G, dB)
@@ -86,5 +90,5 @@ def add_grad_weights(
         **strides("x", x), **strides("dy", dy), "R": R, "DROPOUT": mask.on, **plan.dots.arguments(),
         "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": pow2(R, 16, 256),
     }  # fmt: skip
-    plan.launches.append(Launch(grad_weights, (C, G), args, warps, stages))
+    plan.launch(grad_weights, (C, G), args, warps, stages)
     return da, db

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import triton
+import triton.language as tl
+
 from .device import Device, dots
 
 # Triton's interpreter puts its own functions into triton.language while a kernel runs, and keeps the place in the grid
@@ -17,18 +20,43 @@ from .device import Device, dots
 INTERPRETER_LOCK: Any = threading.Lock() if os.environ.get("TRITON_INTERPRET") == "1" else nullcontext()
 
 
+@triton.jit
+def wait_for_previous(EARLY: tl.constexpr):
+    """Wait for the previous kernel, then let the next be scheduled. Code after this call may read anything earlier
+    kernels wrote. Every kernel calls it first, so that this holds for all kernels before."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def starts_early() -> bool:
+    """Whether kernels may be scheduled while the one before still runs: yes, unless ILORA_EARLY_START is 0. Raises
+    ValueError for an unknown value."""
+    value = os.environ.get("ILORA_EARLY_START") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"ILORA_EARLY_START={value!r}: expected 0 or 1")
+    return value == "1"
+
+
 class Launch(NamedTuple):
-    """One kernel launch. args: the kernel's arguments by name, constants included. Calling it launches the kernel."""
+    """One kernel launch. args: the kernel's arguments by name, constants included. early: whether it may be scheduled
+    before the kernel before it ends (programmatic dependent launch). Calling it launches the kernel."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     warps: int = 4
     stages: int = 2
+    early: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        early = {"launch_pdl": True} if self.early else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **early}
 
     def __call__(self) -> Any:
         """Launches the kernel. Returns Triton's compiled kernel, or None in the interpreter."""
-        compiled = self.kernel[self.grid](**self.args, num_warps=self.warps, num_stages=self.stages)
+        compiled = self.kernel[self.grid](**self.args, **self.options)
         return compiled.result() if hasattr(type(compiled), "result") else compiled  # under triton.AsyncCompileMode
 
     def values(self) -> list[Any]:
@@ -39,7 +67,7 @@ class Launch(NamedTuple):
         """A function that launches the compiled kernel (or the interpreted one) on other values of the same kinds."""
         if compiled is not None:
             return compiled[(*self.grid, 1, 1)[:3]]
-        return partial(self.kernel[self.grid], num_warps=self.warps, num_stages=self.stages)
+        return partial(self.kernel[self.grid], **self.options)
 
 
 def run(launches: list[Launch], x: Tensor) -> list[Any]:
@@ -59,9 +87,16 @@ class Plan:
         """x: any of the activations. A: A or B."""
         self.device, self.dots = device, dots(device, x.dtype, A.dtype)
         self._x, self._rank_dtype = x, torch.promote_types(x.dtype, A.dtype)
+        self._early = device.early and starts_early()
         self.launches: list[Launch] = []
         self.results: tuple[Tensor | None, ...] = ()
         self.has_product = False
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], warps: int = 4, stages: int = 2
+    ) -> None:  # fmt: skip
+        """Appends a launch. args: all of the kernel's but EARLY."""
+        self.launches.append(Launch(kernel, grid, {**args, "EARLY": self._early}, warps, stages, self._early))
 
     def returning(self, *results: Tensor | None) -> "Plan":
         self.results = results
@@ -71,9 +106,9 @@ class Plan:
         """An empty [M, D] in the dtype of the activations."""
         return self._x.new_empty(M, D)
 
-    def new_ranks(self, M: int, R: int) -> Tensor:
-        """An empty [M, R] in the dtype that ranks have between launches."""
-        return self._x.new_empty(M, R, dtype=self._rank_dtype)
+    def new_ranks(self, *shape: int) -> Tensor:
+        """An empty [..., M, R] in the dtype that ranks have between launches."""
+        return self._x.new_empty(shape, dtype=self._rank_dtype)
 
 
 def new_parts(count: int, out: Tensor) -> Tensor:

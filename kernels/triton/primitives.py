@@ -45,25 +45,30 @@ def backward_x(
     return dx, dA
 
 
+KEPT = (2,)  # leading dimensions of what `forward` keeps of the ranks for `backward`: xa, and h = γ ⊙ xa
+
+
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
     segments: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y [M, d_out], xa [M, R]): y = x Wᵀ + bias + (γ ⊙ xa) Bᵀ, or base + (γ ⊙ xa) Bᵀ without a weight."""
+    """(y [M, d_out], ranks [2, M, R]): y = x Wᵀ + bias + h Bᵀ, or base + h Bᵀ without a weight. ranks: xa and
+    h = γ ⊙ xa."""
     bias, base = (None, base) if weight is None else (bias, None)
     inputs = (x, weight, bias, base, A, B, gate, segments, seed)
-    (y, xa), has_product = replay(plans.forward, inputs, (scaling, dropout_p))
+    (y, ranks), has_product = replay(plans.forward, inputs, (scaling, dropout_p))
     if weight is not None and y.numel() and not has_product:
         y.addmm_(x, weight.t())
-    return y, xa
+    return y, ranks
 
 
 def backward(
-    dy: Tensor, x: Tensor, xa: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
+    dy: Tensor, x: Tensor, ranks: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, gate: Tensor,
     segments: Tensor | None, scaling: float, dropout_p: float, seed: Tensor | None, need_dx: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx [M, d_in] or None, dA, dB, dgate): dx = dy W + keep ⊙ (dxa A), without a weight the second term alone."""
-    inputs = (dy, x, xa, weight, A, B, gate, segments, seed)
+    """(dx [M, d_in] or None, dA, dB, dgate): dx = dy W + keep ⊙ (dxa A), without a weight the second term alone.
+    ranks: as `forward` returned them."""
+    inputs = (dy, x, *ranks, weight, A, B, gate, segments, seed)
     (dx, dA, dB, dgate), has_product = replay(plans.backward, inputs, (scaling, dropout_p, need_dx))
     if dx is not None and weight is not None and dx.numel() and not has_product:
         dx.addmm_(dy, weight)

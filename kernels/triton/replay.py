@@ -25,11 +25,11 @@ ALIGNMENT = 256  # bytes: where buffers begin in the workspace, as torch's tenso
 
 class Step(NamedTuple):
     """One launch without its tensors. runner: takes the kernel's arguments in order. values: the arguments, None where
-    a tensor goes. tensors: (index of the argument, slot, None or the facts of a tensor descriptor)."""
+    a tensor goes. tensors: (index of the argument, slot, bytes into it, None or the facts of a tensor descriptor)."""
 
     runner: Callable[..., Any]
     values: list[Any]
-    tensors: list[tuple[int, int, tuple[Any, ...] | None]]
+    tensors: list[tuple[int, int, int, tuple[Any, ...] | None]]
 
 
 class KeptPlan:
@@ -47,11 +47,11 @@ class KeptPlan:
         self._input_memory = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor is not None}
         self._slots = {tensor.data_ptr(): slot for slot, tensor in enumerate(inputs) if tensor is not None}
         self._first = len(inputs)
-        self.results = [None if tensor is None else self._slot(tensor) for tensor in plan.results]
+        self.results = [None if tensor is None else self._place(tensor)[0] for tensor in plan.results]
         self.steps = [self._step(launch, kernel) for launch, kernel in zip(plan.launches, compiled, strict=True)]
         del self._input_memory, self._slots  # addresses of tensors that are freed now
         self.compiled = any(kernel is not None for kernel in compiled)
-        described = {slot for step in self.steps for _, slot, facts in step.tensors if facts is not None}
+        described = {slot for step in self.steps for _, slot, _, facts in step.tensors if facts is not None}
         self.tensor_slots, self.offsets, self.work = list[int](), list[tuple[int, int]](), 0
         for slot, (shape, dtype) in enumerate(self.buffers, self._first):
             if not self.compiled or slot in self.results or slot in described:
@@ -60,25 +60,31 @@ class KeptPlan:
                 self.offsets.append((slot, self.work))
                 self.work += -(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
-    def _slot(self, tensor: Tensor) -> int:
-        """The slot of a tensor, by its address, which a view shares that starts where its base does."""
-        if tensor.data_ptr() not in self._slots:
-            memory = tensor.untyped_storage().data_ptr()
-            if memory in self._input_memory or not tensor.is_contiguous() or tensor.data_ptr() != memory:
-                raise ValueError(f"neither an input nor a buffer: {tuple(tensor.shape)}, strides {tensor.stride()}")
-            self._slots[tensor.data_ptr()] = self._first + len(self.buffers)
+    def _place(self, tensor: Tensor) -> tuple[int, int]:
+        """The slot of a tensor and how many bytes into it the tensor starts, by its address.
+
+        A part of a buffer comes after the buffer itself. An input is not known by a part.
+        """
+        if tensor.data_ptr() in self._slots:
+            return self._slots[tensor.data_ptr()], 0
+        memory = tensor.untyped_storage().data_ptr()
+        whole = tensor.data_ptr() == memory
+        if memory in self._input_memory or not tensor.is_contiguous() or not (whole or memory in self._slots):
+            raise ValueError(f"neither an input nor a buffer: {tuple(tensor.shape)}, strides {tensor.stride()}")
+        if whole:
+            self._slots[memory] = self._first + len(self.buffers)
             self.buffers.append((tensor.shape, tensor.dtype))
-        return self._slots[tensor.data_ptr()]
+        return self._slots[memory], tensor.data_ptr() - memory
 
     def _step(self, launch: Launch, compiled: Any) -> Step:
         step = Step(launch.runner(compiled), launch.values(), [])
         for index, value in enumerate(step.values):
             if isinstance(value, Tensor):
-                step.tensors.append((index, self._slot(value), None))
+                step.tensors.append((index, *self._place(value), None))
             elif isinstance(value, TensorDescriptor):
                 facts = (value.shape, value.strides, value.block_shape)
-                step.tensors.append((index, self._slot(value.base), facts))
-        for index, _, _ in step.tensors:
+                step.tensors.append((index, *self._place(value.base), facts))
+        for index, _, _, _ in step.tensors:
             step.values[index] = None
         return step
 
@@ -103,8 +109,14 @@ class KeptPlan:
                 pointers[slot] = start + offset
         for runner, values, places in self.steps:
             values = values.copy()
-            for index, slot, facts in places:
-                values[index] = pointers[slot] if facts is None else TensorDescriptor(tensors[slot], *facts)
+            for index, slot, within, facts in places:
+                if facts is not None:
+                    values[index] = TensorDescriptor(tensors[slot], *facts)
+                elif self.compiled:
+                    values[index] = pointers[slot] + within
+                else:
+                    tensor = tensors[slot]
+                    values[index] = tensor.flatten()[within // tensor.element_size() :] if within else tensor
             runner(*values, **options)
 
 
@@ -125,12 +137,13 @@ def replay(
     """Runs the plan make(device, *inputs, *settings). Returns its results and whether they have the frozen product.
 
     inputs: every tensor that a launch may read, the first not None. The plan may depend on nothing but their facts, the
-    settings, ILORA_STRATEGY and torch's float32 precision. Triton's own knobs are those of the first run: `forget` the
-    plans when they change.
+    settings, the variables ILORA_STRATEGY, ILORA_GRAD_DY and ILORA_EARLY_START, and torch's float32 precision.
+    Triton's own knobs are those of the first run: `forget` the plans when they change.
     """
     x = inputs[0]
     precision = torch.backends.cuda.matmul.fp32_precision
-    key = (make, settings, x.device, os.environ.get("ILORA_STRATEGY"), precision, *map(_facts, inputs))
+    forced = tuple(map(os.environ.get, ("ILORA_STRATEGY", "ILORA_GRAD_DY", "ILORA_EARLY_START")))
+    key = (make, settings, x.device, *forced, precision, *map(_facts, inputs))
     kept = _KEPT.get(key)
     if kept is not None:
         return kept.run(inputs, x), kept.has_product

@@ -2,7 +2,7 @@
 
 "beta": `expand` writes the update, and cuBLAS adds the frozen product to it (beta = 1). "fused": one kernel computes
 both (fused_layer.py). By a count of launches and bytes on an H100 (M = 4096, R = 16), a forward and backward takes
-2.47, 1.59, 1.25, 1.11 times as long as the frozen layer by "beta" and 1.54, 1.40, 1.29, 1.25 by "fused", at d = 1024,
+2.19, 1.51, 1.23, 1.11 times as long as the frozen layer by "beta" and 1.54, 1.40, 1.29, 1.25 by "fused", at d = 1024,
 2048, 4096, 8192: for small layers launches decide, for large ones the speed of the product.
 ILORA_STRATEGY=beta or fused forces one, auto (the default) chooses. It is about `forward` and `backward`. The four
 primitives, where ranks are shared between projections or already gated, always take "beta".

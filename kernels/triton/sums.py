@@ -11,7 +11,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .launch import Launch, Plan
+from .launch import Plan, wait_for_previous
 from .tiles import ceil_div, pow2
 
 BLOCK = 256  # elements of a sum that a program computes
@@ -78,6 +78,7 @@ def sums(
     second_ptr, second_sum_ptr, second_size, second_parts,
     E: tl.constexpr, RANK: tl.constexpr, EACH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """dgate[i, e] = Σ_{m in i} Σ_j scores[m, e, j], first_sum = Σ_g first[g] and second_sum = Σ_g second[g], each in
     order. A sum whose pointer is None is left out.
@@ -87,6 +88,7 @@ def sums(
     Work: the first `blocks` programs compute dgate, one for each instance, or one for each BLOCK_M rows if EACH row is
     an instance. The programs up to `first_end` compute BLOCK elements of the first sum each, the others of the second.
     """
+    wait_for_previous(EARLY)
     block = tl.program_id(0)
     if block < blocks:
         if scores_ptr is not None:
@@ -136,4 +138,4 @@ def add_sums(
         "EACH": each, "BLOCK_M": block_m, "BLOCK_E": block_e, "BLOCK_J": block_j, "BLOCK": BLOCK,
     }  # fmt: skip
     if first_end + second_programs:
-        plan.launches.append(Launch(sums, (first_end + second_programs,), args))
+        plan.launch(sums, (first_end + second_programs,), args)

@@ -9,6 +9,7 @@ from .device import Device, Dots
 
 # Bytes of shared memory for one program alone on a multiprocessor, and for each of two.
 ONE_PROGRAM, TWO_PROGRAMS = 150 * 1024, 96 * 1024
+FILLED = 0.9  # of the multiprocessors have a program
 CELL = 16 * 2**20  # bytes that stay in the L2 cache between two readings: an A100 has 40 MB, an H100 50
 
 
@@ -62,25 +63,48 @@ def _sizes(R: int, dot: Dots) -> tuple[int, int, int]:
     return size, 4 if dot.pieces > 1 else size, pow2(R, 16, 256)
 
 
-def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
-    """m rows and n columns of x a step. Every m rows read the [R, D] operand again."""
+# Under a dropout mask a program computes the mask in the registers that its wgmma reads, and Triton 3.6 leaves the last
+# wgmma of a step running into the next step's mask. The tiles of "masked" kernels are those for which it does not:
+# either steps of 64 columns, or blocks of fewer than 64, which no wgmma multiplies. benchmarks/kernel_report.py checks.
+
+
+def shrink_tile(device: Device, x: Tensor, R: int, dot: Dots, masked: bool = False) -> Tile:
+    """m rows and n columns of x a step. Every m rows read the [R, D] operand again. masked: dropout acts on x."""
     size, narrow, r = _sizes(R, dot)
     heavy = dot.pieces > 1 and r > 64  # three pieces of so many ranks need registers, as unaligned addresses do
     full = 32 if (heavy and r == 256) or (size == 4 and r > 32) else 64 if r <= 64 or heavy or not aligned(x) else 128
     m = pow2(len(x), 16, full)
     pieces = dot.pieces > 1 and r > 32  # steps of 64 columns spilled in grad_dy on sm_80
-    n = (256 if r <= 32 else 128) // size // (2 if pieces or not aligned(x) else 1)
+    narrower = pieces or not aligned(x) or (masked and r <= 32 and size == 2)
+    n = (256 if r <= 32 else 128) // size // (2 if narrower else 1)
     budget = ONE_PROGRAM if r > 32 else TWO_PROGRAMS
     warps = 4 if r <= 32 and aligned(x) else 8
     return Tile(m, n, warps, stages_within(device, n * (m * size + r * narrow), budget))
 
 
-def grad_weight_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile:
-    """m rows and n columns of x a step. The [n, R] accumulator stays in registers."""
+def whole_row_tile(device: Device, x: Tensor, R: int, dot: Dots) -> Tile | None:
+    """As `shrink_tile`, for programs that take all columns of their rows; None if these would be too few or too slow.
+
+    The fewest programs that fill the device, and no more bytes of the [R, D] operand a step than of x.
+    """
+    size, narrow, r = _sizes(R, dot)
+    if r > 32 or not aligned(x):
+        return None
+    for m in (64, 32, 16):
+        if ceil_div(len(x), m) >= FILLED * device.sms and r * narrow <= m * size:
+            n = (256 if r <= 32 and m == 64 or dot.pieces > 1 else 512) // size  # fewer rows, more bytes on the way
+            return Tile(m, n, 4, stages_within(device, n * (m * size + r * narrow), TWO_PROGRAMS))
+    return None
+
+
+def grad_weight_tile(device: Device, x: Tensor, R: int, dot: Dots, masked: bool = False) -> Tile:
+    """m rows and n columns of x a step. The [n, R] accumulator stays in registers. masked: dropout acts on x."""
     size, narrow, r = _sizes(R, dot)
     m = pow2(len(x), 16, 64 if size == narrow == 2 else 16 if (size == 4 and r > 32) or r == 256 else 32)
-    n, budget = 64, ONE_PROGRAM if r > 32 else TWO_PROGRAMS  # wider blocks read h less often and leave more sums
-    warps = 4 if r <= 32 and size == 2 and aligned(x) else 8
+    budget = ONE_PROGRAM if r > 32 else TWO_PROGRAMS
+    small = masked and r == 16 and size == 2 and not aligned(x)
+    n = 32 if small else 64  # wider blocks read h less often and leave more sums
+    warps = 4 if small or (r <= 32 and size == 2 and aligned(x)) else 8
     return Tile(m, n, warps, stages_within(device, m * (n * size + r * narrow), budget))
 
 
@@ -105,21 +129,42 @@ def programs_per_sm(R: int) -> int:
     return 1 if R > 32 else 2
 
 
-def cell(device: Device, x: Tensor, along: Tile, down: Tile, programs: int) -> tuple[int, int]:
-    """(rows, columns) of the part of x that `grad_dy` reads twice at about the same time.
+class GradDyTiles(NamedTuple):
+    """How `grad_dy` cuts dy. along, down: the tiles of programs along rows and down columns. rows, columns: the part of
+    dy that is read twice at about the same time, multiples of the blocks of either kind."""
 
-    At most CELL bytes, and cut so that programs of equal length, half of them along rows and half down columns, fill
-    the multiprocessors once. Both are multiples of the blocks of either kind.
+    along: Tile
+    down: Tile
+    rows: int
+    columns: int
+
+
+def grad_dy_tiles(device: Device, x: Tensor, R: int, dot: Dots) -> tuple[GradDyTiles, bool]:
+    """The cut, and whether it is into whole rows: where that leaves no more partial sums of dB and dh in all.
+
+    A part has at most CELL bytes. Programs of equal length, half of them along rows and half down columns, fill the
+    multiprocessors once.
     """
-    (M, D), side = x.shape, math.isqrt(CELL // x.element_size())
-    share = 2 * M * D / (programs * device.sms)  # elements that a program reads
-    block = max(along.m, along.n, down.m, down.n)  # all are powers of two
+    (M, D), size, down = x.shape, x.element_size(), grad_weight_tile(device, x, R, dot)
+    share = 2 * M * D / (programs_per_sm(R) * device.sms)  # elements that a program reads
 
-    def cut(length: int, most: float) -> int:
-        parts = max(int(length / most), ceil_div(length, side), 1)
+    def cut(length: int, most: float, longest: int, block: int) -> int:
+        parts = max(int(length / most), ceil_div(length, longest), 1)
         return ceil_div(ceil_div(length, parts), block) * block
 
-    return cut(M, share / down.n), cut(D, share / along.m)
+    def tiles(along: Tile, whole: bool) -> GradDyTiles:
+        block, side = max(along.m, along.n, down.m, down.n), math.isqrt(CELL // size)  # all are powers of two
+        columns = ceil_div(D, block) * block if whole else cut(D, share / along.m, side, block)
+        rows = cut(M, share / down.n, max(CELL // (size * D), 1) if whole else side, block)
+        return GradDyTiles(along, down, rows, columns)
+
+    def sums(these: GradDyTiles) -> int:
+        G, S = ceil_div(M, these.rows), ceil_div(D, these.columns)
+        return (G > 1) * G * D + (S > 1) * S * M
+
+    split, along = tiles(shrink_tile(device, x, R, dot), False), whole_row_tile(device, x, R, dot)
+    whole = None if along is None else tiles(along, True)
+    return (split, False) if whole is None or sums(whole) > sums(split) else (whole, True)
 
 
 def splits(device: Device, tiles: int, length: int, block: int, programs: int) -> tuple[int, int]:
