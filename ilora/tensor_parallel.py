@@ -64,7 +64,7 @@ def split_of(base: nn.Module) -> Split | None:
 def add_update(
     split: Split,
     x: Tensor,
-    base: Tensor,
+    base: Any,
     A: Any,
     B: Any,
     gate: Tensor,
