@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base_layers import WeightReads
-from .media import Media, gate_of_media
+from .gates.media import Media, gate_of_media
 from .op.checks import blocks, float_gate
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..media import Media, Medium
+from ..gates.media import Media, Medium
 
 _TOKENS = ("input_ids", "decoder_input_ids")
 _EMBEDDINGS = ("inputs_embeds", "decoder_inputs_embeds")
