@@ -41,16 +41,29 @@ class GateState:
     called, read: the names of the layers that this forward of the model has called, and of those whose weight it has
         read. A layer whose weight is read and that is not called would lose its update. Not recorded in compiled code.
     balance_due: whether the gate network's balance term is still to be added to this forward's loss.
+    prompt_lengths: int64 [N] or [1], how many tokens of each sequence are its prompt (`ilora.prompt_lengths`), or None.
     expansion: how many sequences generate makes of each prompt (beams, return sequences).
     running: the lock of the thread that is in a forward or generate of the model; other threads wait.
     """
 
-    __slots__ = ("balance_due", "called", "enabled", "expansion", "frame", "last", "read", "running", "shared")
+    __slots__ = (
+        "balance_due",
+        "called",
+        "enabled",
+        "expansion",
+        "frame",
+        "last",
+        "prompt_lengths",
+        "read",
+        "running",
+        "shared",
+    )
 
     def __init__(self) -> None:
         self.frame, self.enabled, self.last = Frame(), True, None  # type: tuple[Frame, bool, Tensor | None]
         self.shared: Any = None
         self.balance_due = False
+        self.prompt_lengths: Tensor | None = None
         self.called: set[str] = set()
         self.read: set[str] = set()
         self.expansion, self.running = 1, threading.RLock()

@@ -178,6 +178,8 @@ class PromptGate(SequenceGate):
     The other arguments, the parameters and the errors are those of `SequenceGate` with z_dim = H.
     """
 
+    warned = False  # whether a forward in which it may have read the answer has been warned of
+
     def __init__(
         self,
         num_experts: int = 4,

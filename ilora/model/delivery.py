@@ -14,11 +14,10 @@ from ..adapter.modules import freeze_statistics
 from ..adapter.record import Injection, is_injected, print_trainable_parameters
 from ..adapter.switch import bind, disable_adapter
 from ..current_gate import Frame, capture_checkpoints, framed
-from ..gates.networks import PromptGate
 from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
 from .batch import Inputs, read_inputs
-from .gate_choice import choose_gate, with_inferred_padding_mask
+from .gate_choice import choose_gate, warn_of_answer
 
 ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask")
 
@@ -111,8 +110,6 @@ class ILoRAGenerator(ILoRAModel):
         inputs, state = read_inputs(("input_ids",), args, {**kwargs, **_inputs_as_input_ids(kwargs)}), self.ilora.state
         with state.lock():
             with torch.no_grad():
-                if isinstance(self.ilora_gate, PromptGate):
-                    inputs = with_inferred_padding_mask(self, inputs)
                 frame = choose_gate(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask)
             # Each step of generate runs the prompts in their order, each of them `expansion` times in a row.
             before, state.expansion = state.expansion, 1
@@ -134,9 +131,10 @@ def put_gate_in_force(
     they mean in force. It is a hook so that FSDP's own, which gathers the gate network's parameters, runs first."""
     own = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     state = model.ilora.state
-    frame = choose_gate(
-        model, read_inputs(model._ilora_parameters, args, own), *(kwargs.get(name) for name in ARGUMENTS)
-    )
+    inputs = read_inputs(model._ilora_parameters, args, own)
+    frame = choose_gate(model, inputs, *(kwargs.get(name) for name in ARGUMENTS))
+    if frame.gate is not None and kwargs.get("ilora_gate") is None and not torch.compiler.is_compiling():
+        warn_of_answer(model, inputs, kwargs.get("ilora_prompt_mask"))
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
     state.begin(frame)
