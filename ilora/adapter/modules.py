@@ -52,6 +52,15 @@ def freeze_statistics(model: Any) -> None:
         norm.training = norm.training and id(norm) in own
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The model's, or None where it does not say which they are (transformers raises NotImplementedError there)."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def dtype_of(model: nn.Module) -> torch.dtype | None:
     """The frozen model's, by its first frozen parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), None)

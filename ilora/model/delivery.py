@@ -166,6 +166,13 @@ def _inputs_as_input_ids(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": kwargs["inputs"]} if kwargs.get("inputs") is not None else {}
 
 
+def _awaits_gate(model: Any) -> bool:
+    """Whether this forward was called by itself, as sentence-transformers does, so that no gate was chosen for it."""
+    if not is_injected(model) or model.ilora.state.frame.gate is not None:
+        return False
+    return bool(model.ilora.state.enabled and not model.ilora.merged)
+
+
 @functools.cache
 def ilora_class(base: type) -> type:
     """The class of injected models of class `base`. Made once for each base."""
@@ -177,7 +184,7 @@ def ilora_class(base: type) -> type:
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(kwargs.get(name) is not None for name in ARGUMENTS):
+        if any(kwargs.get(name) is not None for name in ARGUMENTS) or _awaits_gate(self):
             return self(*args, **kwargs)
         output = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         if is_injected(self) and self.ilora.state.balance_due:
