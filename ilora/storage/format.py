@@ -45,7 +45,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """Every tensor of the adapter by name; they are the adapter's own."""
+    """Every tensor of the adapter by name: the tensors themselves, no copies."""
     tensors: dict[str, Tensor] = {}
     for layer in adapter.layers.values():
         tensors[f"{layer.name}.lora_A"], tensors[f"{layer.name}.lora_B"] = layer.lora_A, layer.lora_B
@@ -57,8 +57,8 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def specs_of(adapter: Adapter) -> dict[str, Spec]:
-    """Shape and dtype of every tensor of the adapter, by name; of LoRA matrices the shape that the settings give, where
-    this process may have a fragment."""
+    """Shape and dtype of every tensor of the adapter, by name; of LoRA matrices the shape that the settings give, since
+    this process may hold only a fragment of them."""
     specs = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(adapter).items()}
     for layer in adapter.layers.values():
         specs[f"{layer.name}.lora_A"] = torch.Size((layer.r, layer.in_features)), layer.lora_A.dtype

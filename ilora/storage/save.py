@@ -31,11 +31,11 @@ def save_adapter(
     """Writes an adapter of the model to a directory, and returns its path.
 
     name: which of the model's adapters; None means the active one. Dtypes are kept. A new directory appears whole or
-    not at all; in an existing one complete files take the places of the old, `ilora_config.json` last, whose checksums
-    show a mixture of saves. PEFT reads the same directory, and computes the model under the uniform gate. Where the
+    not at all; in an existing one complete files replace the old, `ilora_config.json` last: its checksums show if files
+    of two saves are mixed. PEFT reads the same directory, and computes the model under the uniform gate. Where the
     vocabulary is not of the size that the base's checkpoint has, the frozen embeddings are saved too.
-    is_main_process: False gathers what is sharded, with the other processes, and writes nothing. None means this one,
-        and the first one alone where tensors are sharded (FSDP2); nobody waits for it to have written.
+    is_main_process: False gathers what is sharded, with the other processes, and writes nothing. None means that this
+        process writes, or, where tensors are sharded (FSDP2), the first of them; the others do not wait for it.
     Raises: ValueError for a model without iLoRA or without this adapter, AdapterError for a model of which this process
     has fragments (FSDP1: save_pretrained with the state_dict it gathers), NotADirectoryError, OSError, ImportError.
     """
@@ -154,8 +154,8 @@ def _write(
     if state is not None:
         contents[STATE] = state
 
-    def seal(sums: dict[str, str]) -> str:
-        sealed = {**fields, "files": {name: sums[name] for name in checked}}
-        return to_json({**sealed, "digest": digest_of(sealed)})
+    def settings(sums: dict[str, str]) -> str:
+        digested = {**fields, "files": {name: sums[name] for name in checked}}
+        return to_json({**digested, "digest": digest_of(digested)})
 
-    return write_directory(path, contents, (CONFIG, seal))
+    return write_directory(path, contents, (CONFIG, settings))
