@@ -104,6 +104,18 @@ def test_generation_min_tokens_and_nesting():
     assert copy.deepcopy(model).ilora.state.prompt_lengths is None
 
 
+def test_compiled_code_follows_the_lengths():
+    model, ids = scorer(), prompts((9, 9))[0]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        whole = compiled(ids).logits
+        for lengths in ([2, 5], [4, 3]):
+            with ilora.prompt_lengths(model, lengths):
+                torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+        torch.testing.assert_close(compiled(ids).logits, whole)
+        assert not torch.allclose(whole, labelled(model, ids, [4, 3]))
+
+
 @pytest.mark.parametrize(
     ("lengths", "error", "words"),
     [
