@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .base_layers import WeightReads
 from .op.checks import float_gate
 
 
@@ -38,8 +39,7 @@ class GateState:
     enabled: False makes the layers compute their frozen base alone.
     last: the gate of the last forward, detached, for statistics.
     shared: the input that several layers are reading together (shared.py); a new frame drops it.
-    called, read: the names of the layers that this forward of the model has called, and of those whose weight it has
-        read. A layer whose weight is read and that is not called would lose its update. Not recorded in compiled code.
+    reads: the layers that this forward has called, and those whose weight it has read.
     balance_due: whether the gate network's balance term is still to be added to this forward's loss.
     prompt_lengths: int64 [N] or [1], how many tokens of each sequence are its prompt (`ilora.prompt_lengths`), or None.
     expansion: how many sequences generate makes of each prompt (beams, return sequences).
@@ -48,13 +48,12 @@ class GateState:
 
     __slots__ = (
         "balance_due",
-        "called",
         "enabled",
         "expansion",
         "frame",
         "last",
         "prompt_lengths",
-        "read",
+        "reads",
         "running",
         "shared",
     )
@@ -64,13 +63,12 @@ class GateState:
         self.shared: Any = None
         self.balance_due = False
         self.prompt_lengths: Tensor | None = None
-        self.called: set[str] = set()
-        self.read: set[str] = set()
+        self.reads = WeightReads()
         self.expansion, self.running = 1, threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copy = memo[id(self)] = GateState()  # layers that share a state share its copy; the gate in force is not copied
-        copy.enabled = self.enabled
+        copy.enabled, copy.reads = self.enabled, WeightReads((self.reads.copied | self.reads.read) - self.reads.called)
         return copy
 
     def __reduce__(self) -> tuple[type[GateState], tuple[()]]:
@@ -84,24 +82,19 @@ class GateState:
         """Puts the frame in force."""
         self.frame, self.shared = frame, None
 
-    def begin(self, frame: Frame) -> None:
+    def begin(self, frame: Frame, model: nn.Module) -> None:
         """Puts the frame of a new forward of the whole model in force."""
         self.enter(frame)
         self.last = None if frame.gate is None else frame.gate.detach()
         if not torch.compiler.is_compiling():
-            self.called.clear()
-            self.read.clear()
+            self.reads.begin()
+            if self.reads.copied and frame.gate is not None:
+                self.reads.watch(model)
 
-    def refuse_reading(self) -> None:
-        """To call when that forward has ended. Raises RuntimeError where the model has read the weight of a layer that
-        it has not called."""
-        ignored = [] if torch.compiler.is_compiling() else sorted(self.read - self.called)
-        if ignored:
-            endings = sorted({name.rsplit(".", 1)[-1] for name in ignored})
-            raise RuntimeError(
-                f"{ignored[0]}: the model reads this layer's weight and does not call it, so its update would be left "
-                f"out ({len(ignored)} such); exclude_modules={endings} of ILoRAConfig, or their whole paths, helps"
-            )
+    def end(self) -> None:
+        """To call when that forward has ended. Raises RuntimeError for a layer whose weight was read in its stead."""
+        if not torch.compiler.is_compiling():
+            (self.reads.begin if self.last is None else self.reads.refuse)()
 
     def gate_for(self, x: Tensor, index: int, name: str) -> tuple[Tensor | None, Tensor | None]:
         """(gate [N, E], segments) for the layer called `name` that sees x [..., d_in]; index picks its layer's gate.
@@ -163,11 +156,15 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
             with state.lock():  # not for the whole block, in which a thread may be started that runs the model
                 before.append((state, state.frame))
                 state.enter(Frame(gate, segments))
+                state.reads.begin()
         yield model
     finally:
         for state, frame in before:
             with state.lock():
                 state.enter(frame)
+    for state in states.values():
+        with state.lock():
+            state.reads.refuse()
 
 
 class CapturingCheckpoint:

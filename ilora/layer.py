@@ -74,8 +74,8 @@ class ILoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's own weight, for code that reads its dtype or device."""
-        if self.gate_state.frame.gate is not None and not torch.compiler.is_compiling():
-            self.gate_state.read.add(self.name)
+        if not torch.compiler.is_compiling():
+            self.gate_state.reads.read.add(self.name)
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
@@ -90,7 +90,7 @@ class ILoRALinear(nn.Module):
         naming the argument that does not fit.
         """
         if not torch.compiler.is_compiling():
-            self.gate_state.called.add(self.name)
+            self.gate_state.reads.called.add(self.name)
         if self.merged and gate is not None:
             raise RuntimeError(f"{self.name}: a gate is merged into its weights; ilora.unmerge before giving another")
         if not self.gate_state.enabled or self.merged:

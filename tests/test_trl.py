@@ -1,5 +1,6 @@
 """TRL's SFTTrainer on an injected model: prompts without columns, columns, packing, resuming."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -122,11 +123,55 @@ def test_qlora(tmp_path):
     assert fell(losses(trainer), to=0.8)
 
 
-def test_preferences(tmp_path):
-    """DPO: chosen and rejected answers follow each other in a batch, and so do their gates."""
+def dpo(model, folder, ref_model=None, **options):
     rows = [{"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2}", "rejected": f" w{i + 9} w{i + 4}"} for i in range(16)]
     data = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer()}
-    args = worker.arguments(tmp_path, trl.DPOConfig, bf16=False, max_steps=10)
-    trainer = trl.DPOTrainer(worker.injected(ilora.PromptGate), ref_model=worker.tiny_llama(), args=args, **data)
+    args = worker.arguments(folder, trl.DPOConfig, bf16=False, max_steps=10, **options)
+    trainer = trl.DPOTrainer(model, ref_model=ref_model, args=args, **data)
     trainer.train()
-    assert losses(trainer)[-1] < 0.9 * losses(trainer)[0]
+    return trainer
+
+
+def test_preferences_with_the_weights_of_one_model(tmp_path):
+    """DPO: chosen and rejected answers follow each other in a batch, and so do their gates. The reference is the frozen
+    model, which shares its weights with the trained one, or is asked before training."""
+    want = losses(dpo(worker.injected(ilora.PromptGate), tmp_path, ref_model=worker.tiny_llama()))
+    assert want[-1] < 0.9 * want[0]
+    model = worker.tiny_llama()
+    reference = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    torch.manual_seed(1)
+    ilora.inject(model, ilora.ILoRAConfig(r=8, num_experts=4), gate=ilora.PromptGate())
+    assert {id(p) for p in reference.parameters()} < {id(p) for p in model.parameters()}
+    assert losses(dpo(model, tmp_path, ref_model=reference)) == want
+    torch.testing.assert_close(reference.state_dict(), worker.tiny_llama().state_dict(), atol=0, rtol=0)
+    before = losses(dpo(worker.injected(ilora.PromptGate), tmp_path, precompute_ref_log_probs=True))
+    assert before == pytest.approx(want, abs=1e-5)
+
+
+def grpo(model, folder, beta, **options):
+    data = {"train_dataset": conversations().remove_columns("completion"), "processing_class": tokenizer()}
+    sizes = {"num_generations": 4, "max_completion_length": 4, "max_steps": 6, "bf16": False, "beta": beta}
+    args = worker.arguments(folder, trl.GRPOConfig, **sizes, **options)
+    return trl.GRPOTrainer(
+        model, reward_funcs=lambda completions, **_: [len(set(c)) for c in completions], args=args, **data
+    )
+
+
+def test_rewards_with_the_weights_of_one_model(tmp_path):
+    """GRPO loads a second model where beta is not 0, unless it is set afterwards: then it asks the model for
+    `disable_adapter`."""
+    worker.tiny_llama().save_pretrained(tmp_path / "base")
+    model = worker.injected(ilora.PromptGate)
+    model.config._name_or_path = str(tmp_path / "base")
+    two = grpo(model, tmp_path, beta=0.5)
+    assert two.ref_model is not None
+    two.train()
+    one = grpo(worker.injected(ilora.PromptGate), tmp_path, beta=0.0)
+    one.beta, one.model.peft_config = 0.5, {}
+    one.train()
+    assert one.ref_model is None
+    kl = [[step["kl"] for step in trainer.state.log_history if "kl" in step] for trainer in (one, two)]
+    assert kl[0][0] == 0
+    assert kl[0][-1] > 0
+    assert kl[0] == pytest.approx(kl[1], rel=1e-4, abs=1e-6)
+    assert losses(one) == pytest.approx(losses(two), rel=1e-4, abs=1e-6)

@@ -1,4 +1,4 @@
-"""What to adapt and how, as data."""
+"""ILoRAConfig: what to adapt and how."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class ILoRAConfig:
         target_modules: names or path endings ("q_proj", "mlp.up_proj"), one regular expression for the whole path, or
             "all-linear": every linear layer but the output head.
         exclude_modules: names, path endings or one regular expression of modules to leave out.
-        modules_to_save: names, path endings or "^" and a whole path, of modules to train whole and to save with the
-            adapter. `inject` and `add_adapter` add what a task class of transformers (ForSequenceClassification and
-            the like) has around its pretrained model, unless exclude_modules names it, or target_modules by a name that
-            is its own.
+        modules_to_save: names, path endings or "^" and a whole path, of modules to train whole (all of their
+            parameters) and to save with the adapter. For a task class of transformers (ForSequenceClassification and
+            the like) `inject` and `add_adapter` add its head, unless exclude_modules names it, or target_modules by a
+            name that no other module has.
         layers_to_transform: indices of the blocks to adapt; a module's index is the first number in its path.
         rank_pattern, alpha_pattern: r and lora_alpha of single modules, {path ending or regular expression: value}.
-        expert_pattern: number of experts of single modules. It divides num_experts: such a layer weighs each of its
-            experts with the sum of the gates of E / E' neighbours.
-        adapter_dtype: of lora_A and lora_B, "float32" or torch.float32 and so on (kept as the string); None means the
-            base layer's.
+        expert_pattern: the number of experts E' of single modules, which divides num_experts. Each expert of such a
+            layer is weighted by the sum of E / E' neighbouring gates.
+        adapter_dtype: of lora_A and lora_B, as "float32" or torch.float32 (kept as a string); None means the base
+            layer's.
         backend: as in `ilora.ilora_linear`.
-    Raises: TypeError, ValueError naming the field. Names, patterns and blocks that are not in the model are refused
-        one by one when the config meets it (`inject`, `add_adapter`).
+    Raises: TypeError, ValueError naming the field. `inject` and `add_adapter` refuse names, patterns and blocks that
+        are not in the model.
     """
 
     r: int = 8

@@ -1,4 +1,4 @@
-"""Adds the update under one gate to the weights, to serve one user at the frozen model's cost."""
+"""Merges the update under one gate into the weights, to serve one user at the frozen model's cost."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
     """W ← W + s Σ_e g_e B_e A_e in every adapted layer, for one gate [E] or [1, E] (or [blocks, 1, E]); returns the
     model, which then runs without a gate. Sums in float32 or wider and rounds once.
 
-    keep_base: keep the old weights too, so that `unmerge` brings back every bit. False saves that memory, layer by
-        layer, and makes the merge final: `ilora.eject` then gives a plain model with the merged weights and with the
-        modules that were trained whole.
+    keep_base: keep the old weights too, so that `unmerge` restores every bit. False saves that memory and makes the
+        merge final: `ilora.eject` then gives a plain model with the merged weights and with the modules that were
+        trained whole.
     Raises ValueError for a batch of gates, for a quantised base or one whose weight is computed (weight_norm), and
-    where a gate is merged already or the adapter is disabled; nothing is changed then. Running out of memory changes
-    nothing either, except that layers merged before with keep_base=False stay merged.
+    where a gate is merged already or the adapter is disabled. Nothing is changed then, nor where memory runs out,
+    except that with keep_base=False the layers before stay merged.
     """
     injection, layers = changeable(model, "merge"), ilora_layers(model)
     gate = one_gate(gate, injection.config.num_experts, len(injection.adapter.blocks), "merge")
     for path, layer in layers.items():
         _refuse_unfit(path, layer.base_layer)
     try:
-        # The largest first, whose sums take the most memory: if it does not fit, nothing is changed yet.
+        # The largest layer first, since its sum takes the most memory: if that fails, nothing is changed yet.
         for path, layer in sorted(layers.items(), key=lambda item: -item[1].in_features * item[1].out_features):
             with torch.no_grad():
                 merged = nn.Parameter(_merged_weight(layer, gate), requires_grad=False)
-                vars(merged).update(vars(layer.base_layer.weight))  # marks, such as that it came from a checkpoint
+                vars(merged).update(
+                    vars(layer.base_layer.weight)
+                )  # attributes, such as transformers' mark on loaded weights
             if keep_base:
                 injection.unmerged[path] = layer.base_layer.weight  # type: ignore[assignment]
             layer.base_layer.weight, layer.merged = merged, True
@@ -45,7 +47,7 @@ def merge(model: Any, gate: Tensor, *, keep_base: bool = True) -> Any:
 
 
 def unmerge(model: Any) -> Any:
-    """Undoes `merge`: the weights are what they were, to the bit. Raises ValueError where there is nothing to undo."""
+    """Undoes `merge`, to the bit; returns the model. Raises ValueError where no gate is merged, or for good."""
     injection, layers = injected(model), ilora_layers(model)
     if not injection.merged:
         raise ValueError("unmerge: no gate is merged")
@@ -92,6 +94,6 @@ def _merged_weight(layer: ILoRALinear, gate: Tensor) -> Tensor:
 
 
 def weights_of_ranks(layer: ILoRALinear, gate: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[R] weights, without the scaling, that `one_gate`'s gate gives to the ranks of a layer."""
+    """The gate of each rank of a layer, [R], without the scaling; gate: as `one_gate` returns it."""
     row = gate[layer.gate_index if len(gate) > 1 else 0]
     return layer.own_gate(row[None].to(device, dtype))[0].repeat_interleave(layer.r // layer.num_experts)

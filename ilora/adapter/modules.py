@@ -1,4 +1,4 @@
-"""Modules that take the places of others: those trained whole, and the frozen ones that are kept meanwhile."""
+"""Finding and replacing modules of a model; the modules trained whole, and the frozen ones kept meanwhile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..base_layers import compute_device, frozen_norms
 
 
 def unique_modules(modules: dict[str, Any]) -> dict[str, Any]:
-    """The modules by path, one that stands in several places only by its first."""
+    """The modules by path, each once: a module that stands in several places by its first path."""
     first = {id(module): path for path, module in reversed(modules.items())}
     return {path: modules[path] for path in modules if first[id(modules[path])] == path}
 
@@ -23,7 +23,7 @@ def replace(model: Any, path: str, module: nn.Module) -> None:
 
 
 def keep_trained_modules(model: Any) -> None:
-    """Leaves the modules trained whole, and the weights that are tied no longer, to the plain model."""
+    """Makes the modules trained whole part of the plain model, so that `detach` leaves them there."""
     injection = model.ilora
     for module in injection.adapter.saved.values():
         module.requires_grad_(False)
@@ -31,7 +31,7 @@ def keep_trained_modules(model: Any) -> None:
 
 
 def refuse_resized(model: Any) -> None:
-    """Raises ValueError where a module trained whole has other shapes than the frozen one."""
+    """Raises ValueError where a module trained whole has other shapes than the frozen module that it replaced."""
     for path, original in model.ilora.originals.items():
         modules = (original, model.get_submodule(path))
         before, now = ({key: list(t.shape) for key, t in module.state_dict().items()} for module in modules)
@@ -43,8 +43,8 @@ def refuse_resized(model: Any) -> None:
 
 
 def freeze_statistics(model: Any) -> None:
-    """Puts the frozen norms of an injected model that keep running statistics into eval mode, so that training changes
-    nothing of the base. Those in modules trained whole and in the gate network stay in the mode they are in."""
+    """Puts frozen norms with running statistics into eval mode, so that training does not change the frozen model.
+    Norms in modules trained whole and in the gate network keep their mode."""
     adapter = model.ilora.adapter
     trained = [*adapter.saved.values(), *([] if adapter.gate is None else [adapter.gate])]
     own = {id(part) for module in trained for part in module.modules()}
@@ -52,26 +52,27 @@ def freeze_statistics(model: Any) -> None:
         norm.training = norm.training and id(norm) in own
 
 
-def input_embeddings(model: nn.Module) -> nn.Module | None:
-    """The model's, or None where it does not say which they are (transformers raises NotImplementedError there)."""
+def embeddings(model: Any, kind: str = "input") -> nn.Module | None:
+    """The model's input or output embeddings; None where it does not say which they are. Many of transformers' models
+    for images and sounds raise NotImplementedError."""
     try:
-        found = model.get_input_embeddings()  # type: ignore[operator]
+        found = getattr(model, f"get_{kind}_embeddings")()
     except (AttributeError, NotImplementedError):
         return None
     return found if isinstance(found, nn.Module) else None
 
 
 def dtype_of(model: nn.Module) -> torch.dtype | None:
-    """The frozen model's, by its first frozen parameter."""
+    """The frozen model's dtype: that of its first frozen float parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad), None)
 
 
 def match_device_and_mode(
     module: nn.Module, other: nn.Module, before: torch.dtype | None = None, now: torch.dtype | None = None
 ) -> nn.Module:
-    """Brings a module that was out of the model to the device and the mode of the one in its place, since model.to()
-    and model.train() did not reach it. Its parameters of dtype `before`, the model's then, become `now`, its dtype now.
-    """
+    """Moves a module that was not in the model, so that model.to() and model.train() did not reach it, to the device
+    and the mode of `other`, which stands in its place. Parameters that had the model's dtype `before` get its dtype
+    `now`."""
     for parameter in module.parameters() if before != now else ():
         if parameter.dtype == before:
             parameter.data = parameter.data.to(now)

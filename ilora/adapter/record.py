@@ -1,4 +1,4 @@
-"""What an adapter is made of, and what `inject` has done to a model."""
+"""The records: what an adapter consists of, and what `inject` has changed in a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .config import ILoRAConfig
 
 @dataclass
 class Adapter:
-    """One set of updates, in the model or kept beside it.
+    """One adapter, in the model or kept beside it.
 
-    blocks: the paths of the blocks that have a gate each, in order. layers: by path; each holds the frozen layer that
-    it wraps. saved: the modules trained whole, by path. dtype: the frozen model's when the adapter was taken out.
+    blocks: the paths of the adapted blocks, in order; a gate network may give each a gate. layers: the ILoRALinears by
+    path. saved: the modules trained whole, by path. dtype: the frozen model's dtype when the adapter was taken out.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Adapter:
 
 @dataclass
 class Injection:
-    """What `inject` has done to a model, so that it can be undone.
+    """What `inject` has changed in a model, so that it can be undone.
 
-    adapter: the active one. others: those kept beside it, by name. share_inputs: whether layers share their input.
-    originals: the frozen modules whose places the modules trained whole have taken; dtype: the frozen model's then.
-    tied: entries of transformers' record of tied weights that no longer are. merged: whether a gate is merged into the
-    weights; unmerged: the weights before. Of the model before `inject`: trainable, its parameters that were; norms,
-    those of `frozen_norms` in its own mode; packing, the modules that would pack their weights (`keep_unpacked`).
-    hook: the handle of the model's hook that puts the gate in force.
+    adapter: the active one. others: the other adapters by name. share_inputs: whether layers share their input.
+    originals: the frozen modules that modules trained whole have replaced, by path; dtype: the frozen model's then.
+    tied: what was taken out of transformers' record of tied weights. merged: whether a gate is merged into the weights;
+    unmerged: the weights before, by path. trainable: the parameters that required a gradient before `inject`. norms:
+    those of `frozen_norms` that had the model's mode then. packing, nesting: what `keep_unpacked` and `keep_padded`
+    returned. hook: the handle of the model's hook that sets the gate.
     """
 
     adapter: Adapter
@@ -54,6 +54,7 @@ class Injection:
     trainable: set[str] = field(default_factory=set)
     norms: list[nn.Module] = field(default_factory=list)
     packing: list[nn.Module] = field(default_factory=list)
+    nesting: list[nn.Module] = field(default_factory=list)
     hook: Any = None
 
     @property
@@ -67,7 +68,7 @@ def is_injected(model: Any) -> bool:
 
 
 def injected(model: Any) -> Injection:
-    """The record of the injection. Raises ValueError where there is none."""
+    """The model's record. Raises ValueError where nothing was injected."""
     if not is_injected(model):
         refuse_wrapped(model)
         raise ValueError(f"{type(model).__name__} has no iLoRA in it: ilora.inject(model, config) puts it there")
@@ -75,8 +76,8 @@ def injected(model: Any) -> Injection:
 
 
 def changeable(model: Any, what: str) -> Injection:
-    """The record of the injection, for a call that puts modules in and out. Raises ValueError, saying what is refused,
-    where there is none, a gate is merged, or the adapter is disabled."""
+    """The model's record, for a call `what` that replaces modules. Raises ValueError where nothing was injected, a gate
+    is merged, or the adapter is disabled."""
     injection = injected(model)
     if injection.merged:
         raise ValueError(f"{what}: a gate is merged into the weights; ilora.unmerge(model) first")
@@ -86,7 +87,7 @@ def changeable(model: Any, what: str) -> Injection:
 
 
 def refuse_wrapped(model: Any) -> None:
-    """Raises ValueError for torch's wrappers of a model (compiled, DDP, FSDP1), naming the model within."""
+    """Raises ValueError for torch's wrappers of a model (compiled, DDP, FSDP1), naming the attribute to use."""
     place = type(model).__module__
     if not place.startswith("torch.") or place.startswith("torch.nn.modules."):  # a container may have such a child
         return
@@ -108,12 +109,11 @@ def find_adapter(model: Any, name: str | None = None) -> Adapter:
 
 
 def note_replaced_modules(model: Any) -> None:
-    """Records what others have put in the place of a module trained whole, as resize_token_embeddings does with a
-    head."""
+    """Records modules that other code has put in the place of one trained whole, as resize_token_embeddings does."""
     saved, originals = model.ilora.adapter.saved, model.ilora.originals
     for path in saved:
         module = model.get_submodule(path)
-        if module is not originals.get(path):  # as inside disable_adapter
+        if module is not originals.get(path):  # inside disable_adapter the frozen one stands there
             saved[path] = module
 
 
@@ -124,13 +124,14 @@ def adapters(model: Any) -> tuple[str, ...]:
 
 
 def ilora_layers(model: Any) -> dict[str, ILoRALinear]:
-    """The adapted layers by path, in the model's order; one that stands in two places once, by its first path.
+    """The adapted layers by path, in the model's order; a layer that stands in two places by its first path.
     Raises ValueError where nothing was injected."""
     return {layer.name: layer for layer in injected(model).adapter.layers.values()}
 
 
 def targets(model: Any) -> tuple[str, ...]:
-    """The paths of the adapted layers, of a shared one all. Raises ValueError where nothing was injected."""
+    """The paths of the adapted layers; a layer that stands in two places has both.
+    Raises ValueError where nothing was injected."""
     return tuple(injected(model).adapter.layers)
 
 

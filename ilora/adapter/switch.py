@@ -1,41 +1,50 @@
-"""Makes an adapter from a config, puts it into a model and takes it out: several on one base, one of them active."""
+"""Makes an adapter from a config, puts it into a model and takes it out; one of a model's adapters is active."""
 
 from __future__ import annotations
 
 import copy
+import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from ..base_layers import compute_device, keep_unpacked, let_pack
+from ..base_layers import calls_its_layers, compute_device, keep_unpacked, let_pack
 from ..gates.networks import GateNetwork
 from ..layer import ILoRALinear
 from ..shared import group
 from .config import ILoRAConfig
-from .modules import dtype_of, freeze_statistics, match_device_and_mode, replace, unique_modules
+from .modules import (
+    dtype_of,
+    embeddings,
+    freeze_statistics,
+    match_device_and_mode,
+    replace,
+    unique_modules,
+)
 from .record import Adapter, adapters, changeable, find_adapter, injected, is_injected, note_replaced_modules
 from .targets import block_of, find_targets, layer_settings, refuse_unmatched
 from .task_heads import modules_to_save, with_heads
 
 
 def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: nn.Module | None = None) -> Any:
-    """Gives an injected model one more adapter, as `inject` would, and makes it the active one; returns the model.
+    """Adds an adapter to an injected model and makes it the active one; returns the model.
 
-    name: one that the model has not yet. config, gate: as in `inject`; the adapter has settings, layers and a gate
-    network of its own, in the mode (training or not) of the model.
-    Raises: ValueError where nothing was injected, the name is taken or empty, or a gate is merged; ValueError,
-    TypeError as `inject`. The model is then what it was.
+    name: a new one. config, gate: as in `inject`; each adapter has its own settings, layers and gate network.
+    Raises: ValueError where nothing was injected, the name is taken or empty, a gate is merged or the adapter disabled;
+    ValueError, TypeError as `inject`. The model is then what it was.
     """
     changeable(model, "add_adapter")
     return activate(model, build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True))
 
 
 def set_adapter(model: Any, name: str) -> Any:
-    """Makes the adapter of this name the active one: its layers, gate network and saved modules are in the model (in
-    its parameters and its state dict), those of the others are kept beside it. The tensors are the same objects.
-    Returns the model. Raises ValueError where nothing was injected, for an unknown name, and while a gate is merged."""
+    """Makes the adapter of this name the active one, and returns the model. The model's parameters and state dict hold
+    the active adapter's tensors alone; those of the others are kept, and stay the same objects.
+    Raises ValueError where nothing was injected, for an unknown name, while a gate is merged or the adapter disabled.
+    """
     adapter = find_adapter(model, name)
     if adapter is model.ilora.adapter:
         return model
@@ -44,7 +53,7 @@ def set_adapter(model: Any, name: str) -> Any:
 
 
 def delete_adapter(model: Any, name: str) -> Any:
-    """Forgets an adapter that is not the active one; returns the model. Raises ValueError where nothing was injected,
+    """Removes an adapter that is not the active one; returns the model. Raises ValueError where nothing was injected,
     for the active one (`set_adapter` another first) and for a name that is not there."""
     if find_adapter(model, name) is model.ilora.adapter:
         raise ValueError(f"delete_adapter: {name!r} is the active one; the model has {adapters(model)}")
@@ -54,8 +63,9 @@ def delete_adapter(model: Any, name: str) -> Any:
 
 @contextmanager
 def disable_adapter(model: Any) -> Iterator[Any]:
-    """`with ilora.disable_adapter(model): ...`: the frozen model as it was, without updates and without asking for a
-    gate. Afterwards, also after an exception, the adapter works as before."""
+    """`with ilora.disable_adapter(model): ...`: inside the block the model is the frozen one, and needs no gate.
+    Afterwards, also after an exception, the adapter works as before. Raises ValueError where nothing was injected and
+    while a gate is merged."""
     injection = injected(model)
     if injection.merged:
         raise ValueError("disable_adapter: a gate is merged into the weights; ilora.unmerge(model) first")
@@ -74,11 +84,58 @@ def disable_adapter(model: Any) -> Iterator[Any]:
         injection.state.enabled = before
 
 
-def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, from_user: bool = False) -> Adapter:
-    """A new adapter for the model, which stays as it is. Every refusal of a configuration is raised here.
+def _add(self: Any, adapter_config: Any, adapter_name: str | None = None, **others: Any) -> None:
+    add_adapter(self, adapter_name or "default", adapter_config, **others)
 
-    from_user: also train whole what a task class adds, and refuse names that mean nothing in this model; a config from
-    a file is taken as it stands. Raises TypeError, ValueError as `inject`."""
+
+def _set(self: Any, adapter_name: Any) -> None:
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    if len(names) != 1:
+        raise ValueError(f"set_adapter: one adapter is active at a time, got {names}")
+    set_adapter(self, names[0])
+
+
+def _delete(self: Any, adapter_names: Any) -> None:
+    for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+        delete_adapter(self, name)
+
+
+def _active(self: Any) -> list[str]:
+    return [injected(self).adapter.name]
+
+
+_DELEGATED = {"add_adapter": _add, "set_adapter": _set, "active_adapters": _active}
+_DELEGATED |= dict.fromkeys(("delete_adapter", "delete_adapters"), _delete)
+_INSTEAD = dict.fromkeys(("disable_adapters", "enable_adapters"), "use `with ilora.disable_adapter(model): ...`")
+_INSTEAD |= {"load_adapter": "use ilora.load_adapter(model, path, name=...)"}
+_INSTEAD |= {"get_adapter_state_dict": "use ilora.save_adapter(model, path)"}
+
+
+def adapter_methods(base: type) -> dict[str, Any]:
+    """What the class of an injected model has in place of the methods that transformers and diffusers give `base` for
+    PEFT's adapters: those of ilora, or a ValueError that names what to use."""
+    mixin = next((kind for kind in base.__mro__ if kind.__name__ == "PeftAdapterMixin"), object)
+    names = [
+        name
+        for name, value in vars(mixin).items()
+        if inspect.isfunction(value) and not name.startswith("_") and getattr(base, name) is value
+    ]
+    return {name: _DELEGATED.get(name) or _refusal(name) for name in names}
+
+
+def _refusal(name: str) -> Any:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        instead = _INSTEAD.get(name, "take it out first: ilora.eject(model)")
+        raise ValueError(f"{name} is for PEFT's adapters, and this model has ilora's; {instead}")
+
+    return refuse
+
+
+def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, from_user: bool = False) -> Adapter:
+    """A new adapter for the model, which is left as it is. Raises TypeError, ValueError as `inject`.
+
+    from_user: the config comes from the user and not from a file: also train a task class's head, refuse names that
+    are not in this model, and warn of linear layers that are left out."""
     if not isinstance(config, ILoRAConfig):
         raise TypeError(f"config: expected an ILoRAConfig, got {type(config).__name__}")
     if gate is not None and not isinstance(gate, nn.Module):
@@ -89,9 +146,12 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         raise ValueError(f"name: there is an adapter {name!r} already; the model has {adapters(model)}")
     with _without_adapter(model):
         config = with_heads(model, config) if from_user else config
-        paths = find_targets(model, config)
+        left_out: dict[str, str] = {}
+        paths = find_targets(model, config, left_out)
         if from_user:
             refuse_unmatched(model, config, paths)
+        for path in list(left_out)[:1] if from_user else ():
+            warnings.warn(f"{path}: left out ({len(left_out)} such), because {left_out[path]}", stacklevel=3)
         settings = {path: layer_settings(config, path) for path in paths}
         originals = {path: model.get_submodule(path) for path in modules_to_save(model, config, paths)}
         blocks = list(dict.fromkeys(block_of(path) for path in paths))
@@ -100,6 +160,8 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         layers = {id(base): _wrap(base, path, config, settings[path]) for path, base in unique_modules(bases).items()}
         for layer in layers.values():
             layer.gate_index = blocks.index(block_of(layer.name))
+        for path, base in bases.items():
+            calls_its_layers(model.get_submodule(path.rpartition(".")[0]), layers[id(base)])
         copies = {id(m): copy.deepcopy(m).requires_grad_(True) for m in unique_modules(originals).values()}
     wrapped = {path: layers[id(base)] for path, base in bases.items()}
     saved = {path: copies[id(module)] for path, module in originals.items()}
@@ -108,7 +170,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
 
 @contextmanager
 def _without_adapter(model: Any) -> Iterator[None]:
-    """The plain model inside the block, the active adapter being out of the way."""
+    """Inside the block the active adapter is out of the model."""
     adapter = model.ilora.adapter if is_injected(model) else None
     if adapter is not None:
         detach(model)
@@ -120,7 +182,7 @@ def _without_adapter(model: Any) -> Iterator[None]:
 
 
 def activate(model: Any, adapter: Adapter) -> Any:
-    """Puts an adapter into an injected model in the place of the active one, which is kept beside it from now on."""
+    """Makes this adapter of an injected model the active one, in the place of another."""
     injection = model.ilora
     before = injection.adapter
     if adapter is not before:
@@ -132,12 +194,12 @@ def activate(model: Any, adapter: Adapter) -> Any:
 
 
 def attach(model: Any, adapter: Adapter) -> None:
-    """Puts an adapter into an injected model that has none in it."""
+    """Puts an adapter into an injected model that has no active one."""
     injection = model.ilora
     injection.adapter, injection.dtype = adapter, dtype_of(model)
     for path, layer in adapter.layers.items():
         layer.gate_state = injection.state
-        for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach them while they were kept beside it
+        for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach an adapter that was not active
             dtype = injection.dtype if parameter.dtype == adapter.dtype else None
             parameter.data = parameter.data.to(compute_device(layer.base_layer) or parameter.device, dtype)
         replace(model, path, layer.train(layer.base_layer.training))
@@ -146,7 +208,7 @@ def attach(model: Any, adapter: Adapter) -> None:
     for path, module in adapter.saved.items():
         replace(model, path, match_device_and_mode(module, injection.originals[path], adapter.dtype, injection.dtype))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    own = tuple(path + "." for path in (*adapter.saved, *adapter.layers))  # these have weights of their own
+    own = tuple(path + "." for path in (*adapter.saved, *adapter.layers))  # their weights are tied no longer
     for key in [key for key, other in tied.items() if key.startswith(own) or other.startswith(own)]:
         injection.tied[key] = tied.pop(key)
     if adapter.gate is not None:
@@ -157,7 +219,7 @@ def attach(model: Any, adapter: Adapter) -> None:
 
 
 def detach(model: Any) -> None:
-    """Takes the active adapter out; it stays in the injection's record, and the model is for `attach` alone then."""
+    """Takes the active adapter out of the model. Only `attach` or the end of `eject` may follow."""
     injection = model.ilora
     for path, layer in injection.adapter.layers.items():
         replace(model, path, layer.base_layer)
@@ -168,12 +230,12 @@ def detach(model: Any) -> None:
     if injection.tied:
         model.all_tied_weights_keys.update(injection.tied)
     injection.originals, injection.tied = {}, {}
-    model._modules.pop("ilora_gate", None)  # past the model's own __setattr__, which would forget the network
+    model._modules.pop("ilora_gate", None)  # not by setattr, which would remove it from the adapter as well
     vars(model)["ilora_gate"] = None
 
 
 def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -> None:
-    """Fits a gate network to the model and brings it to the model's device. Raises ValueError where it cannot."""
+    """Fits a gate network to the model and moves it to the model's device. Raises ValueError where it does not fit."""
     if gate is None:
         return
     if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -182,8 +244,7 @@ def bind(model: Any, config: ILoRAConfig, gate: nn.Module | None, blocks: int) -
             "module of your own, and inject into that"
         )
     if isinstance(gate, GateNetwork):
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        gate.bind(config.num_experts, blocks, getattr(embeddings, "embedding_dim", None))
+        gate.bind(config.num_experts, blocks, getattr(embeddings(model), "embedding_dim", None))
     _move_gate(model, gate)
 
 
@@ -194,7 +255,7 @@ def _move_gate(model: nn.Module, gate: nn.Module) -> None:
 
 
 def _wrap(base: nn.Module, path: str, config: ILoRAConfig, own: dict[str, Any]) -> ILoRALinear:
-    """The layer over its base, which is frozen and kept from packing only once the adapter is in the model."""
+    """The layer around its base. The base stays trainable and packs as before until the adapter is in the model."""
     flags, packing = [(p, p.requires_grad) for p in base.parameters()], keep_unpacked(base)
     try:
         common = {"adapter_dtype": config.adapter_dtype, "backend": config.backend}

@@ -1,31 +1,34 @@
-"""What the names of an ILoRAConfig mean among a model's paths, and which of them mean nothing there."""
+"""Finds the modules that an ILoRAConfig names in a model, and refuses names that are not there."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..base_layers import is_linear
+from ..base_layers import adapter_like, features_of, is_conv1d, is_linear
 from .config import ALL_LINEAR, PATTERNS, ILoRAConfig
+from .modules import embeddings
 
 
 def ends(path: str, name: str) -> bool:
-    """Whether the path ends in the name, or is the name after a ^, all of it."""
+    """Whether the path ends in the name, or equals what follows a ^."""
     return path == name.removeprefix("^") or path.endswith("." + name)
 
 
 def named(path: str, names: str | Iterable[str]) -> bool:
-    """Whether the path is meant: by a regular expression for all of it, or by one of several path endings."""
+    """Whether the path matches: a string is a regular expression for the whole path, others are path endings."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(ends(path, name) for name in names)
 
 
 def one_by_one(names: str | tuple[str, ...]) -> list[str | tuple[str, ...]]:
-    """Each of the names as `named` takes it: a string is one expression."""
+    """Each of the names by itself, as `named` takes it."""
     return [names] if isinstance(names, str) else [(name,) for name in names]
 
 
@@ -46,7 +49,7 @@ def index_of(path: str) -> int | None:
 
 
 def layer_settings(config: ILoRAConfig, path: str) -> dict[str, Any]:
-    """r, num_experts and lora_alpha of the module at this path: of each pattern, the first key that means the path.
+    """r, num_experts and lora_alpha of the module at this path, from the first key of each pattern that matches it.
     Raises ValueError where they do not fit each other."""
     settings: dict[str, Any] = {"r": config.r, "num_experts": config.num_experts, "lora_alpha": config.lora_alpha}
     patterns = (config.rank_pattern, config.expert_pattern, config.alpha_pattern)
@@ -62,13 +65,16 @@ def layer_settings(config: ILoRAConfig, path: str) -> dict[str, Any]:
     return settings
 
 
-def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
+def find_targets(model: nn.Module, config: ILoRAConfig, left_out: dict[str, str] | None = None) -> list[str]:
     """The paths of the linear layers to adapt, in the model's order.
-    Raises ValueError where a matched module cannot take an adapter, and where nothing matches. The model itself is
-    never one: there is nowhere to put another module in its place."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    left_out: receives the linear layers that "all-linear" leaves out, because they compute something else, and why.
+    Raises ValueError where a module that is named cannot take an adapter, and where nothing matches. The model itself
+    is never one: there is nowhere to put another module in its place."""
+    head = embeddings(model, "output")
     everything = config.target_modules == ALL_LINEAR
     targets: list[str] = []
+    reasons: dict[Any, str | None] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if not path or (config.layers_to_transform is not None and index_of(path) not in config.layers_to_transform):
             continue
@@ -79,12 +85,48 @@ def find_targets(model: nn.Module, config: ILoRAConfig) -> list[str]:
         wanted = is_linear(module) and module is not head if everything else named(path, config.target_modules)
         if wanted and targets and path.startswith(targets[-1] + "."):
             continue  # a part of a layer that is adapted as a whole
-        if wanted:
-            _refuse_unfit(model, path, module)
+        if not wanted:
+            continue
+        _refuse_unfit(model, path, module)
+        kind = type(module), *((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, str)))
+        if kind not in reasons:  # layers of one class and sizes are alike
+            reasons[kind] = why_no_update(module)
+        reason = reasons[kind]
+        if reason is None:
             targets.append(path)
+        elif not everything:
+            raise ValueError(f"{path}: target_modules matches it, but {reason}; leave it out")
+        elif left_out is not None:
+            left_out[path] = reason
     if not targets:
         raise ValueError(_nothing_matched(model, config))
     return targets
+
+
+def why_no_update(module: nn.Module) -> str | None:
+    """Why no update can be added to the output of a linear layer that has a forward of its own; None where one can.
+    Tried with zeros, and not where the weights are quantised: those kernels may not run here."""
+    tensors = [*module.parameters(), *module.buffers()]
+    plain = all(t.is_floating_point() and t.itemsize > 1 and type(t) in (Tensor, nn.Parameter) for t in tensors)
+    if type(module).forward is nn.Linear.forward or is_conv1d(module) or not plain:
+        return None
+    trial = copy.copy(module)  # whose attributes are its own, while its tensors are the module's
+    trial.__dict__ = {name: dict(value) if type(value) is dict else value for name, value in vars(module).items()}
+    trial.training = False
+    d_in, d_out = features_of(module)
+    x = adapter_like(module, None).new_zeros(1, 7, d_in)
+    found = ""
+    for rows in (x, x[0]):
+        try:
+            with torch.no_grad():
+                y = type(module).forward(trial, rows)
+        except Exception as error:
+            found = found or f"raises {type(error).__name__} for an input {list(x.shape)}"
+            continue
+        if isinstance(y, Tensor) and y.shape == (*rows.shape[:-1], d_out):
+            return None
+        found = f"returns {list(y.shape) if isinstance(y, Tensor) else type(y).__name__} for {list(rows.shape)}"
+    return f"{type(module).__name__} computes something else than a product of its input with d_out={d_out}: it {found}"
 
 
 def _refuse_unfit(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -126,8 +168,8 @@ def _nothing_matched(model: nn.Module, config: ILoRAConfig) -> str:
 
 
 def refuse_unmatched(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> None:
-    """Raises ValueError for names that mean no module of the model, patterns that mean none of the targets, and blocks
-    that are not there: a misspelt one would do nothing, beside others that do something."""
+    """Raises ValueError for a name that matches no module of the model, a pattern that matches none of the targets, and
+    a block that is not there. A misspelt one would otherwise do nothing."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path]
     for field in ("target_modules", "exclude_modules"):
         names = [name for name in one_by_one(getattr(config, field)) if name not in ("", ALL_LINEAR)]

@@ -1,5 +1,5 @@
-"""Which modules are trained whole: those that a config names, and what a transformers task class adds to the pretrained
-model in it, which is made anew at every loading."""
+"""Finds the modules to train whole: those that a config names, and the head of a task class of transformers, which no
+checkpoint of the pretrained model has and which is random at every loading."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import nn
 
 from ..base_layers import offloading_to
 from .config import ALL_LINEAR, ILoRAConfig
+from .modules import embeddings
 from .targets import index_of, named, one_by_one
 
-# In the names of task classes. Language models are none: their heads are in the checkpoint.
+# In the names of task classes. Language models are not among them: their heads are in the checkpoint.
 _TASKS = re.compile(
     r"For\w*(Classification|QuestionAnswering|MultipleChoice|SemanticSegmentation|ObjectDetection|DepthEstimation|CTC"
     r"|XVector|Regression)"
@@ -23,8 +24,8 @@ _HEADS = re.compile(r"(classifier|score|qa_outputs)$")  # which PEFT trains whol
 
 
 def with_heads(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
-    """The config with a task's head among its modules_to_save, as PEFT does for such tasks. What exclude_modules names
-    is left out, and what target_modules names by itself, which is adapted then."""
+    """The config with the task's heads among its modules_to_save, as PEFT does it, without those that exclude_modules
+    names and those that target_modules names by themselves, which are adapted."""
     heads = [path for path in task_heads(model) if not named(path, config.exclude_modules)]
     bare = [name for name, parameter in model.named_parameters(recurse=False) if not _has_mark(parameter)]
     if heads and bare:
@@ -40,9 +41,9 @@ def with_heads(model: nn.Module, config: ILoRAConfig) -> ILoRAConfig:
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """The paths of the modules that a task class of transformers has put around a pretrained model (heavy ones, such as
-    the decoder of a segmentation, only if its checkpoint did not have them), and of those in the model that it did not
-    have; none of any other class."""
+    """The paths of what a task class of transformers has that the pretrained model's checkpoint had not. What is around
+    the pretrained model and has the usual name of a head counts in any case; a larger one, such as a segmentation's
+    decoder, only if it was not loaded. Empty for any other class."""
     prefix = getattr(model, "base_model_prefix", None)
     if prefix is None or not _TASKS.search(type(model).__name__):
         return []
@@ -63,8 +64,8 @@ def task_heads(model: nn.Module) -> list[str]:
 
 
 def modules_to_save(model: nn.Module, config: ILoRAConfig, targets: list[str]) -> list[str]:
-    """The paths of the modules that the config's modules_to_save means, of a shared one all, without those that are
-    inside of others. Raises ValueError for a name that is not there, for what cannot be trained and what is adapted."""
+    """The paths of the modules that modules_to_save names, without those inside of others; a module that stands in two
+    places has both. Raises ValueError for a name that is not there, and for what cannot be trained or is adapted."""
     modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
     for wanted in config.modules_to_save:
         if not any(named(path, (wanted,)) for path, _ in modules):
@@ -99,15 +100,15 @@ def _has_mark(parameter: nn.Parameter) -> bool:
 
 
 def _not_loaded(model: nn.Module) -> list[str]:
-    """The paths of the modules none of whose parameters came from the checkpoint; none where nothing shows it.
+    """The paths of the modules of which no parameter came from the checkpoint. Empty for a model that was not loaded.
 
-    A parameter loses the mark when another takes its place (dequantize, a merge by hand, a block that is copied, a
-    vocabulary that is cut), so the numbered blocks, the input embeddings and what is quantised or offloaded always
-    count as loaded.
+    A parameter has no mark if it has replaced a loaded one (dequantize, a merge by hand, a copied block, a smaller
+    vocabulary). So the numbered blocks, the input embeddings and what is quantised or offloaded count as loaded.
     """
     if not any(map(_has_mark, model.parameters())):
         return []
-    loaded = {id(parameter) for parameter in _input_embeddings(model)}
+    table = embeddings(model)
+    loaded = set() if table is None else {id(parameter) for parameter in table.parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.itemsize > 1
         if _has_mark(parameter) or index_of(name) is not None or not plain or parameter.is_meta:
@@ -120,17 +121,8 @@ def _not_loaded(model: nn.Module) -> list[str]:
     return found
 
 
-def _input_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """Their parameters, where the model says which they are."""
-    try:
-        module = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return []
-    return list(module.parameters()) if isinstance(module, nn.Module) else []
-
-
 def _targeted(model: nn.Module, config: ILoRAConfig, head: str) -> bool:
-    """Whether target_modules means this head by itself, and not by a name that others have too."""
+    """Whether target_modules names this head, or modules in it alone, by a name that no other module has."""
     if config.target_modules == ALL_LINEAR:
         return False
     paths = [path for path, _ in model.named_modules() if path]

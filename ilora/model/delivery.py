@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapter.modules import freeze_statistics
 from ..adapter.record import Injection, is_injected, print_trainable_parameters
-from ..adapter.switch import bind, disable_adapter
+from ..adapter.switch import adapter_methods, bind, disable_adapter
 from ..current_gate import Frame, capture_checkpoints, framed
 from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
@@ -51,7 +51,7 @@ class ILoRAModel:
                     )
             finally:
                 state.enter(before)
-            state.refuse_reading()
+            state.end()
         return output
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -137,7 +137,7 @@ def put_gate_in_force(
         warn_of_answer(model, inputs, kwargs.get("ilora_prompt_mask"))
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
-    state.begin(frame)
+    state.begin(frame, model)
     training = model.training and torch.is_grad_enabled()
     state.balance_due = training and frame.gate is not None and getattr(model.ilora_gate, "balance", 0.0) > 0.0
     return args, own
@@ -199,6 +199,7 @@ def ilora_class(base: type) -> type:
         "ilora_base": base,
         "_ilora_parameters": tuple(p.name for p in parameters[1:] if p.kind in positional),
     }
+    members |= adapter_methods(base)
     members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     if hasattr(base, "tie_weights"):
         members["tie_weights"] = _tie_weights

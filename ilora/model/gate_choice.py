@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter.modules import embeddings as embeddings_of
 from ..base_layers import compute_device
 from ..current_gate import Frame
 from ..gates.networks import PromptGate, UniformGate
@@ -99,7 +100,10 @@ def _prompt_gate(
     if embeddings is None:
         if values.get("input_ids") is None:
             raise ValueError("PromptGate needs input_ids or inputs_embeds; give ilora_gate where there are none")
-        embeddings, has_row = _embed(model.get_input_embeddings(), values["input_ids"])
+        table = embeddings_of(model)
+        if table is None:
+            raise ValueError(f"PromptGate needs inputs_embeds: {type(model).__name__} names no input embeddings")
+        embeddings, has_row = _embed(table, values["input_ids"])
     if segments is None and packed_by(inputs) is not None:
         raise ValueError(_segments_needed(inputs))
     B, L = embeddings.shape[:2]

@@ -1,4 +1,4 @@
-"""Putting iLoRA into a model and taking it out again, in place."""
+"""Injects an adapter into a model, in place, and ejects it; also the gate and shared inputs of an injected model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..adapter.config import ILoRAConfig
 from ..adapter.modules import keep_trained_modules, refuse_resized
 from ..adapter.record import Injection, changeable, injected, refuse_wrapped
 from ..adapter.switch import attach, build, detach
-from ..base_layers import frozen_norms, keep_unpacked, let_pack
+from ..base_layers import frozen_norms, keep_padded, keep_unpacked, let_nest, let_pack
 from ..current_gate import release_checkpoints
 from ..layer import ILoRALinear
 from ..shared import group
@@ -30,17 +30,18 @@ def inject(
     """Freezes the model and gives its linear layers gated low-rank updates, in place; returns the model.
 
     Args:
-        model: any nn.Module; a transformers model gets `generate` and `save_pretrained` that know of the gate as well.
-            Devices and dtypes stay. Its class becomes a subclass, of the same name, whose forward takes `ilora_gate`
-            [N, E], `ilora_z` [N, z_dim] and `ilora_segments` [N+1].
-        config: what to adapt and how; None means the defaults, on all linear layers but the output head.
-        gate: a gate network (`SequenceGate`, `PromptGate`, `UniformGate`, or any module that maps ilora_z to
-            [N, E]), which becomes the submodule `ilora_gate`: trained, saved and loaded with the model. It goes to the
-            device of the model's first parameter. None: every call is given its gate.
-        name: the adapter's, for models with several.
-        share_inputs: as `ilora.share_inputs(model)` afterwards.
+        model: any nn.Module. Devices and dtypes stay. Its class becomes a subclass of the same name, whose forward also
+            takes `ilora_gate` [N, E], `ilora_z` [N, z_dim] and `ilora_segments` [N+1]; of a transformers model,
+            `generate` and `save_pretrained` know the gate and the adapter too.
+        config: what to adapt and how; None means the defaults, on all linear layers but the output head. A linear layer
+            that computes something else than a product of its input is left out, with a warning.
+        gate: a gate network (`SequenceGate`, `PromptGate`, `UniformGate`, or any module that maps ilora_z to [N, E]).
+            It becomes the submodule `ilora_gate`, on the device of the model's first parameter, and is trained, saved
+            and loaded with the model. None: every call needs a gate.
+        name: the adapter's name.
+        share_inputs: whether to call `ilora.share_inputs(model)`.
     Raises: ValueError, TypeError naming the module that cannot be adapted, or the name, pattern or block of the config
-    that is not in the model, before anything is changed; ValueError for a bare linear layer, which `ILoRALinear` wraps.
+    that is not in the model; ValueError for a bare linear layer, which `ILoRALinear` wraps. Nothing is changed then.
     """
     refuse_model(model)
     adapter = build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True)
@@ -48,24 +49,24 @@ def inject(
 
 
 def install(model: Any, injection: Injection) -> Any:
-    """Records the injection in a plain model, and attaches its adapter; returns the model. Undone by `eject`."""
+    """Makes a plain model an injected one, with the injection's adapter; returns the model. `eject` undoes it."""
     injection.trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     model.requires_grad_(False)
     injection.norms = [norm for norm in frozen_norms(model) if norm.training == model.training]
-    injection.packing = keep_unpacked(model)
+    injection.packing, injection.nesting = keep_unpacked(model), keep_padded(model)
     kind: Any = type(model)
     model.__class__ = ilora_class(kind)
     model.ilora = injection
     injection.hook = model.register_forward_pre_hook(put_gate_in_force, with_kwargs=True)
-    model._hf_peft_config_loaded = True  # transformers asks this before it trains a quantised or checkpointed model
+    model._hf_peft_config_loaded = True  # transformers trains a quantised model only if it is set
     attach(model, injection.adapter)
     return model
 
 
 def eject(model: Any) -> Any:
-    """Takes everything that `inject` put in out again, other adapters too: the model, its class and its parameters are
-    what they were. After a merge with keep_base=False the merged weights stay, and the modules that were trained whole.
-    Raises ValueError where nothing was injected, inside `disable_adapter`, where a merge can still be undone
+    """Takes all adapters out: the model, its class and its parameters are what they were before `inject`; returns it.
+    After a merge with keep_base=False it keeps the merged weights and the modules that were trained whole.
+    Raises ValueError where nothing was injected, inside `disable_adapter`, after a merge that can still be undone
     (`ilora.unmerge` first), and where a module that was trained whole has been resized."""
     injection, base = injected(model), type(model).__dict__.get("ilora_base")
     if base is None:
@@ -74,7 +75,7 @@ def eject(model: Any) -> Any:
         raise ValueError(
             "eject: a gate is merged into the weights; ilora.unmerge(model), or merge with keep_base=False"
         )
-    if injection.merged:  # for good
+    if injection.merged:  # with keep_base=False
         keep_trained_modules(model)
     else:
         changeable(model, "eject")
@@ -82,6 +83,7 @@ def eject(model: Any) -> Any:
     detach(model)
     release_checkpoints(model)
     let_pack(injection.packing)
+    let_nest(injection.nesting)
     injection.hook.remove()
     model.__class__ = base
     del model.ilora, model.ilora_gate, model._hf_peft_config_loaded
@@ -94,13 +96,13 @@ def eject(model: Any) -> Any:
 
 
 def share_inputs(model: Any, share: bool = True) -> tuple[tuple[str, ...], ...]:
-    """Lets the layers that get one input (q, k, v; gate, up) share the pass over it, forward and backward; returns the
-    paths of those that may, by group. It holds for the model's other adapters too, and is not saved.
+    """Lets layers that get one input (q, k, v; gate, up) read it once, forward and backward; returns their paths, by
+    group. It holds for all adapters of the model, and is not saved. share=False undoes it.
 
-    Results are those of separate layers, but for the order of sums; with dropout the layers of a group have one mask.
-    A group are children of one module with known names (`ilora.shared.FAMILIES`) and plain weights, of the same r,
-    num_experts and scaling. That they do share is seen at every call, by the very same tensor. Compiled models and
-    decoding steps compute every layer by itself. share=False: as before. Raises ValueError where nothing was injected.
+    Results differ from those of separate layers in the order of sums alone; under dropout a group has one mask.
+    A group is made of children of one module that have known names (`ilora.shared.FAMILIES`), plain weights, and the
+    same r, num_experts and scaling. Each call checks that they really get the same tensor; else, in compiled models and
+    in decoding steps, every layer computes by itself. Raises ValueError where nothing was injected.
     """
     injection = injected(model)
     injection.share_inputs = bool(share)
@@ -116,11 +118,11 @@ def gate_of(
     ilora_segments: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
-    """The gate [N, E] (or [blocks, N, E]) that the model's gate network gives for these inputs, for loops that call the
-    model step by step: `with ilora.gated(model, ilora.gate_of(model, input_ids=..., attention_mask=...)): ...`.
+    """The gate [N, E] (or [blocks, N, E]) that the model's gate network computes from these inputs, for code that calls
+    the model step by step: `with ilora.gated(model, ilora.gate_of(model, input_ids=..., attention_mask=...)): ...`.
 
-    All by name, as the model's forward takes them. Raises: ValueError where nothing was injected, where the model has
-    no gate network, and for inputs that are missing or not this network's; TypeError for those of another kind.
+    inputs: by name, as the model's forward takes them. Raises: ValueError where nothing was injected, where the model
+    has no gate network, and for inputs that it lacks or does not take; TypeError for inputs of a wrong type.
     """
     injected(model)
     check_argument_types(ilora_segments, ilora_prompt_mask)
@@ -128,9 +130,9 @@ def gate_of(
 
 
 def last_gate(model: Any) -> Tensor:
-    """The gate [N, E] (or [blocks, N, E]) of the model's last forward or generation, detached: see `gate_stats`,
-    `plot_gates`. Raises ValueError where nothing was injected, before there was one, and after a forward without one
-    (a merged gate, a disabled adapter)."""
+    """The gate [N, E] (or [blocks, N, E]) of the model's last forward, detached, for `gate_stats` and `plot_gates`.
+    Raises ValueError where nothing was injected, before the first forward, and after one without a gate (merged, or
+    inside `disable_adapter`)."""
     last = injected(model).state.last
     if last is None:
         raise ValueError("last_gate: the model has not run under a gate yet")
@@ -138,7 +140,7 @@ def last_gate(model: Any) -> Tensor:
 
 
 def refuse_model(model: Any) -> None:
-    """Raises TypeError, ValueError for a model that no adapter can be injected into."""
+    """Raises TypeError, ValueError for what cannot be injected: other adapters, wrappers, what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, ILoRAModel):

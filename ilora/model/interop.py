@@ -1,9 +1,8 @@
-"""From PEFT's LoRA and back. With the gate 1/E everywhere, an iLoRA is the LoRA of the same matrices and alpha."""
+"""From PEFT's LoRA and back. Under the uniform gate 1/E an iLoRA computes the LoRA of the same A, B and alpha."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,24 @@ from ..adapter.record import Adapter, changeable, find_adapter
 from ..gates.checks import one_gate
 from ..storage.cards import PLAIN
 from ..storage.files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
-from ..storage.format import by_file, embeddings_of, is_resized, peft_config, tensors_of
+from ..storage.format import by_file, embedding_parameters, is_resized, peft_config, tensors_of
 from ..storage.read import find_directory
-from .inject import eject, install
 from .peft_lora import install_lora, read_lora, refuse_config
 
 
 def from_peft(source: Any, num_experts: int, model: Any = None, gate: nn.Module | None = None) -> Any:
-    """An iLoRA that starts from a PEFT LoRA: with the gate 1/num_experts it computes what PEFT computed.
+    """An iLoRA that starts from a PEFT LoRA: under the gate 1/num_experts it computes what PEFT computed.
 
     Args:
-        source: a `peft.PeftModel`, whose base model is unwrapped in place, injected and returned, with the active
-            adapter (the others are dropped); or the directory of a saved adapter, or "owner/name" on the Hub.
+        source: a saved PEFT adapter, as its directory or "owner/name" on the Hub; or a `peft.PeftModel`, whose active
+            adapter is taken over into its base model, in place, and whose other adapters are dropped.
         num_experts: E, which divides every rank.
-        model: the base model, for a directory.
+        model: the base model of a saved adapter.
         gate: the gate network, as in `ilora.inject`.
-    Raises: AdapterError for what iLoRA cannot express (DoRA, biases, trained tokens, other methods than LoRA, LoRA of
-        embeddings and convolutions, ranks that num_experts does not divide), for files that are damaged or repeat
-        weights of the base model; TypeError, ImportError. The model is then what it was.
+    Returns: the injected base model. Raises: AdapterError for what an iLoRA cannot express (DoRA, biases, trained
+    tokens, methods other than LoRA, LoRA of embeddings and convolutions, ranks that num_experts does not divide), for
+    damaged files and files that repeat weights of the base model; ValueError, TypeError, ImportError. The model is then
+    what it was.
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts: expected an integer >= 1, got {num_experts!r}")
@@ -47,21 +46,23 @@ def from_peft(source: Any, num_experts: int, model: Any = None, gate: nn.Module 
     return _from_live(source, num_experts, gate)
 
 
-def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None) -> Any:
-    """A plain LoRA that computes what the model computes under one gate [E], [1, E] or [blocks, 1, E]: the gate goes
-    into lora_B, and lora_alpha becomes E times as large.
+def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None) -> Path:
+    """Writes a plain PEFT LoRA that computes what the model computes under one gate [E], [1, E] or [blocks, 1, E].
+    The gate is multiplied into lora_B, and lora_alpha becomes E times as large.
 
-    path: write a PEFT adapter there, atomically as `save_adapter`, and return the Path; the model stays as it is. None:
-    return a `peft.PeftModel` over the base model, which `ilora.eject` gives back (its other adapters are forgotten).
-    Raises: ValueError for a batch of gates, while a gate is merged and inside `disable_adapter`, TypeError, OSError,
-    ImportError, and what PEFT raises for a model that it cannot take. The model is then what it was.
+    path: the directory, written as atomically as by `save_adapter`. The model stays as it is; for a live model then
+        `peft.PeftModel.from_pretrained(ilora.eject(model), path)`.
+    Raises: ValueError without a path, for a batch of gates, while a gate is merged and inside `disable_adapter`;
+    TypeError for what is no gate; AdapterError where the directory holds an iLoRA adapter; OSError.
     """
     changeable(model, "to_peft")
     if path is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return _taken_by_peft(model, to_peft(model, gate, Path(folder) / "adapter"))
+        raise ValueError(
+            "to_peft: expected a path to write to; for a live model, load what it wrote: "
+            "peft.PeftModel.from_pretrained(ilora.eject(model), path)"
+        )
     adapter = find_adapter(model)
-    embeddings = embeddings_of(model, adapter) if is_resized(model) else {}
+    embeddings = embedding_parameters(model, adapter) if is_resized(model) else {}
     tensors = by_file(_gated_tensors(adapter, gate) | embeddings)[PEFT_WEIGHTS]
     if (Path(path) / CONFIG).exists():
         raise AdapterError(f"{path}: holds an iLoRA adapter, which a PEFT adapter would spoil; choose another name")
@@ -82,29 +83,11 @@ def _gated_tensors(adapter: Adapter, gate: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def _taken_by_peft(model: Any, saved: Path) -> Any:
-    """The model, ejected, in a PeftModel with a saved adapter. Where PEFT refuses it the model is what it was."""
-    peft, injection = _peft(), model.ilora
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = {name: module.training for name, module in model.named_modules()}
-    base = eject(model)
-    try:
-        live = peft.PeftModel.from_pretrained(base, str(saved), autocast_adapter_dtype=False)
-    except BaseException:
-        _unwrap(base)
-        install(base, injection)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for name, module in base.named_modules():
-            module.training = training[name]
-        raise
-    for name, module in live.get_base_model().named_modules():
-        module.training = training.get(name.split(".lora_")[0], module.training)
-    return live
-
-
 def _from_live(source: Any, num_experts: int, gate: nn.Module | None) -> Any:
-    peft = _peft()
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("from_peft: a PeftModel needs peft: pip install peft") from error
     if not isinstance(source, peft.PeftModel):
         raise TypeError(f"from_peft: expected a peft.PeftModel or a path, got {type(source).__name__}")
     active, base = source.active_adapters, source.get_base_model()
@@ -115,7 +98,11 @@ def _from_live(source: Any, num_experts: int, gate: nn.Module | None) -> Any:
     if any(getattr(module, "merged", False) for module in base.modules()):
         raise AdapterError(f"{label}: it is merged into its base; call unmerge_adapter() first")
     tensors = peft.get_peft_model_state_dict(source, adapter_name=active[0], save_embedding_layers=False)
-    wrappers = _unwrap(base)
+    wrappers = _peft_wrappers(base)
+    for path, wrapper in wrappers.items():
+        whole = hasattr(wrapper, "original_module")
+        replace(base, path, wrapper.original_module if whole else wrapper.get_base_layer())
+    vars(base).pop("peft_config", None)
     try:
         return install_lora(base, label, config, tensors, num_experts, gate)
     except BaseException:
@@ -125,8 +112,8 @@ def _from_live(source: Any, num_experts: int, gate: nn.Module | None) -> Any:
         raise
 
 
-def _unwrap(base: Any) -> dict[str, nn.Module]:
-    """Puts the modules that PEFT has wrapped back in their places; returns the wrappers by path."""
+def _peft_wrappers(base: nn.Module) -> dict[str, Any]:
+    """The modules that PEFT has put in the places of the base model's own, by path; not those inside of others."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -135,15 +122,4 @@ def _unwrap(base: Any) -> dict[str, nn.Module]:
         inside = path.startswith(tuple(outer + "." for outer in wrappers))
         if not inside and isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
             wrappers[path] = module
-    for path, module in wrappers.items():
-        replace(base, path, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module)
-    vars(base).pop("peft_config", None)
     return wrappers
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("live PEFT models need peft: pip install peft") from error
-    return peft

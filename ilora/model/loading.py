@@ -28,20 +28,20 @@ def load_adapter(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Any:
-    """Puts a saved adapter into the model, in place, and returns the model.
+    """Loads a saved adapter into the model, in place, and makes it the active one; returns the model.
 
     Args:
-        model: a plain model, which is injected with the settings on disk; or an injected one: if it has an adapter of
-            this name, with the same settings, its values are overwritten in place (an optimizer keeps its parameters),
-            else it gets one more. The adapter is the active one afterwards.
-        path: the directory, or "owner/name" on the Hub where no such directory is (with revision and token).
-        gate: the gate network, for a saved one of a class of your own; else it is built from its settings.
-        verify: compare checksums. Names, shapes, dtypes and settings are checked in any case.
-    Values are exact where the model's adapter has the dtype of the file; else they are rounded as `copy_` does, such as
-    a float32 adapter into a bfloat16 model without adapter_dtype. A gate network built here has the file's dtype.
-    Saved embeddings (of a base whose vocabulary was resized) take the place of the model's values; `eject` leaves them.
-    Raises: AdapterError (a ValueError) for files that are missing, damaged, or do not fit the model or each other,
-    ImportError. Everything is checked first: the model is then what it was before.
+        model: a plain model, which is injected with the saved settings; or an injected one. If that has an adapter of
+            this name and the same settings, its values are overwritten in place (an optimizer keeps its parameters);
+            else the adapter is added.
+        path: the directory; or, if there is none of this name, "owner/name" on the Hub, with revision and token.
+        gate: the gate network, if a network of your own class was saved; others are built from their settings.
+        verify: compare checksums. Names, shapes, dtypes and settings are always checked.
+    Where the model's adapter has another dtype than the file, values are rounded as by `copy_`, such as a float32
+    adapter in a bfloat16 model without adapter_dtype. A gate network that is built here has the file's dtype.
+    Saved embeddings (of a base whose vocabulary was resized) replace the model's own values; `eject` leaves them.
+    Raises: AdapterError (a ValueError) for files that are missing, damaged, or do not fit the model or each other;
+    TypeError, ImportError. Everything is checked first, so the model is then what it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -76,7 +76,7 @@ def load_adapter(
 
 
 def _build(model: Any, saved: SavedAdapter, name: str, gate: nn.Module | None) -> Adapter:
-    """The saved adapter as the model would have it, not in the model yet."""
+    """An adapter of this model with the saved settings and a gate network, not in the model yet."""
     file = saved.directory / CONFIG
     if gate is not None and saved.gate is None:
         raise AdapterError(f"{file}: gate: the adapter was saved without a gate network, but gate= is given")
@@ -88,7 +88,8 @@ def _build(model: Any, saved: SavedAdapter, name: str, gate: nn.Module | None) -
 
 
 def differences(adapter: Adapter, config: ILoRAConfig, gate: dict[str, Any] | None) -> list[str]:
-    """What of an adapter's settings is not as in these; the backend is the machine's affair."""
+    """The adapter's settings that differ from these, one sentence each. The backend may differ: it belongs to the
+    machine."""
     own, other = adapter.config.to_dict(), config.to_dict()
     found = [
         f"{key} is {own[key]!r}, in the file {other[key]!r}"
@@ -98,7 +99,7 @@ def differences(adapter: Adapter, config: ILoRAConfig, gate: dict[str, Any] | No
     mine, theirs = describe_gate(adapter.gate) or {}, gate or {}
     if mine.get("type") != theirs.get("type"):
         return [*found, f"the gate network's type is {mine.get('type')!r}, in the file {theirs.get('type')!r}"]
-    custom = mine.get("type") == "custom"  # tensors tell whether they fit: classes move
+    custom = mine.get("type") == "custom"  # its class may have moved to another module; its tensors are checked
     for key in () if custom else sorted({*mine, *theirs}):
         if key not in mine or key not in theirs or mine[key] != theirs[key]:
             found.append(f"the gate network's {key} is {mine.get(key)!r}, in the file {theirs.get(key)!r}")

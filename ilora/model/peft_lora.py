@@ -1,4 +1,4 @@
-"""A PEFT LoRA becomes an iLoRA: its configuration and tensors are checked, and put into the base model."""
+"""Makes an iLoRA of a PEFT LoRA: checks its configuration and tensors, and injects them into the base model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..storage.format import (
 )
 from .inject import install, refuse_model
 
-# Fields of LoraConfig that do not change what an adapter computes, or whose effect is read off the layers.
+# Fields of LoraConfig that do not change what an adapter computes, or that `_config` reads.
 _NEUTRAL = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
 _NEUTRAL |= {"inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"}
 _NEUTRAL |= {"use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"}
@@ -40,15 +40,16 @@ _REASONS = {
     "bias": "trained biases are not part of an iLoRA; train with bias='none'",
     "lora_bias": "a bias on lora_B has no gate",
     "layer_replication": "replicated layers share a weight but not an adapter",
-    "trainable_token_indices": "trained tokens are not part of an iLoRA; use modules_to_save",
+    "trainable_token_indices": "an iLoRA trains no single tokens; use modules_to_save",
     "target_parameters": "LoRA on bare parameters has no layer to wrap",
 }
+# Values of init_lora_weights under which PEFT leaves the base's weights as they are.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_lora(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, tensors by PEFT's keys) of a saved PEFT LoRA. Raises AdapterError for files that are damaged or
-    that an iLoRA cannot express."""
+    """(configuration, tensors by PEFT's keys) of a saved PEFT LoRA. Raises AdapterError for damaged files and for what
+    an iLoRA cannot express."""
     file, weights = directory / PEFT_CONFIG, directory / PEFT_WEIGHTS
     config = read_json(file)
     refuse_config(str(file), config)
@@ -78,8 +79,8 @@ def install_lora(
     num_experts: int,
     gate: nn.Module | None,
 ) -> Any:
-    """Injects a LoRA with PEFT's configuration and tensors into its plain base model as an iLoRA; returns the model.
-    Raises AdapterError naming the source, ValueError, TypeError; the model is then as it was."""
+    """Injects a LoRA, given as PEFT's configuration and tensors, into its plain base model; returns the model.
+    Raises AdapterError naming the source, ValueError, TypeError. The model is then what it was."""
     refuse_model(model)
     adapter = build(model, "default", _config(model, source, peft, tensors, num_experts), gate)
     expected = by_file(specs_of(adapter))[PEFT_WEIGHTS]
@@ -98,7 +99,7 @@ def install_lora(
 def _config(
     model: nn.Module, source: str, peft: dict[str, Any], tensors: dict[str, Tensor], num_experts: int
 ) -> ILoRAConfig:
-    """The iLoRA's, for the layers of this model that have a lora_A, in the model's order."""
+    """The iLoRA's configuration, for the layers of this model that have a lora_A among the tensors."""
     modules = [(path, module) for path, module in model.named_modules() if path]
     found = [path for path, module in modules if place_of(f"{path}.lora_A")[1] in tensors and is_linear(module)]
     if not found:
@@ -126,12 +127,13 @@ def _config(
 
 
 def _dtype(model: nn.Module, paths: list[str], tensors: dict[str, Tensor]) -> str | None:
-    """adapter_dtype under which the layers run and every value is kept; None where the base's own dtype is that."""
+    """An adapter_dtype that keeps every value exactly and with which the layers run; None for the base's own dtype."""
     dtypes = {tensor.dtype for key, tensor in tensors.items() if ".lora_" in key}
     dtypes = {dtype if dtype.itemsize > 1 else torch.float32 for dtype in dtypes}
     bases = {adapter_like(model.get_submodule(path), None).dtype for path in paths}
     kept = all(torch.promote_types(base, dtype) == base for base in bases for dtype in dtypes)
-    return None if kept or torch.float64 in bases else "float32"  # beside 16 bits nothing but float32 runs
+    # A 16-bit layer takes A and B in its own dtype or in float32.
+    return None if kept or torch.float64 in bases else "float32"
 
 
 def _rank(source: str, peft: dict[str, Any], path: str, num_experts: int) -> int:
@@ -145,14 +147,14 @@ def _rank(source: str, peft: dict[str, Any], path: str, num_experts: int) -> int
 
 
 def _alpha(source: str, peft: dict[str, Any], path: str, r: int) -> float:
-    """lora_alpha of an iLoRA, whose scaling is alpha / r."""
+    """The lora_alpha with which an iLoRA under the uniform gate scales by as much as PEFT: alpha / r, or alpha / √r."""
     alpha = _number(source, peft, "lora_alpha", path, "alpha_pattern")
     alpha = alpha / math.sqrt(r) * r if peft.get("use_rslora") else alpha
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def _number(source: str, peft: dict[str, Any], name: str, path: str, pattern_name: str) -> Any:
-    """r or lora_alpha of the layer at the path."""
+    """r or lora_alpha of the layer at the path: that of the first matching key of the pattern, else the common one."""
     value, pattern = peft.get(name, 8), peft.get(pattern_name) or {}
     if not isinstance(pattern, dict):
         raise AdapterError(f"{source}: field {pattern_name!r}: expected an object, got {pattern!r}")

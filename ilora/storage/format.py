@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter.modules import input_embeddings, unique_modules
+from ..adapter.modules import embeddings, unique_modules
 from ..adapter.record import Adapter, is_injected
 from ..base_layers import is_conv1d
 from ..layer import ILoRALinear
@@ -68,7 +68,7 @@ def specs_of(adapter: Adapter) -> dict[str, Spec]:
 
 def vocabulary_size(model: Any) -> int | None:
     """The number of rows of the model's input embeddings, None where it does not tell."""
-    return getattr(input_embeddings(model), "num_embeddings", None)
+    return getattr(embeddings(model), "num_embeddings", None)
 
 
 def is_resized(model: Any) -> bool:
@@ -93,10 +93,10 @@ def is_resized(model: Any) -> bool:
     return bool(now != before)
 
 
-def embeddings_of(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+def embedding_parameters(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     """The parameters of the model's input and output embeddings by name, tied ones once, but for what the adapter
     trains whole. Raises AdapterError for quantised ones."""
-    wanted = {id(input_embeddings(model)), id(getattr(model, "get_output_embeddings", lambda: None)())}
+    wanted = {id(embeddings(model)), id(embeddings(model, "output"))}
     originals = model.ilora.originals if is_injected(model) else {}
     found: dict[int, tuple[str, Tensor]] = {}
     for path, module in model.named_modules():

@@ -30,7 +30,7 @@ from .files import (
     read_json,
     read_tensors,
 )
-from .format import by_file, embeddings_of, place_of, specs_of, state_of, vocabulary_size
+from .format import by_file, embedding_parameters, place_of, specs_of, state_of, vocabulary_size
 from .hub import download
 
 _FIELDS: dict[str, tuple[type, ...]] = {"format": (int,), "ilora_version": (str,), "digest": (str,)}
@@ -60,7 +60,7 @@ class SavedAdapter:
                 f"{file}: vocabulary: the adapter was saved with a base of {self.rows} embeddings, this one has {own}; "
                 f"model.resize_token_embeddings({self.rows}) before loading, and add further tokens afterwards"
             )
-        found = embeddings_of(model, adapter) if self.embeddings else {}
+        found = embedding_parameters(model, adapter) if self.embeddings else {}
         if found.keys() != set(self.embeddings):
             expected, got = (", ".join(map(repr, names)) or "none" for names in (self.embeddings, found))
             raise AdapterError(f"{file}: vocabulary: expected embeddings {expected}, the model has {got}")

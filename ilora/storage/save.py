@@ -13,7 +13,7 @@ from ..adapter.record import Adapter, find_adapter
 from ..gates.networks import GATE_TYPES
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory
-from .format import by_file, embeddings_of, is_resized, peft_config, tensors_of, vocabulary_size
+from .format import by_file, embedding_parameters, is_resized, peft_config, tensors_of, vocabulary_size
 from .gather import gather_full_tensors, is_writer, refuse_fragments, select_from_state_dict
 from .hub import MESSAGE, push_folder
 
@@ -118,7 +118,7 @@ def describe_gate(gate: nn.Module | None) -> dict[str, Any] | None:
 
 def _tensors(model: Any, adapter: Adapter) -> dict[str, Tensor]:
     """What is to be saved: the adapter's tensors, and the embeddings of a model whose vocabulary was resized."""
-    return tensors_of(adapter) | (embeddings_of(model, adapter) if is_resized(model) else {})
+    return tensors_of(adapter) | (embedding_parameters(model, adapter) if is_resized(model) else {})
 
 
 def _write(
