@@ -74,7 +74,7 @@ class ILoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's own weight, for code that reads its dtype or device."""
-        if self.gate_state.frame.gate is not None and not torch.compiler.is_compiling():
+        if self.gate_state.current.gate is not None and not torch.compiler.is_compiling():
             self.gate_state.read.add(self.name)
         return self.base_layer.weight  # type: ignore[return-value]
 
