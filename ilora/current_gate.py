@@ -12,59 +12,69 @@ import torch
 from torch import Tensor, nn
 
 from .base_layers import WeightReads
+from .media import Media, gate_of_media
 from .op.checks import float_gate
 
 
-class Frame(NamedTuple):
+class CurrentGate(NamedTuple):
     """The gate in force and the batch that it belongs to.
 
     gate: [N, E], or [layers, N, E] with one gate for each layer of the model; None where there is none.
     segments: int32 [N+1] row offsets, or None for instances of equal length.
-    rows, lengths: how many sequences the model's forward was given, and how long they may be; None where that is not
-        known, as for an encoder that is called by itself. By them a layer refuses an x that the gate does not fit.
-    expanded: whether an instance may have several sequences (beams, return sequences).
+    rows, lengths: how many sequences the model was given, and how long they may be (() where that is not known); rows
+        is None where the gate belongs to no batch (`gated`). By them a layer refuses an x that the gate does not fit.
+    copies: how often a module that generate calls by itself may find each of the sequences (beams).
+    generating: whether it is the gate of a generate, each of whose steps finds its prompts' rows anew.
+    media: whose the images, sounds and videos are, None where there are none or one gate is everybody's.
+    media_rows: what the caller said about that.
     """
 
     gate: Tensor | None = None
     segments: Tensor | None = None
     rows: int | None = None
     lengths: tuple[int, ...] = ()
-    expanded: bool = False
+    copies: int = 1
+    generating: bool = False
+    media: Media | None = None
+    media_rows: Any = None
 
 
 class GateState:
-    """What the layers of a model share. A call sets the frame and puts the one before back afterwards. It is never
-    copied, pickled or saved.
+    """What the layers of a model share. It is never copied, pickled or saved.
 
+    current: the gate in force; a call replaces it and puts the one before back afterwards.
     enabled: False makes the layers compute their frozen base alone.
     last: the gate of the last forward, detached, for statistics.
-    shared: the input that several layers are reading together (shared.py); a new frame drops it.
+    shared: the input that several layers are reading together (shared.py); another current gate drops it.
     reads: the layers that this forward has called, and those whose weight it has read.
     balance_due: whether the gate network's balance term is still to be added to this forward's loss.
     prompt_lengths: int64 [N] or [1], how many tokens of each sequence are its prompt (`ilora.prompt_lengths`), or None.
-    expansion: how many sequences generate makes of each prompt (beams, return sequences).
-    running: the lock of the thread that is in a forward or generate of the model; other threads wait.
+    copies: how many sequences generate has made of each prompt (beams, return sequences).
+    text_modules: the paths of the modules that see text alone, found once for a model with other media.
+    thread_lock: held by the thread that is in a forward or generate of the model; other threads wait.
     """
 
     __slots__ = (
         "balance_due",
+        "copies",
+        "current",
         "enabled",
-        "expansion",
-        "frame",
         "last",
         "prompt_lengths",
         "reads",
-        "running",
         "shared",
+        "text_modules",
+        "thread_lock",
     )
 
     def __init__(self) -> None:
-        self.frame, self.enabled, self.last = Frame(), True, None  # type: tuple[Frame, bool, Tensor | None]
+        self.current, self.enabled, self.last = CurrentGate(), True, None  # type: tuple[CurrentGate, bool, Tensor | None]
         self.shared: Any = None
         self.balance_due = False
         self.prompt_lengths: Tensor | None = None
         self.reads = WeightReads()
-        self.expansion, self.running = 1, threading.RLock()
+        self.text_modules: tuple[str, ...] | None = None
+        self.copies, self.thread_lock = 1, threading.RLock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateState:
         copy = memo[id(self)] = GateState()  # layers that share a state share its copy; the gate in force is not copied
@@ -75,23 +85,23 @@ class GateState:
         return GateState, ()
 
     def lock(self) -> AbstractContextManager[Any]:
-        """The lock for a forward or generate: another thread waits until it is over, since both would set the frame."""
-        return nullcontext() if torch.compiler.is_compiling() else self.running
+        """The lock for a forward or generate: another thread waits until it is over, since both set the gate."""
+        return nullcontext() if torch.compiler.is_compiling() else self.thread_lock
 
-    def enter(self, frame: Frame) -> None:
-        """Puts the frame in force."""
-        self.frame, self.shared = frame, None
+    def set_current(self, current: CurrentGate) -> None:
+        """Puts this gate in force."""
+        self.current, self.shared = current, None
 
-    def begin(self, frame: Frame, model: nn.Module) -> None:
-        """Puts the frame of a new forward of the whole model in force."""
-        self.enter(frame)
-        self.last = None if frame.gate is None else frame.gate.detach()
+    def begin_forward(self, current: CurrentGate, model: nn.Module) -> None:
+        """Puts the gate of a new forward of the whole model in force."""
+        self.set_current(current)
+        self.last = None if current.gate is None else current.gate.detach()
         if not torch.compiler.is_compiling():
             self.reads.begin()
-            if self.reads.copied and frame.gate is not None:
+            if self.reads.copied and current.gate is not None:
                 self.reads.watch(model)
 
-    def end(self) -> None:
+    def end_forward(self) -> None:
         """To call when that forward has ended. Raises RuntimeError for a layer whose weight was read in its stead."""
         if not torch.compiler.is_compiling():
             (self.reads.begin if self.last is None else self.reads.refuse)()
@@ -99,12 +109,15 @@ class GateState:
     def gate_for(self, x: Tensor, index: int, name: str) -> tuple[Tensor | None, Tensor | None]:
         """(gate [N, E], segments) for the layer called `name` that sees x [..., d_in]; index picks its layer's gate.
         Raises ValueError where x cannot be what the gate was meant for."""
-        gate, segments, rows, lengths, _ = self.frame
+        current = self.current
+        gate, segments = current.gate, current.segments
         if gate is None:
             return None, None
-        if rows is not None and gate.shape[-2] != 1 and not _fits(x, rows, lengths):  # one gate fits every row
+        if current.media is not None and current.media.sees(name):
+            gate, segments = gate_of_media(current.media, gate, x, name, current.rows, current.lengths)
+        elif current.rows is not None and gate.shape[-2] != 1 and not _fits(x, current):  # one gate fits every row
             raise ValueError(
-                f"{name}: its input {list(x.shape)} is not the batch of {rows} sequences that the gate "
+                f"{name}: its input {list(x.shape)} is not the batch of {current.rows} sequences that the gate "
                 f"{list(gate.shape)} belongs to, so no row can be told its instance; leave this module out "
                 "(exclude_modules of ILoRAConfig)"
             )
@@ -115,23 +128,28 @@ class GateState:
         return gate, segments
 
 
-def _fits(x: Tensor, rows: int, lengths: tuple[int, ...]) -> bool:
-    """Whether x [..., d_in] holds the model's own sequences, one after another."""
-    if x.dim() > 2:
-        return x.shape[0] == rows or math.prod(x.shape[:-2]) == rows
-    M = math.prod(x.shape[:-1])  # flattened tokens, or one pooled row for each sequence
-    return rows == M or any(rows * length == M for length in lengths)
+def _fits(x: Tensor, current: CurrentGate) -> bool:
+    """Whether x [..., d_in] holds the batch's own sequences, one after another."""
+    M, prompts = math.prod(x.shape[:-1]), current.rows
+    assert prompts is not None
+    for rows in (prompts,) if current.copies == 1 else (prompts, prompts * current.copies):
+        if x.dim() > 2:
+            if rows in (x.shape[0], math.prod(x.shape[:-2])):
+                return True
+        elif rows == M or (not current.lengths and M % rows == 0) or any(rows * n == M for n in current.lengths):
+            return True  # flattened tokens, or one pooled row for each sequence
+    return False
 
 
 @contextmanager
-def framed(state: GateState, frame: Frame) -> Iterator[None]:
-    """The frame in force inside the block; afterwards, also after an exception, what was there before."""
-    before = state.frame
-    state.enter(frame)
+def using(state: GateState, current: CurrentGate) -> Iterator[None]:
+    """This gate in force inside the block; afterwards, also after an exception, what was there before."""
+    before = state.current
+    state.set_current(current)
     try:
         yield
     finally:
-        state.enter(before)
+        state.set_current(before)
 
 
 @contextmanager
@@ -150,18 +168,18 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
     states = {id(s): s for s in (getattr(m, "gate_state", None) for m in model.modules()) if isinstance(s, GateState)}
     if not states:
         raise ValueError(f"gated: {type(model).__name__} holds no ILoRALinear layer, so a gate would do nothing")
-    before: list[tuple[GateState, Frame]] = []
+    before: list[tuple[GateState, CurrentGate]] = []
     try:
         for state in states.values():
             with state.lock():  # not for the whole block, in which a thread may be started that runs the model
-                before.append((state, state.frame))
-                state.enter(Frame(gate, segments))
+                before.append((state, state.current))
+                state.set_current(CurrentGate(gate, segments))
                 state.reads.begin()
         yield model
     finally:
-        for state, frame in before:
+        for state, current in before:
             with state.lock():
-                state.enter(frame)
+                state.set_current(current)
     for state in states.values():
         with state.lock():
             state.reads.refuse()
@@ -170,25 +188,25 @@ def gated(model: nn.Module, gate: Tensor, segments: Tensor | None = None) -> Ite
 class CapturingCheckpoint:
     """Wraps a checkpoint function so that recomputation runs under the gate of its own forward.
 
-    The recomputation runs when the forward is long over, and perhaps after others. So the frame is captured, and the
-    gate goes through `checkpoint`, a function like torch.utils.checkpoint.checkpoint, as an explicit argument: only so
-    does its gradient survive the re-entrant kind.
+    The recomputation runs when the forward is long over, and perhaps after others. So what is in force is captured, and
+    the gate goes through `checkpoint`, a function like torch.utils.checkpoint.checkpoint, as an explicit argument: only
+    so does its gradient survive the re-entrant kind.
     """
 
     def __init__(self, checkpoint: Any, state: GateState) -> None:
         self.checkpoint, self.state = checkpoint, state
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        state, frame = self.state, self.state.frame
+        state, current = self.state, self.state.current
         # A compiled model is traced once, recomputation and all: its gate is an input of the graph already.
-        if frame.gate is None or torch.compiler.is_compiling():
+        if current.gate is None or torch.compiler.is_compiling():
             return self.checkpoint(function, *args, **kwargs)
 
         def run(gate: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with framed(state, frame._replace(gate=gate)):
+            with using(state, current._replace(gate=gate)):
                 return function(*args, **kwargs)
 
-        return self.checkpoint(run, frame.gate, *args, **kwargs)
+        return self.checkpoint(run, current.gate, *args, **kwargs)
 
 
 def capture_checkpoints(model: nn.Module, state: GateState) -> None:

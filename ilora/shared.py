@@ -140,7 +140,7 @@ def _stamp(layer: ILoRALinear) -> tuple[Any, ...]:
 def _conditions(layer: ILoRALinear, x: Tensor) -> tuple[Any, ...]:
     """Changes with the values of x and the gate, and with torch's modes; with the hooks on saved tensors too, since a
     checkpointed region must save what it saves again when it is recomputed."""
-    (gate, segments, *_), device = layer.gate_state.frame, x.device.type
+    (gate, segments, *_), device = layer.gate_state.current, x.device.type
     modes = (torch.is_grad_enabled(), autocasts(device) and torch.get_autocast_dtype(device))
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return (*modes, hooks, layer.gate_state.enabled, *map(_version, (gate, segments, x)), x.requires_grad)

@@ -3,10 +3,12 @@
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+import transformers as hf
 from models import MODELS, VOCABULARY, E, bert, gates, gpt2, injected, llama, prompts, t5
 
 import ilora
@@ -41,7 +43,7 @@ def interleaved(name, gate, reentrant):
         if name == "bert":
             labels = torch.tensor([0, 2, 1])
         losses.append(model(input_ids=ids, attention_mask=mask, labels=labels, **more).loss)
-    assert model.ilora.state.frame.gate is None
+    assert model.ilora.state.current.gate is None
     for loss in losses:
         loss.backward()
     found = gradients(model)
@@ -117,7 +119,7 @@ def test_an_exception_leaves_no_gate_behind(checkpointed):
     with pytest.raises(KeyError, match="broken"):
         model.generate(ids, ilora_gate=g.flip(0), max_new_tokens=2)
     handle.remove()
-    assert model.ilora.state.frame == ilora.current_gate.Frame()
+    assert model.ilora.state.current == ilora.current_gate.CurrentGate()
     with pytest.raises(ValueError, match="needs ilora_gate"):
         model(input_ids=ids)
     assert torch.equal(model(input_ids=ids, ilora_gate=g).logits, expected)
@@ -158,17 +160,64 @@ def test_packed_without_segments_is_refused():
     ids, positions, segments = packed_batch((5, 3, 8))
     with pytest.raises(ValueError, match="3 rows for a batch of 1 sequences.*ilora_segments"):
         model(input_ids=ids, ilora_gate=g)
-    for one in (gates(1), g):
-        with pytest.raises(ValueError, match="position_ids says that a row holds several.*ilora_segments"):
-            model(input_ids=ids, position_ids=positions, ilora_gate=one)
+    with pytest.raises(ValueError, match="position_ids says that a row holds several.*ilora_segments"):
+        model(input_ids=ids, position_ids=positions, ilora_gate=g)
     with pytest.raises(ValueError, match="cu_seq_lens_q says that a row holds several"):
-        model(input_ids=ids, cu_seq_lens_q=segments, ilora_gate=gates(1))
+        model(input_ids=ids, cu_seq_lens_q=segments, ilora_gate=g)
     with pytest.raises(ValueError, match="position_ids says"):
         injected(gate=ilora.PromptGate(E))(input_ids=ids, position_ids=positions)
+    with pytest.raises(ValueError, match="position_ids says"):  # one instance's z is not everybody's
+        injected(gate=ilora.SequenceGate(Z, E))(input_ids=ids, position_ids=positions, ilora_z=torch.randn(1, Z))
     with pytest.raises(ValueError, match="3 rows for a batch of 1"), ilora.gated(model, g):
         model(input_ids=ids)
     with pytest.raises(ValueError, match=r"expected offsets rising from 0 to M=16"):
         model(input_ids=ids, ilora_gate=gates(2), ilora_segments=torch.tensor([0, 4, 15], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("packing", ["position_ids", "cu_seq_lens_q", "seq_idx", "two packed rows"])
+def test_one_gate_for_everybody_needs_no_segments(packing):
+    ids, positions, segments = packed_batch((5, 3, 8))
+    given = {
+        "position_ids": {"position_ids": positions, "use_cache": False},
+        "cu_seq_lens_q": {"cu_seq_lens_q": segments},
+    }
+    given["seq_idx"] = {"seq_idx": torch.tensor([[0] * 5 + [1] * 3 + [2] * 8])}
+    given["two packed rows"] = {"position_ids": positions.repeat(2, 1)}
+    ids = ids.repeat(2, 1) if packing == "two packed rows" else ids
+    model, one, uniform = injected(), gates(1), torch.full((1, E), 1 / E)
+    with ilora.gated(model, one):
+        inherited = model(input_ids=ids, **given[packing]).logits
+    with ilora.disable_adapter(model):
+        frozen = model(input_ids=ids, **given[packing]).logits
+    expected = model(input_ids=ids, ilora_gate=one, **given[packing]).logits
+    assert torch.equal(inherited, expected)
+    assert (expected - frozen).abs().max() > 1e-2
+    found = injected(gate=ilora.UniformGate(E))(input_ids=ids, **given[packing]).logits
+    torch.testing.assert_close(found, model(input_ids=ids, ilora_gate=uniform, **given[packing]).logits)
+    if packing == "position_ids":  # each as if alone
+        for i in range(2):
+            alone = model(input_ids=ids[:, segments[i] : segments[i + 1]], ilora_gate=one).logits
+            torch.testing.assert_close(expected[:, segments[i] : segments[i + 1]], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(hf.GenerationMixin, "generate_batch"), reason="transformers batches no requests")
+def test_continuous_batching_under_one_gate():
+    settings = hf.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    asked = [[5, 6, 7, 8], [3, 4]]
+
+    def answers(model):
+        results = model.generate_batch(inputs=asked, generation_config=settings)
+        return [results[key].error or results[key].generated_tokens for key in sorted(results)]
+
+    one = gates(1)
+    for model in (injected(), injected(gate=ilora.UniformGate(E))):
+        gate = one if model.ilora_gate is None else None
+        with ilora.gated(model, one) if gate is not None else nullcontext():
+            found = answers(model)
+        for ids, tokens in zip(asked, found, strict=True):
+            more = {} if gate is None else {"ilora_gate": gate}
+            alone = model.generate(torch.tensor([ids]), generation_config=settings, **more)[0, len(ids) :]
+            assert tokens == alone.tolist()
 
 
 def test_left_padded_positions_are_not_taken_for_packing():
@@ -218,7 +267,7 @@ def test_refused_gates(case, call):
     run = model if call == "forward" else partial(model.generate, attention_mask=mask, max_new_tokens=2)
     with pytest.raises(error, match=words):
         run(input_ids=ids, **given)
-    assert model.ilora.state.frame == ilora.current_gate.Frame()
+    assert model.ilora.state.current == ilora.current_gate.CurrentGate()
 
 
 def test_networks_ask_for_what_they_need():

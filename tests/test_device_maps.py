@@ -9,7 +9,7 @@ from models import DECODERS, E, gates, llama, prompts, randomised
 from torch import nn
 
 import ilora
-from ilora.current_gate import Frame, GateState
+from ilora.current_gate import CurrentGate, GateState
 
 OFFLOADED = {"llama": "model.layers.1", "gpt2": "transformer.h.1"}
 IDS, MASK = prompts([5, 3, 7])
@@ -123,10 +123,10 @@ class Placed:
 def test_a_gate_follows_from_gpu_to_gpu_and_not_from_the_host(shape, monkeypatch):
     monkeypatch.setattr(Placed, "__getitem__", lambda self, _: Placed(self.device, *self.shape[1:]), raising=False)
     state, x = GateState(), Placed("cuda:1", 6, 6)
-    state.enter(Frame(Placed("cuda:0", *shape), Placed("cuda:0", 3)))
+    state.set_current(CurrentGate(Placed("cuda:0", *shape), Placed("cuda:0", 3)))
     gate, segments = state.gate_for(x, 0, "layer")
     assert (gate.device, gate.shape, segments.device) == (x.device, (2, 4), x.device)
-    state.enter(Frame(Placed("cpu", *shape), None))
+    state.set_current(CurrentGate(Placed("cpu", *shape), None))
     assert state.gate_for(x, 0, "layer")[0].device.type == "cpu"  # which the layer refuses, see below
 
 

@@ -159,7 +159,7 @@ def test_copies_and_pickles_leave_the_gate_behind():
     with ilora.gated(layer, gate):
         twin, other = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
     for clone in (twin, other):
-        assert clone.gate_state.frame.gate is None
+        assert clone.gate_state.current.gate is None
         assert torch.equal(clone(x, gate=gate), layer(x, gate=gate))
 
 

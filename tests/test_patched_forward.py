@@ -63,7 +63,7 @@ def test_a_forward_that_never_calls_the_models_own():
         assert tokens.shape == (3, 11)
     with pytest.raises(ValueError, match="needs ilora_z"):
         model(input_ids=ids, fused=True)
-    assert model.ilora.state.frame.gate is None
+    assert model.ilora.state.current.gate is None
 
 
 def test_its_gradients_under_checkpointing():

@@ -202,16 +202,18 @@ def changes(model):
         "A": lambda x: changed(layer.lora_A) is None or x,
         "B": lambda x: changed(layer.lora_B) is None or x,
         "the parameter": lambda x: setattr(layer, "lora_A", nn.Parameter(layer.lora_A * 3)) or x,
-        "the gate": lambda x: changed(model.ilora.state.frame.gate) is None or x,
+        "the gate": lambda x: changed(model.ilora.state.current.gate) is None or x,
         "the base": lambda x: changed(layer.base_layer.weight) is None or x,
         "the mode": lambda x: model.k_proj.eval() is None or x,
         "scaling": lambda x: setattr(layer, "scaling", 7.0) or x,
         "a hook": lambda x: layer.base_layer.register_forward_hook(lambda m, a, y: y * 2) is None or x,
-        "the frame": lambda x: model.ilora.state.enter(ilora.current_gate.Frame(gates(3, seed=9))) or x,
+        "the current gate": lambda x: (
+            model.ilora.state.set_current(ilora.current_gate.CurrentGate(gates(3, seed=9))) or x
+        ),
     }
 
 
-CHANGES = ["x", "A", "B", "the parameter", "the gate", "the base", "the mode", "scaling", "a hook", "the frame"]
+CHANGES = ["x", "A", "B", "the parameter", "the gate", "the base", "the mode", "scaling", "a hook", "the current gate"]
 
 
 @pytest.mark.parametrize("what", CHANGES)

@@ -39,7 +39,7 @@ def test_each_thread_has_its_own_gate(model):
         for n, (logits, text) in enumerate(pool.map(ask, range(24))):
             assert torch.equal(logits, alone[n % 4])
             assert torch.equal(text, texts[n % 4])
-    assert model.ilora.state.frame.gate is None
+    assert model.ilora.state.current.gate is None
 
 
 @torch.no_grad()

@@ -97,11 +97,12 @@ def attended_tokens(model: Any, values: dict[str, Any]) -> Tensor | None:
     ids, mask = values.get("input_ids"), values.get("attention_mask")
     if mask is not None or ids is None or ids.is_floating_point():
         return mask
-    settings = [values, values.get("generation_config"), getattr(model, "generation_config", None)]
-
-    def setting(name: str) -> Any:
-        read = (s.get(name) if isinstance(s, dict) else getattr(s, name, None) for s in settings)
-        return next((value for value in read if value is not None), None)
-
-    pad, eos = setting("pad_token_id"), setting("eos_token_id")
+    pad, eos = (generation_setting(model, values, name) for name in ("pad_token_id", "eos_token_id"))
     return None if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]) else ids != pad
+
+
+def generation_setting(model: Any, values: dict[str, Any], name: str) -> Any:
+    """What generate takes for this setting: its argument, or what its generation config or the model's says."""
+    configs = (values.get("generation_config"), getattr(model, "generation_config", None))
+    read = (values.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in read if value is not None), None)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..adapter.modules import freeze_statistics
 from ..adapter.record import Injection, is_injected, print_trainable_parameters
 from ..adapter.switch import adapter_methods, bind, disable_adapter
-from ..current_gate import Frame, capture_checkpoints, framed
+from ..current_gate import CurrentGate, capture_checkpoints, using
+from ..gates.pooling import generation_setting
 from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
 from .batch import Inputs, read_inputs
 from .gate_choice import choose_gate, warn_of_answer
 
-ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask")
+ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask", "ilora_media_rows")
 
 
 class ILoRAModel:
@@ -36,11 +37,14 @@ class ILoRAModel:
 
         ilora_segments: int32 [N+1] row offsets where one row holds several sequences (packed, padding-free).
         ilora_prompt_mask: bool, as input_ids; what PromptGate pools instead of its own rule.
+        ilora_media_rows: for each image, sound or video the row of the batch that it belongs to, in the order in which
+        the model is given them, for layers that see them; {argument: rows} where several arguments hold media. Needed
+        where the placeholders in input_ids do not tell it.
         A forward that another library puts on the model (TRL's fused head, accelerate's hooks) runs inside of this.
         """
         state = self.ilora.state
         with state.lock():
-            before = state.frame
+            before = state.current
             try:
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]
                 if state.balance_due:
@@ -50,8 +54,8 @@ class ILoRAModel:
                         "add ilora.balance_loss to the loss yourself"
                     )
             finally:
-                state.enter(before)
-            state.end()
+                state.set_current(before)
+            state.end_forward()
         return output
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -103,25 +107,68 @@ class ILoRAGenerator(ILoRAModel):
         ilora_gate: Tensor | None = None,
         ilora_z: Tensor | None = None,
         ilora_prompt_mask: Tensor | None = None,
+        ilora_media_rows: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate under one gate row for each prompt [N, E], also with beams and return sequences.
-        The gate network computes the gate once, from ilora_z or from the prompts, and it holds for all steps."""
-        inputs, state = read_inputs(("input_ids",), args, {**kwargs, **_inputs_as_input_ids(kwargs)}), self.ilora.state
+        The gate network computes the gate once, from ilora_z or from the prompts, and it holds for all steps.
+        ilora_media_rows: as in the model's call."""
+        main, state = getattr(self, "main_input_name", "input_ids"), self.ilora.state
+        named = {main: kwargs["inputs"]} if kwargs.get("inputs") is not None else {}
+        inputs = read_inputs((main,), args, {**kwargs, **named})
         with state.lock():
             with torch.no_grad():
-                frame = choose_gate(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask)
-            # Each step of generate runs the prompts in their order, each of them `expansion` times in a row.
-            before, state.expansion = state.expansion, 1
+                current = choose_gate(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask, ilora_media_rows)
+            # Each step runs the prompts in their order, each of them `copies` times in a row; what generate calls by
+            # itself (an encoder, a language model within) may find them before or after they are copied.
+            settings = [generation_setting(self, kwargs, name) for name in ("num_beams", "num_return_sequences")]
+            current = current._replace(
+                lengths=(), copies=max(1, *(n or 1 for n in settings)), generating=True, media_rows=ilora_media_rows
+            )
+            before, state.copies = state.copies, 1
             try:
-                with framed(state, Frame(frame.gate, expanded=True)):
+                with using(state, current):
                     return super().generate(*args, **kwargs)  # type: ignore[misc]
             finally:
-                state.expansion = before
+                state.copies = before
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        self.ilora.state.expansion = expand_size
+        self.ilora.state.copies = expand_size
         return super()._expand_inputs_for_generation(expand_size, *args, **kwargs)  # type: ignore[misc]
+
+
+class ILoRATranscriber(ILoRAGenerator):
+    """The mixin for Whisper, whose generate goes on with those recordings alone that are not over yet, and tries those
+    again whose text is doubtful."""
+
+    _ilora_doubtful: list[int]
+
+    def generate_with_fallback(self, *args: Any, batch_idx_map: list[int], seek: Tensor, **kwargs: Any) -> Any:
+        """transformers' own, under the gates of the recordings in batch_idx_map, which are not over."""
+        state, self._ilora_doubtful = self.ilora.state, []
+        gate, current = state.current.gate, state.current
+        if gate is not None and gate.shape[-2] > 1:
+            copies = len(seek) // gate.shape[-2]  # return sequences are recordings of their own here
+            current = _with_rows(current, [i // copies for i in batch_idx_map])
+        with using(state, current):
+            return super().generate_with_fallback(*args, batch_idx_map=batch_idx_map, seek=seek, **kwargs)  # type: ignore[misc]
+
+    def _need_fallback(self, sequence: Any, outputs: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+        again, skipped = super()._need_fallback(sequence, outputs, index, *args, **kwargs)  # type: ignore[misc]
+        state, doubtful = self.ilora.state, self._ilora_doubtful
+        doubtful += [index] * bool(again)
+        if state.current.gate is not None and index == state.current.gate.shape[-2] - 1:  # the last one of this try
+            if doubtful:
+                state.set_current(_with_rows(state.current, doubtful))
+            doubtful.clear()
+        return again, skipped
+
+
+def _with_rows(current: CurrentGate, rows: list[int]) -> CurrentGate:
+    """The current gate of these rows of it alone."""
+    assert current.gate is not None
+    gate = current.gate.index_select(-2, torch.tensor(rows, device=current.gate.device))
+    return current._replace(gate=gate, rows=len(rows))
 
 
 def put_gate_in_force(
@@ -132,14 +179,14 @@ def put_gate_in_force(
     own = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     state = model.ilora.state
     inputs = read_inputs(model._ilora_parameters, args, own)
-    frame = choose_gate(model, inputs, *(kwargs.get(name) for name in ARGUMENTS))
-    if frame.gate is not None and kwargs.get("ilora_gate") is None and not torch.compiler.is_compiling():
+    current = choose_gate(model, inputs, *(kwargs.get(name) for name in ARGUMENTS))
+    if current.gate is not None and kwargs.get("ilora_gate") is None and not torch.compiler.is_compiling():
         warn_of_answer(model, inputs, kwargs.get("ilora_prompt_mask"))
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
-    state.begin(frame, model)
+    state.begin_forward(current, model)
     training = model.training and torch.is_grad_enabled()
-    state.balance_due = training and frame.gate is not None and getattr(model.ilora_gate, "balance", 0.0) > 0.0
+    state.balance_due = training and current.gate is not None and getattr(model.ilora_gate, "balance", 0.0) > 0.0
     return args, own
 
 
@@ -152,7 +199,7 @@ def _with_balance(model: Any, output: Any, inputs: Inputs) -> Any:
             "the gate network's balance term has no loss to be added to: the model was given no labels; set its "
             "balance to 0, or add ilora.balance_loss to the loss yourself"
         )
-    term = model.ilora_gate.balance * balance_loss(model.ilora.state.frame.gate)
+    term = model.ilora_gate.balance * balance_loss(model.ilora.state.current.gate)
     if items is not None:
         term = term * ((labels != -100).sum() / items)
     model.ilora.state.balance_due = False
@@ -162,13 +209,9 @@ def _with_balance(model: Any, output: Any, inputs: Inputs) -> Any:
     return (output[0] + term, *output[1:])
 
 
-def _inputs_as_input_ids(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"input_ids": kwargs["inputs"]} if kwargs.get("inputs") is not None else {}
-
-
 def _awaits_gate(model: Any) -> bool:
     """Whether this forward was called by itself, as sentence-transformers does, so that no gate was chosen for it."""
-    if not is_injected(model) or model.ilora.state.frame.gate is not None:
+    if not is_injected(model) or model.ilora.state.current.gate is not None:
         return False
     return bool(model.ilora.state.enabled and not model.ilora.merged)
 
@@ -204,6 +247,7 @@ def ilora_class(base: type) -> type:
     if hasattr(base, "tie_weights"):
         members["tie_weights"] = _tie_weights
     mixin = ILoRAGenerator if hasattr(base, "generate") else ILoRAModel
+    mixin = ILoRATranscriber if hasattr(base, "generate_with_fallback") else mixin
     return type(base.__name__, (mixin, base), members)
 
 

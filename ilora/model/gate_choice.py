@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
@@ -11,20 +10,28 @@ from torch import Tensor
 
 from ..adapter.modules import embeddings as embeddings_of
 from ..base_layers import compute_device
-from ..current_gate import Frame
+from ..current_gate import CurrentGate
 from ..gates.networks import PromptGate, UniformGate
 from ..gates.pooling import attended_tokens, prompt_mask
 from ..op.checks import float_gate
-from .batch import Inputs, packed_by
+from .batch import Inputs, read_media
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
 def choose_gate(
-    model: Any, inputs: Inputs, gate: Tensor | None, z: Tensor | None, segments: Tensor | None, mask: Tensor | None
-) -> Frame:
+    model: Any,
+    inputs: Inputs,
+    gate: Tensor | None,
+    z: Tensor | None,
+    segments: Tensor | None,
+    mask: Tensor | None,
+    media_rows: Any = None,
+) -> CurrentGate:
     """The gate of one call and what it belongs to. Raises ValueError, TypeError, RuntimeError naming the argument that
     does not fit."""
     check_argument_types(segments, mask)
-    given, inherited = [g is not None for g in (gate, z)], model.ilora.state.frame
+    given, outer = [g is not None for g in (gate, z)], model.ilora.state.current
     if getattr(model, "_is_replica", False):
         raise RuntimeError("nn.DataParallel shares one gate among its threads; use DistributedDataParallel")
     if model.ilora.merged or not model.ilora.state.enabled:
@@ -33,22 +40,25 @@ def choose_gate(
         if any(given):
             why = "a gate is merged into the weights" if model.ilora.merged else "the adapter is disabled"
             raise RuntimeError(f"ilora_gate or ilora_z was given, but {why}")
-        return Frame()
+        return CurrentGate()
     if all(given):
         raise ValueError("ilora_gate and ilora_z were both given; one of them decides")
-    expanded = inherited.expanded and not any(given)
-    if not any(given) and inherited.gate is not None:
-        gate, segments = inherited.gate, inherited.segments if segments is None else segments
+    generating = outer.generating and not any(given)
+    if not any(given) and outer.gate is not None:
+        gate, segments = outer.gate, outer.segments if segments is None else segments
     elif gate is None:
         gate = ask_network(model, inputs, z, segments, mask)
     elif mask is not None:
         raise ValueError("ilora_prompt_mask was given with ilora_gate; it is for models with a PromptGate")
-    check_gate(model, gate, segments, inputs, expanded)
+    check_gate(model, gate, segments, inputs, generating, shared=z is None)
     if segments is not None:
         segments = segments.to(device=gate.device, dtype=torch.int32)
-    if not torch.compiler.is_compiling():
-        refuse_uneven_images(model, gate, inputs)
-    return Frame(gate, segments, inputs.rows, inputs.lengths, expanded)
+    N, copies, media = gate.shape[-2], 1, None
+    if generating and media_rows is None:
+        media_rows, copies = outer.media_rows, model.ilora.state.copies
+    if N > 1:
+        media = read_media(model, inputs, N, media_rows, copies, packed=segments is not None)
+    return CurrentGate(gate, segments, inputs.rows, inputs.lengths, generating=generating, media=media)
 
 
 def check_argument_types(segments: Tensor | None, mask: Tensor | None) -> None:
@@ -76,8 +86,9 @@ def ask_network(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor |
         if z is not None:
             raise ValueError(f"ilora_z was given to a model whose {type(network).__name__} takes none")
         if isinstance(network, UniformGate):
-            N = segments.numel() - 1 if segments is not None else inputs.batch or 1
-            return network(N, compute_device(model))
+            if segments is None and packed_by(inputs) is not None:  # it is everybody's
+                return network(1, compute_device(model))
+            return network(segments.numel() - 1 if segments is not None else inputs.batch or 1, compute_device(model))
         return _prompt_gate(model, network, inputs, segments, mask)
     if mask is not None:
         raise ValueError(f"ilora_prompt_mask was given to a model whose {type(network).__name__} pools no prompt")
@@ -148,7 +159,7 @@ def _refuse_answers(model: Any, values: dict[str, Any]) -> None:
 def warn_of_answer(model: Any, inputs: Inputs, mask: Tensor | None) -> None:
     """Warns once for a PromptGate that reads the whole input of a forward, since an answer may be in it."""
     network, state = model.ilora_gate, model.ilora.state
-    if not isinstance(network, PromptGate) or network.warned or mask is not None or state.frame.gate is not None:
+    if not isinstance(network, PromptGate) or network.warned or mask is not None or state.current.gate is not None:
         return
     told = state.prompt_lengths is not None or inputs.values.get("labels") is not None
     if (
@@ -185,9 +196,12 @@ def _embed(embedding: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     return embedding(torch.where(has_row, ids, 0)), has_row
 
 
-def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs, expanded: bool) -> None:
+def check_gate(
+    model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs, generating: bool, shared: bool = True
+) -> None:
     """Raises ValueError unless there is one gate row for each sequence, or one for all, or segments that say which row
-    belongs to which instance; TypeError for a gate that is no float tensor."""
+    belongs to which instance; TypeError for a gate that is no float tensor. generating: it is a step of generate.
+    shared: whether one gate row may be for several sequences packed in one row, as one made of a single z is not."""
     E, layers = model.ilora.config.num_experts, len(model.ilora.adapter.blocks)
     float_gate(gate, f"[N, {E}] or [{layers}, N, {E}]")
     if gate.dim() not in (2, 3) or gate.shape[-1] != E or (gate.dim() == 3 and gate.shape[0] != layers):
@@ -199,39 +213,45 @@ def check_gate(model: Any, gate: Tensor, segments: Tensor | None, inputs: Inputs
         if segments.shape != (N + 1,):
             raise ValueError(f"ilora_segments: expected [N+1={N + 1}] row offsets, got {list(segments.shape)}")
         return
-    if inputs.rows is None or inputs.batch is None or N == 0:
+    if inputs.rows is None or inputs.batch is None or N == 0 or (N == 1 and shared):
         return
-    packed = None if expanded else packed_by(inputs)
-    meant = {N, N * model.ilora.state.expansion} if expanded else {N}
-    fits = N == 1 or inputs.rows in meant or (not expanded and inputs.batch == N)
-    if packed is not None:
+    if generating:
+        copies = model.ilora.state.copies
+        # Whisper looks for speech in its prompts once more, before it has made copies of them.
+        meant = {N, N * copies} if hasattr(model, "generate_with_fallback") else {N * copies}
+        if inputs.rows not in meant and N > 1:
+            raise ValueError(
+                f"generate runs {inputs.rows} rows for {N} prompts under a gate each (expected {N * copies}), so no "
+                "row can be told its prompt; generate for one prompt at a time, or under one gate"
+            )
+        return
+    if packed_by(inputs) is not None:
         raise ValueError(_segments_needed(inputs))
-    if not fits and expanded:
-        raise ValueError(
-            f"generate runs {inputs.rows} rows for {N} prompts under a gate each (expected one of {sorted(meant)}), so "
-            "no row can be told its prompt; generate for one prompt at a time, or under one gate"
-        )
-    if not fits:
+    if N not in (1, inputs.rows, inputs.batch):
         raise ValueError(
             f"gate: it has {N} rows for a batch of {inputs.batch} sequences; give one for each, or one for all, or "
             "ilora_segments=[N+1] row offsets where one row holds several sequences"
         )
 
 
-def refuse_uneven_images(model: Any, gate: Tensor, inputs: Inputs) -> None:
-    """Raises ValueError where the sequences hold different numbers of images and an adapted layer sees the images: they
-    come one after another, and nothing tells which image belongs to which sequence."""
-    config, ids = getattr(model, "config", None), inputs.values.get("input_ids")
-    token = next((getattr(config, n) for n in ("image_token_id", "image_token_index") if hasattr(config, n)), None)
-    if token is None or ids is None or inputs.values.get("pixel_values") is None or gate.shape[-2] == 1:
-        return
-    counts = (ids == token).sum(1)
-    seeing = [path for path in model.ilora.adapter.layers if re.search(r"vision|visual|image|projector", path)]
-    if seeing and bool((counts != counts[0]).any()):
-        raise ValueError(
-            f"{seeing[0]}: the rows of the batch hold different numbers of images, so no image can be told its gate; "
-            r"leave such modules out (exclude_modules=r'.*(vision|projector).*'), or run one row at a time"
-        )
+def packed_by(inputs: Inputs) -> str | None:
+    """The argument that says that one row holds several sequences, or None."""
+    for name in _PACKED:
+        if inputs.values.get(name) is not None:
+            return name
+    positions, mask = inputs.values.get("position_ids"), inputs.values.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or inputs.rows is None:
+        return None
+    if positions.shape[1] < 2:  # a decoding step: nothing to read back from the device for
+        return None
+    falls = positions[:, 1:] < positions[:, :-1]
+    if isinstance(mask, Tensor) and mask.shape == positions.shape:
+        attended = mask != 0  # the positions of left padding fall too
+        falls = falls & attended[:, 1:] & attended[:, :-1]
+    if torch.compiler.is_compiling():  # a value cannot be looked at there, but a graph can be made to fail
+        torch._assert_async(~falls.any(), "position_ids restart, so a row holds several sequences: give ilora_segments")
+        return None
+    return "position_ids" if bool(falls.any()) else None
 
 
 def _segments_needed(inputs: Inputs) -> str:
