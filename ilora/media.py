@@ -16,18 +16,22 @@ class Medium(NamedTuple):
 
     argument: its name. owners: the gate row of each run. ends: where each run ends, counted in media, or in their
     sizes where these differ and are known. exact: a layer's input must have one row for each medium, since how many
-    more it may have for one is not known. problem: why their instances cannot be told, "" where they can.
+    more it may have for one is not known. row_counts: how many rows a layer's input can have, () for any number.
+    problem: why their instances cannot be told, "" where they can.
     """
 
     argument: str
     owners: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
     exact: bool = False
+    row_counts: tuple[int, ...] = ()
     problem: str = ""
 
     def row_ends(self, x: Tensor) -> tuple[int, ...] | None:
         """Where each run ends in the flattened rows of x [..., d_in]; None where x cannot be of these media."""
         M, total = math.prod(x.shape[:-1]), self.ends[-1]
+        if self.row_counts and M not in self.row_counts:
+            return None
         if len(self.owners) == 1:
             return (M,)
         packed = x.dim() == 2 or (x.shape[0] == 1 and not self.exact)
@@ -64,12 +68,14 @@ def gate_of_media(
         N = gate.shape[-2]  # the text itself would have this shape, as before a classifier
         ways.add((tuple(range(N)), tuple(M * (i + 1) // N for i in range(N))))
     if problem or len(ways) != 1:
-        why = problem or ("it does not hold the media of the call" if not ways else "it could be one medium or another")
         text = "|".join(map(re.escape, media.text_modules)) or ".*"
+        help = "give ilora_media_rows, for each medium in its order the row of the batch that it belongs to"
+        if not problem and len(ways) > 1:
+            problem, help = "it could be one medium or another", "give images, videos and sounds in calls of their own"
         raise ValueError(
-            f"{name}: nothing tells which instances the rows of its input {list(x.shape)} belong to ({why}): give "
-            "ilora_media_rows, for each medium (image, sound, video) in its order the row of the batch that it belongs "
-            f"to; or leave these modules out (exclude_modules=r'(?!{text}).*'); or run one row at a time"
+            f"{name}: nothing tells which instances the rows of its input {list(x.shape)} belong to "
+            f"({problem or 'it does not hold the media of the call'}): {help}; or leave these modules out "
+            f"(exclude_modules=r'(?!{text}).*'); or run one row at a time"
         )
     owners, ends = ways.pop()
     n = len(owners)

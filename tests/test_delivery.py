@@ -203,10 +203,10 @@ def test_one_gate_for_everybody_needs_no_segments(packing):
 @pytest.mark.skipif(not hasattr(hf.GenerationMixin, "generate_batch"), reason="transformers batches no requests")
 def test_continuous_batching_under_one_gate():
     settings = hf.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
-    asked = [[5, 6, 7, 8], [3, 4]]
+    asked, small = [[5, 6, 7, 8], [3, 4]], hf.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
 
     def answers(model):
-        results = model.generate_batch(inputs=asked, generation_config=settings)
+        results = model.generate_batch(asked, settings, small, warmup=False)
         return [results[key].error or results[key].generated_tokens for key in sorted(results)]
 
     one = gates(1)

@@ -73,35 +73,36 @@ def read_inputs(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def read_media(
-    model: Any, inputs: Inputs, N: int, rows: Any = None, copies: int = 1, packed: bool = False
+    model: Any, inputs: Inputs, N: int, rows: Any = None, generating: bool = False, packed: bool = False
 ) -> Media | None:
     """Which of the N instances the images, sounds and videos of a call belong to; None where it has none, or the model
     no place for them in its text, and where no adapted layer sees them.
 
-    rows: what the caller says, `ilora_media_rows`. copies: how often generate has repeated each medium. packed: whether
-    one row holds several instances. Raises ValueError, TypeError for rows that do not fit the media.
+    rows: what the caller says, `ilora_media_rows`. generating: it is a step of generate, with rows of the prompts.
+    packed: whether one row holds several instances. Raises ValueError, TypeError for rows that do not fit the media.
     """
     arguments = {
         name: value for name, value in inputs.values.items() if name not in _WORDS and _holds_media(name, value)
     }
-    placeholders = _placeholders(getattr(model, "config", None)) if arguments else {}
-    if rows is not None:
-        rows = _named_rows(rows, arguments, N)
-    if not placeholders and rows is None:
+    if not arguments and (rows is None or generating):
         return None
-    state = model.ilora.state
+    config, state = getattr(model, "config", None), model.ilora.state
+    placeholders, named = _placeholders(config), {} if rows is None else _named_rows(rows, arguments, N)
+    if not placeholders and not named:
+        return None
     if state.text_modules is None:
         state.text_modules = _text_modules(model)
     media = Media((), state.text_modules)
     if not any(map(media.sees, model.ilora.adapter.layers)):
         return None
-    call = _Call(model, inputs, arguments, placeholders, N, copies, packed)
-    return media._replace(arguments=tuple(call.medium(name, (rows or {}).get(name)) for name in arguments))
+    call = _Call(model, inputs, arguments, placeholders, N, state.copies if generating else 1, packed)
+    found = (call.medium(name, named.get(name))._replace(row_counts=call.row_counts(name)) for name in arguments)
+    return media._replace(arguments=tuple(found))
 
 
 class _Call(NamedTuple):
     """What tells whose the media of a call are. arguments: those that hold media. placeholders: the ids that stand for
-    them in the text, by kind. The others as in `read_media`."""
+    them in the text, by kind. copies: how often generate has repeated each medium. The others as in `read_media`."""
 
     model: Any
     inputs: Inputs
@@ -148,6 +149,15 @@ class _Call(NamedTuple):
         if isinstance(grid, Tensor) and "mask" not in name:
             return grid.prod(-1).tolist()
         return [1] * len(self.arguments[name])
+
+    def row_counts(self, name: str) -> tuple[int, ...]:
+        """Of a call with media of several kinds and grids: the rows of this kind, before and after patches merge."""
+        grid = self.inputs.values.get(f"{_kind(name)}_grid_thw")
+        merge = getattr(getattr(self.model.config, "vision_config", None), "spatial_merge_size", None)
+        if len(self.arguments) == 1 or merge is None or not isinstance(grid, Tensor):
+            return ()
+        patches = int(grid.prod(-1).sum())
+        return (patches, patches // merge**2)
 
     def _padded(self, value: Any, kind: str | None, rows: int) -> bool:
         """Whether they are [batch, images, ...], where images that are zero fill up and are left out by the model."""

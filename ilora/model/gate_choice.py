@@ -53,11 +53,10 @@ def choose_gate(
     check_gate(model, gate, segments, inputs, generating, shared=z is None)
     if segments is not None:
         segments = segments.to(device=gate.device, dtype=torch.int32)
-    N, copies, media = gate.shape[-2], 1, None
     if generating and media_rows is None:
-        media_rows, copies = outer.media_rows, model.ilora.state.copies
-    if N > 1:
-        media = read_media(model, inputs, N, media_rows, copies, packed=segments is not None)
+        media_rows = outer.media_rows
+    N = gate.shape[-2]
+    media = read_media(model, inputs, N, media_rows, generating, segments is not None) if N > 1 else None
     return CurrentGate(gate, segments, inputs.rows, inputs.lengths, generating=generating, media=media)
 
 
