@@ -14,6 +14,7 @@ from .current_gate import GateState
 from .op.checks import check_settings, dtype_named
 from .op.functional import ilora_linear, ilora_update
 from .shared import SharedInputGroup
+from .tensor_parallel import add_update, split_of
 
 # What x Wᵀ may be computed of; a FakeTensor is a weight in a model that is being exported.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
@@ -65,6 +66,10 @@ class ILoRALinear(nn.Module):
         self.lora_A = nn.Parameter(like.new_empty(r, self.in_features))
         self.lora_B = nn.Parameter(like.new_empty(self.out_features, r))
         self.reset_parameters()
+        self.split = split_of(base_layer)  # over processes, or None
+        if self.split is not None:
+            self.lora_A = self.split.distribute(self.lora_A, 1)
+            self.lora_B = self.split.distribute(self.lora_B, 0)
 
     def reset_parameters(self) -> None:
         """lora_A Kaiming-uniform (as nn.Linear's own), lora_B zero."""
@@ -107,6 +112,13 @@ class ILoRALinear(nn.Module):
             )
         dropout_p = self.lora_dropout if self.training else 0.0
         adapter = (self.lora_A, self.lora_B, self.own_gate(gate), self.scaling, segments, dropout_p, None, self.backend)
+        if self.split is not None:
+            settings = (*adapter[:5], dropout_p, self.backend)
+            try:
+                return add_update(self.split, x, self.base_layer(x), *settings)
+            except ValueError as error:
+                error.args = (f"{self.name}: {error}",)
+                raise
         weight = self.plain_weight()
         if weight is None:
             return ilora_update(x, self.base_layer(x), *adapter)

@@ -17,10 +17,12 @@ FILMS = (
 def movielens_files(folder):
     """u.item and u.data of FILMS: user u met the ten films from u on; the second Chasing Amy was met most."""
     folder.mkdir(parents=True)
-    folder.joinpath("u.item").write_text("".join(f"{i}|{t}|\n" for i, t in enumerate(FILMS)), encoding="latin-1")
+    folder.joinpath("u.item").write_text(
+        "".join(f"{i}|{t}{'|' * 3}{'|0' * 19}\n" for i, t in enumerate(FILMS)), encoding="latin-1"
+    )
     met = [(user, (user + step) % len(FILMS), step) for user in range(20) for step in range(10)]
     met += [(20 + n, item, step) for n in range(5) for step, item in enumerate([8, 11, 12, 13])]
-    folder.joinpath("u.data").write_text("".join(f"{u}\t{i}\t5\t{t}\n" for u, i, t in met))
+    folder.joinpath("u.data").write_text("".join(f"{u}\t{i}\t5\t{t + 880_000_000}\n" for u, i, t in met))
     return folder
 
 

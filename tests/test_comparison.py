@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from kept_runs import movielens_files
 from safetensors.torch import load_file
-from sequential_recommendation import compare, options, sequence_models
+from sequential_recommendation import arms, compare, options, sequence_models
 from sequential_recommendation.arms import Curve, perform
 from sequential_recommendation.experiments import Arm, Experiment, OtherData, Run
 from sequential_recommendation.options import experiment_of, parse, settings_of, watch_of
+from sequential_recommendation.recommender import Recommender
 from sequential_recommendation.settings import RecommenderConfig, TrainingSettings
 from sequential_recommendation.shared import MARK, tiny_model, train_sequence
+from sequential_recommendation.tables import paired_lines
 from sequential_recommendation.tiny_model import tiny_lm
 
 
@@ -22,7 +25,7 @@ def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
     brief = [*brief.split(), "--out", str(tmp_path)]
     found = compare.main(brief)
     counts = {name: len(results) for name, results in found.items()}
-    assert counts == {"LM untuned": 1, "LoRA": 2, "iLoRA, E=4, sequence gate": 2}
+    assert counts == {"LM untuned": 2, "LoRA": 2, "iLoRA, E=4, sequence gate": 2}
     table = capsys.readouterr().out
     for word in ("popularity", "SASRec", "GRU4Rec", "Caser", "HitRatio@1", "12 tests, 2 seeds", "ValidRatio"):
         assert word in table
@@ -30,7 +33,7 @@ def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
         assert next(tmp_path.rglob(picture)).read_bytes().startswith(b"\x89PNG")
     whole = json.loads(next(tmp_path.rglob("results.json")).read_text())
     assert whole["arms"] == found
-    assert {figures["total"] for figures in whole["baselines"].values()} == {12}
+    assert {figures["total"] for seeds in whole["baselines"].values() for figures in seeds} == {12}
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
     assert compare.main(brief) == found
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("lr*.json")}
@@ -102,6 +105,9 @@ def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monk
 
     elsewhere = replace(experiment, folder=Path("out"), root=Path("data"))
     same = [run._replace(experiment=elsewhere), other(workers=2, save_steps=5, logging_steps=1, progress=False)]
+    names = {options.table_name(other(**each).settings) for each in ({}, {"seed": 3}, {"lr": 1.0}, {"save_steps": 5})}
+    assert len(names) == 1
+    assert options.table_name(other(patience=2).settings) not in names
     assert [each.key for each in same] == [run.key] * 2
     different = [other(lr=1e-4), other(steps=3), other(precision="bf16"), other(curriculum=None), other(seed=1)]
     different += [run._replace(watch=5), run._replace(texts=False), run._replace(arm=Arm("ours", "sequence", 2))]
@@ -119,10 +125,57 @@ def test_tests_of_one_group_exchange_no_gates(tmp_path):
     assert set(found["gate"]) == {"entropy", "usage", "weights"}
 
 
+def test_patience_ends_a_run_and_takes_its_best_weights(tmp_path, monkeypatch):
+    qualities = iter([0.2, 0.5, 0.4, 0.3, 0.9])
+    monkeypatch.setattr(arms, "ndcg", lambda rank, k: next(qualities) if k == 20 else 0.0)
+    run, kept = run_in(tmp_path, steps=9), {}
+    run = run._replace(settings=replace(run.settings, patience=2, save_steps=0))
+    saved = Recommender.save
+    monkeypatch.setattr(Recommender, "save", lambda self, path: kept.update({path: weights(self)}) or saved(self, path))
+    monkeypatch.setattr(arms, "measure", lambda model, *more: kept.update(last=weights(model)) or {"hits": 0})
+    found = perform(run)
+    assert [step for step, _ in found["curve"]] == [1, 2, 3, 4]  # two rankings after the best, the second
+    assert kept["last"] == kept[run.folder / "best"] == kept[run.folder / "recommender"]
+    assert not (run.folder / "best").exists()
+
+
+def weights(model):
+    return {name: parameter.tolist() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_the_arms_of_equal_information_and_of_equal_size(tmp_path):
+    found = {}
+    for arm in options.arms_of(asked("--arms lora lora-wide lora+z sequence shuffled")):
+        found[arm.name] = perform(run_in(tmp_path, steps=1)._replace(arm=arm))
+    sizes = {name: result["trainable"] for name, result in found.items()}
+    lora, wide, soft, ilora, shuffled = sizes.values()
+    assert lora < ilora == shuffled <= wide == lora * 9 // 8
+    assert soft - lora == 16 * 64 + 16 + 16 * 16 + 16  # the projector of z
+    assert all(len(result["ranks"]) == result["total"] == 8 for result in found.values())
+    lines = list(paired_lines({name: [result] for name, result in found.items()}))
+    assert [line.split(" | ")[0] for line in lines[1:]] == [f"| {name}" for name in found if "sequence" not in name]
+    assert "against" in lines[0]
+    assert not list(paired_lines({"LoRA": [found["LoRA"]]}))
+
+
+def test_every_seed_has_its_own_models(tmp_path):
+    experiments = [Experiment(tmp_path, users=40, model_seed=seed) for seed in (0, 1)]
+    for experiment in experiments:
+        train_sequence(experiment, experiment.dataset(), "sasrec")
+        tiny_model(experiment, experiment.dataset(), 1)
+    first, second = (load_file(experiment.sequence_file("sasrec")) for experiment in experiments)
+    assert not torch.equal(first["items.weight"], second["items.weight"])
+    first, second = (load_file(experiment.lm_folder / "model.safetensors") for experiment in experiments)
+    assert not torch.equal(first["model.embed_tokens.weight"], second["model.embed_tokens.weight"])
+    run = Run(experiments[0], Arm("ours", "sequence", 4), TrainingSettings())
+    seeded = arms.with_rate(run, 1e-3, 1)
+    assert (seeded.experiment, seeded.settings.seed, seeded.settings.lr) == (experiments[1], 1, 1e-3)
+
+
 def changed(folder):
     """As many films and users, one of whom met others."""
     file = folder / "u.data"
-    file.write_text(file.read_text().replace("0\t9\t5\t9\n", "0\t19\t5\t9\n", 1))
+    file.write_text(file.read_text().replace("0\t9\t5\t880000009\n", "0\t19\t5\t880000009\n", 1))
     return folder
 
 
@@ -141,7 +194,7 @@ def test_what_was_trained_on_other_data_is_refused(tmp_path, capsys):
             make()
     (films.lm_folder / MARK).unlink()  # as in a folder of an older version
     tiny_model(other, now, 1)
-    assert "tiny-lm: does not say of which data it is" in capsys.readouterr().err
+    assert "tiny-lm-seed0: does not say of which data it is" in capsys.readouterr().err
     sequence_models.save(sequence_models.build("sasrec", 7), films.sequence_file("sasrec"))
     with pytest.raises(ValueError, match="trained on 7 items, MovieLens-100K has 40"):
         train_sequence(films, films.dataset(), "sasrec")

@@ -1,12 +1,5 @@
 """DDP and FSDP2 on two gloo processes equal one process on the joint batch, gate network included."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,35 +12,15 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
 import distributed_worker as worker  # noqa: E402
+from ranks import run_ranks  # noqa: E402
 from training_worker import assert_same  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What two ranks wrote; their exit codes do not count, since gloo may abort a process that is done."""
+    """What two ranks wrote, and where."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(ilora.__file__).parents[1])
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common |= {"PYTHONPATH": os.pathsep.join([root, *sys.path]), "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = []
-    try:
-        for rank in range(2):
-            env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (folder / f"log{rank}").open("wb") as log:
-                command = [sys.executable, worker.__file__, str(folder)]
-                ranks.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
-        for process in ranks:
-            process.wait(timeout=200)
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log*")))
-    assert (folder / "results.pt").exists(), logs
-    return folder, torch.load(folder / "results.pt", weights_only=True)
+    return folder, run_ranks(worker, folder, 2)
 
 
 @pytest.fixture(scope="module")

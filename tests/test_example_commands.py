@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import smollm2_text
-from sequential_recommendation import compare, kept, page, recommend, train_sequence_models
+from sequential_recommendation import compare, kept, page, real_runs, recommend
 from sequential_recommendation.experiments import MADE_UP, PROMPTS
 from sequential_recommendation.options import experiment_of, parse
 from sequential_recommendation.readers import READERS
@@ -37,6 +37,11 @@ REFUSED = {  # arguments: words, by command
         SMOL + "--batch-size 24": "a multiple of --batch-size, got 128 and 24",
         "--batch-size -4": "--batch-size: expected a whole number of 1 or more, got '-4'",
         "--jobs -1": "--jobs: expected a whole number of 1 or more, got '-1'",
+        "--patience 2": "--patience: needs --watch",
+        "--batch-size 1": "--arms shuffled: expected a --batch-size of 2 or more",
+        "--data amazon": "--root goes with --data",
+        "--data tastes --root x": "--root goes with --data",
+        "--candidates 1": "--candidates: expected a whole number of 2 or more, got '1'",
         "--pretrain-steps 0": "--pretrain-steps: expected a whole number of 1 or more, got '0'",
         "--tests -5": "--tests: expected a whole number of 0 or more, got '-5'",
         "--steps 0": "--steps: expected a whole number of 1 or more, got '0'",
@@ -47,17 +52,6 @@ REFUSED = {  # arguments: words, by command
         FILMS + "--users 9": "--users 9: means nothing with --data ml-100k",
         "--model smollm2 --pretrain-steps 9": "--pretrain-steps 9: means nothing with --model smollm2",
         "--model /no/where": "--model /no/where: expected the folder of a causal language model",
-    },
-    train_sequence_models.parse: {
-        "--data ml-100k": "--root goes with --data",
-        "--data tastes --root x": "--root goes with --data",
-        "--device gpu": "--device: expected a device that computes here, got 'gpu'",
-        "--device meta": "--device: expected a device that computes here, got 'meta'",
-        "--device cuda:99": "--device: expected a device that computes here, got 'cuda:99'",
-        "--lr inf": "--lr: expected a number above 0, got 'inf'",
-        "--epochs 0": "--epochs: expected a whole number of 1 or more, got '0'",
-        "--seed 1 1": "--seed 1: given more than once",
-        "--min-users 20": "--min-users 20: means nothing with --data synthetic",
     },
     smollm2_text.main: {
         "--steps 0": "--steps: expected 1 or more, got 0",
@@ -84,29 +78,29 @@ def test_the_commands_of_the_results_are_still_accepted():
         assert experiment_of(parse(shlex.split(command)))
 
 
-def test_the_commands_of_the_how_to():
-    lines = (ROOT / "docs" / "how-to.md").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("page_of_commands", [ROOT / "docs" / "recommender.md", FOLDER / "README.md"])
+def test_the_commands_of_the_pages(page_of_commands):
+    lines = page_of_commands.read_text(encoding="utf-8").splitlines()
     start = f"python {FOLDER.relative_to(ROOT)}/"
     commands = [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
     parsers = {"compare.py": compare.parse, "recommend.py": recommend.parser().parse_args, "page.py": page.parse}
-    assert {script for script, *_ in commands} == set(parsers)
+    assert {script for script, *_ in commands} >= set(parsers)
+    parsers["real_runs.py"] = real_runs.parse
     made_up = Titles(synthetic())
     for script, *arguments in commands:
         options = parsers[script](arguments)
-        if getattr(options, "titles", None) and options.run == kept.FOLDER:
+        if getattr(options, "titles", None) and options.run == kept.FOLDER and not options.list:
             made_up.find([*options.titles, *options.candidates])
 
 
 def test_the_data_of_the_readme_are_those_of_the_commands():
-    lines = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
-    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
-    del rows["--data"]
-    assert set(rows) == {*PROMPTS, *READERS}
-    for name, line in rows.items():
-        assert ("train_sequence_models.py` alone" in line) == (name not in PROMPTS)
+    lines = (FOLDER / "README.md").read_text(encoding="utf-8").split("## Data\n")[1].split("\n## ")[0].splitlines()
+    rows = {name for line in lines if line.startswith("| `") for name in re.findall("`([^`]+)`", line.split("|")[1])}
+    rows.remove("--data")
+    assert rows == {*PROMPTS, *READERS}
+    for name in rows:
         root = [] if name in MADE_UP else ["--root=."]
-        assert train_sequence_models.parse([f"--data={name}", *root]).data == name
-    assert train_sequence_models.read(train_sequence_models.parse(["--data=tastes"])).name == "tastes"
+        assert parse([f"--data={name}", *root]).data == name
 
 
 def test_the_commands_run_by_their_paths(tmp_path):
@@ -116,7 +110,7 @@ def test_the_commands_run_by_their_paths(tmp_path):
         command = [sys.executable, FOLDER / script, *arguments]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
-    helped = run("train_sequence_models.py", "--help")
+    helped = run("compare.py", "--help")
     assert helped.returncode == 0
     assert "--protocol" in helped.stdout
     lost = run("recommend.py", "Heat")

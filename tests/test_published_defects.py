@@ -21,9 +21,10 @@ import ilora
 def windows_folder(folder):
     """A data set as LastFM's is laid out."""
     names = "\n".join(f"{item}\tartist {item}" for item in range(60))
-    lines = "".join(f"{u},{u + 1},{u + 2}\t{u + 3}\n" for u in range(50))
-    for name, text in {"items": names + "\n", "train": lines, "val": lines, "test": lines}.items():
-        (folder / f"{name}.tsv").write_text(text)
+    (folder / "items.tsv").write_text(names + "\n")
+    for step, name in enumerate(("train", "val", "test"), 1):  # no window is in two files
+        lines = "".join(f"{u},{u + 1},{u + 2}\t{u + 2 + step}\n" for u in range(50))
+        (folder / f"{name}.tsv").write_text(lines)
     return folder
 
 

@@ -76,7 +76,20 @@ def test_items_of_one_title_are_one_to_a_person(titles):
     assert len(titles.known) == len(FILMS) - 1
     plain = Titles(Dataset("plain", ["Toy Story", "!!!", "The The"], {}))
     assert plain.find(["Toy Story (1995)", "!!!", "the"]) == [0, 1, 2]  # without years a year says nothing
-    assert forms("!!!") == ("!!!", "!!!", "!!!")
+    assert forms("!!!") == ("!!!", "!!!", "!!!", {"!!!"})
+
+
+def test_a_title_is_found_by_what_stands_in_brackets_or_before_them():
+    films = ["Seven (Se7en) (1995)", "Seventh Seal, The (Sjunde inseglet, Det) (1957)", "Enfer, L' (1994)"]
+    films += ["Die Hard (1988)", "Star Maker, The (Uomo delle stelle, L') (1995)", "Star Maker (1968)"]
+    found = Titles(Dataset("films", films, {}))
+    typed = {"seven": 0, "SE7EN": 0, "the seventh seal": 1, "Sjunde inseglet": 1, "det sjunde inseglet": 1}
+    typed |= {"enfer": 2, "l'enfer": 2, "Die Hard": 3, "uomo delle stelle": 4, "L'uomo delle stelle (1995)": 4}
+    assert found.find(list(typed)) == list(typed.values())
+    for unknown in ("hard", "seal", "star makers", "seven (1994)"):
+        with pytest.raises(UnknownTitles, match="is not known"):
+            found.find([unknown])
+    assert found.find(["star maker"]) == [5]
 
 
 def test_examples_are_spelt_as_the_page_offers_them():
@@ -296,7 +309,10 @@ def test_the_files_must_be_those_of_the_training_wherever_they_are(run, tmp_path
     items = movielens_files(tmp_path / "moved") / "u.item"
     films = items.read_text("latin-1")
     assert run(*LIKED)[1] == run("--root", items.parent, *LIKED)[1]
-    for other in (films.replace("Film number 29", "Film number 30"), films + "99|A new film (1999)|\n"):
+    for other in (
+        films.replace("Film number 29", "Film number 30"),
+        films + "99|A new film (1999)|||" + "|0" * 19 + "\n",
+    ):
         items.write_text(other, "latin-1")
         status, *_ = run("--root", items.parent, *LIKED)
         assert "it was trained on other data" in status

@@ -158,13 +158,38 @@ def test_what_is_wrong_is_said_on_the_page(opened):
     assert not opened.find_elements(By.CSS_SELECTOR, "[role=alert]")
 
 
+def write(browser, name):
+    """Types a name and takes it as it stands there."""
+    box = browser.find_element(By.CSS_SELECTOR, "#titles input")
+    box.send_keys(name, Keys.ENTER)
+    WebDriverWait(browser, WAIT).until(lambda d: name in d.find_element(By.ID, "titles").text)
+    browser.find_element(By.TAG_NAME, "h1").click()
+
+
+def test_accents_and_case_are_forgiven_and_unknown_names_are_said(opened, command):
+    for name in ("toy STORY", "amelie & co", "usual suspects"):
+        write(opened, name)
+    ask(opened)
+    expected = command("Toy Story", "Amélie & Co.", "The Usual Suspects")
+    assert (
+        "After Toy Story (1995) · Amélie & Co. (1997) · Usual Suspects, The (1995)" in until(opened, "#ranking")[0].text
+    )
+    assert [row[1] for row in rows(opened, "ranking")] == [r["title"] for r in expected["recommendations"]]
+    write(opened, "Toy Sorry")
+    write(opened, "Nowhere Land")
+    ask(opened)
+    alert = until(opened, "[role=alert]")[0].text
+    assert alert.startswith("'Toy Sorry' is not known; near it: 'Toy Story (1995)'")
+    assert "\n'Nowhere Land' is not known" in alert
+
+
 def test_nothing_is_fetched_from_elsewhere(opened, url):
     time.sleep(2)  # for what a page loads late
     messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     sent = [message["params"] for message in messages if message["method"] == "Network.requestWillBeSent"]
     addresses = [parameters["request"]["url"] for parameters in sent]
     assert addresses
-    own = (url, "data:", "blob:", "chrome:", "chrome-extension:")
+    own = (url, "data:", "blob:", "chrome:", "chrome-untrusted:", "chrome-extension:")
     assert [address for address in addresses if not address.startswith(own)] == []
 
 

@@ -248,3 +248,15 @@ def test_z_is_standardised_by_fixed_figures_that_are_kept(tmp_path):
     again = load(tmp_path / "saved", tiny_lm(PROMPTS.tokenizer, 32, 2, 2))
     assert torch.equal(again.encoder.mean, model.encoder.mean)
     assert torch.equal(again.encoder.deviation, model.encoder.deviation)
+
+
+def test_a_shuffled_gate_sees_its_own_user_only_outside_of_training():
+    model, own = recommender("shuffled"), recommender("sequence")
+    own.load_state_dict(model.state_dict())
+    batch = collated()
+    assert torch.equal(model.gate(batch), own.gate(batch))
+    exchanged = own.gate(batch | {"history": batch["history"].roll(1, 0)})
+    assert torch.equal(model.train().gate(batch), exchanged)
+    assert not torch.allclose(exchanged, own.gate(batch), atol=1e-3)
+    with pytest.raises(ValueError, match="two examples at once or more in training, got 1"):
+        model.gate(collated(EXAMPLES[:1]))

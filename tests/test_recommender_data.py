@@ -1,6 +1,5 @@
 """Readers on small literal files, splits, windows and candidates of the sequential recommender."""
 
-import gzip
 import os
 import random
 import subprocess
@@ -159,96 +158,6 @@ ONE = Window("u0", (0, 1, 2), 3)
 def test_data_that_contradict_themselves_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
-
-
-RATINGS = "7\t3\t5\t20\n7\t1\t1\t10\n8\t2\t3\t5\n7\t2\t4\t20\n\n"
-MOVIES = {"u.item": "1|Café (1990)|x|y\n2|B (1991)|x|y\n3|C|x\n".encode("latin-1"), "u.data": ""}
-TAGS = "2\t52\t13\t30\r\n2\t51\t13\t20\n2\t52\t15\t10\n2\t99\t15\t10\n"
-ARTISTS = {
-    "artists.dat": "id\tname\turl\tpictureURL\n51\tDiary of Dreams\thttp://x\t\n52\tÉmilie\n",
-    "user_taggedartists-timestamps.dat": "userID\tartistID\ttagID\ttimestamp\n" + TAGS,
-}
-GAMES = {"steam_games.json": "{u'app_name': u'Dota\u2122', u'id': u'570'}\n{'title': 'B', 'id': '2'}\n{'title': 'C'}\n"}
-REVIEWS = """{'username': 'ann', 'product_id': '2', 'date': '2018-01-05', 'text': "it's"}
-{'username': 'ann', 'product_id': '570', 'date': '2017-12-31'}
-{'username': 'ann', 'product_id': '1', 'date': '2017-12-31'}
-"""
-TRAIN = "0,1,2\t3\n0,1,2,3\t4\n5,6,7\t8\n0,1,2\t9\n1,2,3,4,5,6,7,8,9,10\t11\n2,3,4,5,6,7,8,9,10,11\t12\n"
-ITEMS = "".join(f"{i}\tArtist {i}\n" for i in range(30))
-WINDOWS = {"items.tsv": ITEMS, "train.tsv": TRAIN, "val.tsv": "1,2,3\t4\n", "test.tsv": "3,4,5\t6\n"}
-
-
-def read(reader, folder, files):
-    for name, text in files.items():
-        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return reader(folder)
-
-
-FILES = {"movielens": MOVIES, "lastfm": ARTISTS, "steam": GAMES, "windows_files": WINDOWS}
-
-
-@pytest.mark.parametrize(
-    ("reader", "file", "text", "words"),
-    [
-        ("movielens", "u.data", "7\t1\t5\t20\n7\t2\t5\n", r"u\.data:2: expected 4 fields or more"),
-        ("movielens", "u.data", "7\t1\t5\tnoon\n", r"u\.data:1: expected an integer, got 'noon'"),
-        ("movielens", "u.data", "\n7\t9\t5\t20\n", r"u\.data:2: item 9 has no title"),
-        ("movielens", "u.item", "1|A\n1|B\n", r"u\.item:2: item 1 has a title already, 'A'"),
-        ("movielens", "u.item", "1|\n", r"u\.item:1: item 1 has an empty title"),
-        ("movielens", "u.item", "1\n", r"u\.item:1: expected 2 fields"),
-        ("lastfm", "artists.dat", "51\tA\n", r"artists\.dat:1: expected a header that starts with 'id'"),
-        ("lastfm", "artists.dat", b"id\tname\n51\t\xe9\n", r"artists\.dat:2: expected utf-8"),
-        ("steam", "steam_reviews.json", "{'username': 'a', 'date': '2018'}", r"json:1: the review has no product_id"),
-        ("steam", "steam_reviews.json", "{'username': ", r"steam_reviews\.json:1: expected a dictionary"),
-        ("steam", "steam_reviews.json", "[1]", r"steam_reviews\.json:1: expected a dictionary"),
-        ("windows_files", "train.tsv", "0,1,2\t3\n0,1\t2", r"train\.tsv:2: expected a history of 3 to 10 items, got 2"),
-        ("windows_files", "val.tsv", "0,1,x\t3\n", r"val\.tsv:1: expected an integer, got 'x'"),
-        ("windows_files", "test.tsv", "0,1,2\t30\n", r"test\.tsv:1: expected ids below 30"),
-        ("windows_files", "test.tsv", "0,1,2\t2\n", r"test\.tsv:1: an item occurs twice"),
-        ("windows_files", "test.tsv", "0,1,2,3\n", r"test\.tsv:1: expected 2 fields"),
-        ("windows_files", "val.tsv", "\n", r"val\.tsv: expected windows, it has none"),
-        ("windows_files", "items.tsv", "0\ta\n2\tb\n", r"items\.tsv:2: expected item 1, got 2"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_number(tmp_path, reader, file, text, words):
-    with pytest.raises(ValueError, match=words):
-        read(getattr(readers, reader), tmp_path, FILES[reader] | {file: text})
-
-
-def test_missing_files_are_named_as_they_may_be_called(tmp_path):
-    published = {name: text for name, text in WINDOWS.items() if name != "val.tsv"}  # Steam's data lack it
-    for reader, files, words in (
-        (readers.steam, {}, r"expected steam_games\.json\.gz or steam_games\.json, there"),
-        (readers.lastfm, {}, r"artists\.dat and user_.*, or items\.tsv, train\.tsv"),
-        (readers.windows_files, published, r"val\.tsv"),
-    ):
-        with pytest.raises(FileNotFoundError, match=words):
-            read(reader, tmp_path, files)
-
-
-@pytest.mark.parametrize(
-    ("reader", "files", "titles", "users"),
-    [  # ordered by time, and as in the file within a second; an artist counts from its first tag; files packed or not
-        ("movielens", {"u.data": RATINGS}, ["Café (1990)", "B (1991)", "C"], {"7": [0, 2, 1], "8": [1]}),
-        ("lastfm", {}, ["Diary of Dreams", "Émilie"], {"2": [1, 0]}),
-        ("steam", {"steam_reviews.json": REVIEWS}, ["Dota\u2122", "B"], {"ann": [0, 1]}),
-        ("steam", {"steam_reviews.json.gz": gzip.compress(REVIEWS.encode())}, ["Dota\u2122", "B"], {"ann": [0, 1]}),
-    ],
-)
-def test_titles_and_histories_are_read(tmp_path, reader, files, titles, users):
-    dataset = read(getattr(readers, reader), tmp_path, FILES[reader] | files)
-    assert (dataset.titles, dataset.users) == (titles, users)
-
-
-def test_windows_files_keep_their_split_and_recover_users(tmp_path):
-    dataset = read(readers.windows_files, tmp_path, WINDOWS)
-    users = list(dataset.users.values())
-    assert users[:4] == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [0, 1, 2, 9], list(range(1, 13))]
-    assert users[4:] == [[1, 2, 3, 4], [3, 4, 5, 6]]
-    parts = split(dataset)
-    assert [(w.history, w.target) for w in parts.test] == [((3, 4, 5), 6)]
-    assert len(parts.train) == 6
-    assert {w.user for w in parts.test}.isdisjoint(w.user for w in parts.train)
 
 
 @pytest.mark.skipif(not (REAL / "ml-100k").is_dir(), reason="no real data")

@@ -35,7 +35,6 @@ def test_an_interval_holds_its_ratio_and_mirrors(counts):
         (lambda: Ratio(0, 0), "expected 0 <= hits <= total"),
         (lambda: Ratio(3, 2), "expected 0 <= hits <= total"),
         (lambda: Ratio(-1, 2), "expected 0 <= hits <= total"),
-        (lambda: ranks(torch.tensor([[math.nan, 1.0]]), torch.tensor([0])), "a score is NaN"),
         (lambda: ranks(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long)), r"expected \[N, C\] and \[N\]"),
         (lambda: ndcg(torch.zeros(0), 5), "one rank or more"),
         (lambda: over_seeds([]), "one value or more"),
@@ -104,3 +103,37 @@ def test_invalid_texts_are_misses():
     examples = [Example(user, (9,), target, (0, 1, 2)) for user, target in (("a", 0), ("b", 1), ("c", 2), ("d", 2))]
     texts = ["Alien (1979)\n", "Alien", "It is Alien", "Star Wars"]  # hit; valid; invalid; no candidate
     assert text_ratios(texts, examples, TITLES) == (Ratio(2, 4), Ratio(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"), [(3, 12, 0.03515625), (12, 3, 0.03515625), (0, 5, 0.0625), (4, 4, 1.0), (0, 0, 1.0)]
+)
+def test_mcnemar_is_the_exact_binomial_test(first, second, p):
+    assert metrics.mcnemar(first, second) == pytest.approx(p)
+
+
+def test_paired_arms_are_compared_user_by_user():
+    first = torch.tensor([[1] * 60 + [2] * 40, [1] * 50 + [7] * 50])
+    second = torch.tensor([[1] * 50 + [2] * 10 + [1] * 4 + [3] * 36, [1] * 20 + [2] * 80])
+    found = metrics.paired(first, second)
+    assert found.only == [(10, 4), (30, 0)]
+    assert found.difference == pytest.approx((0.06 + 0.30) / 2)
+    assert found.p_values == [pytest.approx(metrics.mcnemar(10, 4)), pytest.approx(2**-29)]
+    low, high = found.interval
+    assert low < 0.06 < 0.3 < high  # the seeds differ by more than the users of one seed
+    turned = metrics.paired(second, first)
+    assert turned.interval == (pytest.approx(-high), pytest.approx(-low))
+    assert metrics.paired(first, first).interval == (0.0, 0.0)
+    users_only = metrics.paired(first[:1], second[:1], draws=20_000).interval
+    deviation = math.sqrt((14 / 100 - 0.06**2) / 100)
+    assert users_only == (
+        pytest.approx(0.06 - 1.96 * deviation, abs=0.012),
+        pytest.approx(0.06 + 1.96 * deviation, abs=0.012),
+    )
+    with pytest.raises(ValueError, match=r"expected twice \[seeds, N\], got \[2, 100\] and \[1, 100\]"):
+        metrics.paired(first, second[:1])
+
+
+def test_a_score_that_is_nan_means_that_training_diverged():
+    with pytest.raises(FloatingPointError, match="a score is NaN: try a lower learning rate"):
+        ranks(torch.tensor([[math.nan, 1.0]]), torch.tensor([0]))

@@ -106,6 +106,8 @@ def test_what_is_trained_and_at_which_rate():
     factors = [learning_rate_factor(step, 100, 0.05) for step in range(101)]
     assert (factors[0], factors[5], factors[100]) == (0.01, 1.0, pytest.approx(0.01))
     assert max(factors) == 1.0
+    constant = [learning_rate_factor(step, 100, 0.05, falls=False) for step in range(101)]
+    assert (constant[:6], set(constant[5:])) == (factors[:6], {1.0})
 
 
 def test_defect_3_the_projector_is_saved_after_text_only_batches(tmp_path):

@@ -1,7 +1,9 @@
 """SASRec, GRU4Rec and Caser: padding, batches, causality, files, training."""
 
 import copy
+import io
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ from sequential_recommendation.metrics import candidate_scores, hit_ratio, popul
 from sequential_recommendation.sequence_models import KINDS, SequenceEncoder, build, load, pad_histories, save
 from sequential_recommendation.sequence_training import Settings, candidate_ranks, train_sequence_model
 from sequential_recommendation.synthetic import synthetic
-from sequential_recommendation.train_sequence_models import main
 from torch import nn
 
 ITEMS = 30
@@ -233,13 +234,13 @@ def test_training_to_infinity_is_refused(made_up):
         train_sequence_model(build("gru4rec", dataset.num_items), parts.train, val, Settings(lr=1e30))
 
 
-def test_the_command_trains_saves_and_prints_a_table(tmp_path, capsys):
-    found = main([f"--out={tmp_path}", "--model", "caser", "gru4rec", "--epochs=1", "--seed", "0", "1"])
-    assert {kind: len(ratios) for kind, ratios in found.items()} == {"caser": 2, "gru4rec": 2}
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    kinds = [f"{kind}, {row}" for kind in ("caser", "gru4rec") for row in ("seed 0", "seed 1", "mean")]
-    assert [row.split("|")[1].strip() for row in rows[1:]] == ["popularity", *kinds]
-    assert str(found["caser"][1]) in rows[3]
-    assert load(tmp_path / "caser-synthetic-paper-seed1.safetensors").kind == "caser"
-    with pytest.raises(SystemExit, match=r"--data ml-100k: .*u\.item"):
-        main(["--data=ml-100k", f"--root={tmp_path}"])
+def test_a_terminal_sees_how_long_it_will_take(made_up, monkeypatch, capsys):
+    dataset, parts, val, _ = made_up
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    for stream, silent in ((terminal, False), (io.StringIO(), True)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        train_sequence_model(build("caser", dataset.num_items), parts.train, val, Settings(epochs=2))
+        assert (stream.getvalue() == "") == silent
+    assert "Caser, epochs (2 at most)" in terminal.getvalue()
+    assert "/2 [" in terminal.getvalue()

@@ -41,18 +41,6 @@ def real(zero: bool) -> Callable[[str], float]:
     return read
 
 
-def device(text: str) -> str:
-    """An argparse type: a device on which torch can compute here."""
-    import torch
-
-    try:
-        torch.zeros(1, device=text).item()
-    except (RuntimeError, AssertionError) as error:  # torch raises the latter if it was built without the device
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"expected a device that computes here, got {text!r}: {reason}") from error
-    return text
-
-
 def refuse_repeats(parser: argparse.ArgumentParser, options: argparse.Namespace, names: Iterable[str]) -> None:
     """Ends the program if an option that takes several values was given one of them twice: it would count twice."""
     for name in names:

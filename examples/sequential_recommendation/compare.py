@@ -5,8 +5,9 @@
 
 Without --data the users are made up (their groups follow conflicting rules), and the model is a small Llama that is
 made and trained here: nothing is downloaded, and two CPU cores need some minutes. All files go to the folder --out.
-If you start an interrupted comparison again, it resumes where it stopped. If you give several --lr, each arm trains
-with each of them and the first seed, and takes the one that is best on the validation users for its other seeds.
+If you start an interrupted comparison again, it resumes where it stopped. Each seed has its own sequence models and
+its own tiny language model. If you give several --lr, each arm trains with each of them and the first seed, and takes
+the one that is best on the validation users for its other seeds.
 """
 
 from __future__ import annotations
@@ -25,41 +26,41 @@ import json
 import multiprocessing
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 
-from .arms import one_thread, perform, with_rate
+from .arms import attempt, one_thread, perform, with_rate
 from .data import Dataset
-from .experiments import SMOLLM2, TINY, Experiment, OtherData, Run, unpacked, write_whole
+from .experiments import TINY, Experiment, OtherData, Run
+from .files import write_whole
 from .metrics import Ratio, candidate_scores, popularity, ranks
-from .options import arms_of, experiment_of, parse, settings_of, watch_of
+from .options import arms_of, experiment_of, parse, settings_of, table_name, watch_of
 from .pictures import draw
 from .sequence_models import KINDS
 from .sequence_training import candidate_ranks
 from .settings import LEARNING_RATES
-from .shared import tiny_model, train_sequence
+from .shared import check_model, tiny_model, train_sequence
 from .tables import described_ranks, table
 
 RATE = 3e-3  # the tiny model's learning rate: on the validation users better than 1e-2 (--lr tries several)
 
 
-def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pretrain_steps: int) -> dict[str, Any]:
-    """Trains the models that all arms share, unless their files exist. Returns the figures of the baselines."""
+def prepare(experiment: Experiment, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains the models that all arms of a seed share, unless their files exist. Returns the baselines' figures."""
     parts, _, test = experiment.parts(dataset)
-    print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
     models = {}
-    for kind in dict.fromkeys([*kinds, experiment.guide]):
+    for kind in dict.fromkeys([*options.sequence_models, *([experiment.guide] if options.arms else [])]):
         start = time.perf_counter()
         models[kind] = train_sequence(experiment, dataset, kind)
-        print(f"{KINDS[kind].__name__}: {time.perf_counter() - start:.0f} s", flush=True)
-    if experiment.model == TINY:
-        tiny_model(experiment, dataset, pretrain_steps)
-    if experiment.model == SMOLLM2:
-        unpacked(experiment.smollm2_folder)
+        print(f"{KINDS[kind].__name__}, seed {experiment.model_seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    if options.arms and experiment.model == TINY:
+        tiny_model(experiment, dataset, options.pretrain_steps)
     counts = popularity(parts.train, dataset.num_items).expand(len(test), -1)
     found = {"popularity": described_ranks(ranks(*candidate_scores(counts, test)))}
     return found | {
@@ -67,23 +68,24 @@ def prepare(experiment: Experiment, dataset: Dataset, kinds: Sequence[str], pret
     }
 
 
-def perform_all(runs: Sequence[Run], jobs: int) -> Iterator[dict[str, Any]]:
-    """Performs `jobs` runs at a time. Prints and yields the results in the order of the runs."""
+def perform_all(
+    runs: Sequence[Run], jobs: int, how: Callable[[Run], dict[str, Any]] = perform
+) -> Iterator[dict[str, Any]]:
+    """Performs `jobs` runs at a time, as `how` says. Prints and yields the results in the order of the runs."""
+    shown = {"total": len(runs), "desc": "runs", "leave": False, "disable": None}
     if jobs == 1:
-        yield from map(print_result, map(perform, runs))
+        yield from tqdm(map(print_result, map(how, runs)), **shown)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), one_thread) as pool:
-        yield from map(print_result, pool.map(perform, runs))
+        yield from tqdm(map(print_result, pool.map(how, runs)), **shown)
 
 
 def print_result(result: dict[str, Any]) -> dict[str, Any]:
     """Prints a line about the result and returns the result."""
-    run = result["run"]
-    print(
-        f"  {run['arm']['name']}, lr {run['settings']['lr']:g}, seed {run['settings']['seed']}: "
-        f"HitRatio@1 {Ratio(result['hits'], result['total'])}, {result['seconds']:.0f} s",
-        flush=True,
-    )
+    run, said = result["run"], result.get("diverged")
+    said = said or f"HitRatio@1 {Ratio(result['hits'], result['total'])}, {result['seconds']:.0f} s"
+    name = f"{run['arm']['name']}, lr {run['settings']['lr']:g}, seed {run['settings']['seed']}"
+    print(f"  {name}: {said}", flush=True)
     return result
 
 
@@ -94,7 +96,7 @@ def choose_rates(runs: Sequence[Run], options: argparse.Namespace, jobs: int) ->
     if len(rates) < 2:
         default = RATE if options.model == TINY else LEARNING_RATES.get(options.data, 8e-4)
         return [rates[0] if rates else default] * len(runs)
-    tried = iter(perform_all([with_rate(run, lr, seed) for run in runs for lr in rates], jobs))
+    tried = iter(perform_all([with_rate(run, lr, seed) for run in runs for lr in rates], jobs, attempt))
     best = []
     for _ in runs:
         quality = {lr: tuple(next(tried)["validation"].values()) for lr in rates}
@@ -108,8 +110,9 @@ def results_of(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> d
     best = dict(zip([run.arm for run in trained], choose_rates(trained, options, jobs), strict=True))
     wanted = [
         with_rate(run, best.get(run.arm, 0.0), seed)
+        for seed in options.seed  # all arms of a seed before the next one, so that a part of the runs is of use
         for run in runs
-        for seed in (options.seed if run.arm.gate else options.seed[:1])
+        if run.arm.gate or options.model == TINY or seed == options.seed[0]
     ]
     found: dict[str, list[dict[str, Any]]] = {}
     for result in perform_all(wanted, jobs):
@@ -118,36 +121,48 @@ def results_of(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> d
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Returns the results by arm, one for each seed. Also writes them to results.json, and the table to results.md."""
+    """Returns the results by arm, one for each seed. Also writes them to results.json, and the table to results.md.
+
+    They go to a folder of their own for each setting of the training, so that one comparison never replaces another.
+    """
     options, start = parse(argv, __doc__), time.perf_counter()
     experiment, settings = experiment_of(options), settings_of(options)
     jobs = options.jobs or (2 if options.model == TINY and not torch.cuda.is_available() else 1)
     if jobs > 1:
         one_thread()  # in this process too: on a busy machine two threads are slower than one
+    settings = replace(settings, progress=jobs == 1 and sys.stderr.isatty())
     try:
-        dataset = experiment.dataset()
-        baselines = prepare(experiment, dataset, options.sequence_models, options.pretrain_steps)
+        try:
+            dataset = experiment.dataset()
+        except (OSError, ValueError) as error:
+            sys.exit(f"--data {options.data}: {error}")
+        parts, _, test = experiment.parts(dataset)
+        print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
+        baselines: dict[str, list[dict[str, Any]]] = {}
+        if options.arms and experiment.model != TINY:
+            check_model(experiment, dataset, parts, settings)
+        for seed in options.seed:
+            for name, figures in prepare(replace(experiment, model_seed=seed), dataset, options).items():
+                baselines.setdefault(name, []).append(figures)
     except (OSError, ValueError) as error:
-        sys.exit(f"--data {options.data}: {error}")
-    parts, _, test = experiment.parts(dataset)
+        sys.exit(str(error))
     watch, fingerprint = watch_of(options, settings, len(parts.train)), experiment.fingerprint(dataset)
     runs = [Run(experiment, arm, settings, not options.no_texts, watch, fingerprint) for arm in arms_of(options)]
     try:
         found = results_of(runs, options, jobs)
-    except OtherData as error:
+    except (OtherData, FloatingPointError) as error:
         sys.exit(str(error))
     lines = table(f"{dataset.name}, {experiment.model}", baselines, found)
     command = shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)])
     described = {"command": command, "torch": torch.__version__, "transformers": transformers.__version__}
     described |= {"data": str(dataset), "seconds": time.perf_counter() - start}
-    write_whole(experiment.folder / "results.md", lines + "\n")
-    write_whole(
-        experiment.folder / "results.json", json.dumps(described | {"baselines": baselines, "arms": found}) + "\n"
-    )
+    folder = experiment.folder / table_name(settings)
+    write_whole(folder / "results.md", lines + "\n")
+    write_whole(folder / "results.json", json.dumps(described | {"baselines": baselines, "arms": found}) + "\n")
     groups = [dataset.groups[example.user] for example in test] if dataset.groups else None
-    drawn = draw(found, experiment.folder, len(parts.train) / settings.effective_batch, groups)
+    drawn = draw(found, folder, len(parts.train) / settings.effective_batch, groups)
     pictures = f", with {', '.join(path.name for path in drawn)}" if drawn else ""
-    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; written to {experiment.folder}{pictures}")
+    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; written to {folder}{pictures}")
     return found
 
 

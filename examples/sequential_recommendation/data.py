@@ -61,10 +61,11 @@ class Dataset:
 
     Args:
         name: appears in tables and file names.
-        titles: item id -> title. Two items may share a title; an example never holds both.
+        titles: item id -> title. Two items may share a title; candidates of one example never do.
         users: user -> item ids in order of time, each once.
         given: a split that came with the data; the paper's protocol then uses it as it is.
         groups: user -> group, for made-up users.
+        dropped: what the raw files have and this data set leaves out -> how many.
     Raises ValueError, naming the user or item, for ids without a title, repeated items, and titles that are empty or
     have several lines.
     """
@@ -74,10 +75,11 @@ class Dataset:
     users: dict[str, list[int]]
     given: Split | None = None
     groups: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for item, title in enumerate(self.titles):
-            if not title.strip() or "\n" in title:
+            if not title.strip() or len(title.splitlines()) > 1:
                 raise ValueError(f"{self.name}: item {item}: expected a title of one line, got {title!r}")
         count = self.num_items
         for user, items in self.users.items():
@@ -98,7 +100,10 @@ class Dataset:
 
     def __str__(self) -> str:
         interactions = sum(len(items) for items in self.users.values())
-        return f"{self.name}: {len(self.users):,} users, {self.num_items:,} items, {interactions:,} interactions"
+        found = f"{self.name}: {len(self.users):,} users, {self.num_items:,} items, {interactions:,} interactions"
+        few = sum(len(items) <= MIN_HISTORY for items in self.users.values())
+        left_out = self.dropped | ({f"users with fewer than {MIN_HISTORY + 1} items": few} if few else {})
+        return found + "".join(f"; left out: {count:,} {what}" for what, count in left_out.items())
 
 
 def normal(title: str) -> str:
@@ -175,10 +180,10 @@ def with_candidates(
 ) -> list[Example]:
     """The windows with their candidates: the target and count - 1 uniformly drawn negatives, shuffled.
 
-    A window's candidates depend on the seed and the window alone. Negatives are never in the window's history. With
-    exclude="user" they are also none of the user's other items, not even later ones. That makes the test easier, since
-    users have met many of the popular items, and the paper does not do it. No two candidates have the same title as
-    `normal` returns it, since an answer in words could not tell them apart.
+    A window's candidates depend on the seed and the window alone. Negatives are never in the window's history, and have
+    no title of it. With exclude="user" they are also none of the user's other items, not even later ones. That makes
+    the test easier, since users have met many of the popular items, and the paper does not do it. No two candidates
+    have the same title as `normal` returns it, since an answer in words could not tell them apart.
     Raises ValueError if fewer than count - 1 negatives are left, and for another exclude.
     """
     if exclude not in ("user", "window"):
@@ -190,7 +195,7 @@ def with_candidates(
 def _example(window: Window, names: list[str], known: frozenset[int], seed: int, count: int) -> Example:
     user, history, target = window
     draw = random.Random(f"{seed}/{user}/{history}/{target}")  # a string gives the same seed in every process
-    taken, titles = {*history, *known, target}, {names[target]}
+    taken, titles = {*history, *known, target}, {names[item] for item in (*history, target)}
     candidates = [target]
     for item in _without_repeats(draw, len(names)):
         if len(candidates) == count:
@@ -233,10 +238,16 @@ def frequent(dataset: Dataset, users: int = MIN_HISTORY + 1, items: int = 5) -> 
                 counts[item] += 1
         remaining = {user: [i for i in sequence if counts[i] >= items] for user, sequence in remaining.items()}
         remaining = {user: sequence for user, sequence in remaining.items() if len(sequence) >= users}
+    dropped = {
+        f"users with fewer than {users} items of at least {items} users each": len(dataset.users) - len(remaining),
+        f"items that fewer than {items} such users met": dataset.num_items
+        - len({item for sequence in remaining.values() for item in sequence}),
+    }
     number = {item: new for new, item in enumerate(sorted({i for sequence in remaining.values() for i in sequence}))}
     return Dataset(
         dataset.name,
         [dataset.titles[item] for item in number],
         {user: [number[item] for item in sequence] for user, sequence in remaining.items()},
         groups={user: group for user, group in dataset.groups.items() if user in remaining},
+        dropped=dataset.dropped | {what: count for what, count in dropped.items() if count},
     )

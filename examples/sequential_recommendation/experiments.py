@@ -18,17 +18,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .data import Dataset, Example, Split, frequent, split, with_candidates
+from .data import NUM_CANDIDATES, Dataset, Example, Split, frequent, split, with_candidates
+from .files import read_once
 from .readers import READERS, plain_titles
-from .settings import RecommenderConfig, TrainingSettings
+from .settings import WITHOUT_EFFECT, RecommenderConfig, TrainingSettings
 from .synthetic import synthetic
 from .tastes import tastes
 
 if TYPE_CHECKING:  # recommend.py reports a wrong title before it spends time on importing torch
     from .prompts import Choice
 
-PROMPTS = {"synthetic": "neutral", "tastes": "neutral", "ml-100k": "movies", "lastfm": "artists", "steam": "games"}
 MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
+PROMPTS = dict.fromkeys((*MADE_UP, *READERS), "neutral")  # the kind of prompt of each data set
+PROMPTS |= {"ml-100k": "movies", "movielens": "movies", "lastfm": "artists", "steam": "games"}
 TINY, SMOLLM2 = "tiny", "smollm2"
 
 
@@ -39,12 +41,13 @@ class OtherData(ValueError):
 @dataclass(frozen=True)
 class Arm:
     """A row of the table. gate: as in `RecommenderConfig`, or None for the language model without training.
-    soft_prompt: as in `RecommenderConfig`."""
+    rank: the total rank of the adapters. soft_prompt: as in `RecommenderConfig`."""
 
     name: str
     gate: str | None
     num_experts: int = 1
     soft_prompt: bool = False
+    rank: int = RecommenderConfig.r
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Experiment:
     users: how many users to make up. tests: how many of the validation and of the test examples to use, 0 for all.
     plain: whether titles are shortened by `readers.plain_titles`.
     guide: the kind of the sequence model that gives the gate its z and the prompts their item embeddings.
+    model_seed: of the sequence models and of the tiny language model. candidates: of each example.
     """
 
     folder: Path
@@ -71,6 +75,8 @@ class Experiment:
     tests: int = 0
     plain: bool = False
     guide: str = "sasrec"
+    model_seed: int = 0
+    candidates: int = NUM_CANDIDATES
 
     @classmethod
     def read(cls, described: dict[str, str], folder: Path) -> Experiment:
@@ -90,14 +96,22 @@ class Experiment:
             return MADE_UP[self.data](self.users, seed=self.data_seed)
         if self.root is None or not self.root.is_dir():
             raise FileNotFoundError(f"the files of {self.data} are to be in --root, a folder, which is {self.root}")
-        dataset = READERS[self.data](self.root)
+        dataset = read_once(self.data, self.root, self.folder / "dataset.json")
         dataset = plain_titles(dataset) if self.plain else dataset
         return dataset if self.min_users == 1 else frequent(dataset, items=self.min_users)
 
     def parts(self, dataset: Dataset) -> tuple[Split, list[Example], list[Example]]:
-        """(split, validation examples, test examples)"""
+        """(split, validation examples, test examples). Raises ValueError if there are too few items or users."""
         parts = split(dataset, self.data_seed, self.protocol, self.evaluate)
-        val, test = (with_candidates(part, dataset, self.data_seed, self.exclude) for part in parts[1:])
+        longest, titles = max(len(window.history) for part in parts for window in part), len(set(dataset.names))
+        if titles < longest + self.candidates:
+            raise ValueError(
+                f"{dataset.name}: too few titles, {titles}, for a history of {longest} and {self.candidates} candidates"
+                + (f": give --candidates {titles - longest}" if titles - longest > 1 else "")
+            )
+        val, test = (
+            with_candidates(part, dataset, self.data_seed, self.exclude, self.candidates) for part in parts[1:]
+        )
         return parts, val[: self.tests or None], test[: self.tests or None]
 
     def fingerprint(self, dataset: Dataset) -> str:
@@ -106,6 +120,8 @@ class Experiment:
         Where the files lie does not matter.
         """
         split_by = [dataset.given, self.protocol, self.evaluate, self.exclude, self.data_seed, self.tests]
+        if self.candidates != NUM_CANDIDATES:
+            split_by.append(self.candidates)
         deciding = [dataset.titles, sorted(dataset.users.items()), split_by]
         return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
@@ -122,11 +138,11 @@ class Experiment:
             )
 
     def sequence_file(self, kind: str) -> Path:
-        return self.folder / ("sequence.safetensors" if kind == "sasrec" else f"sequence-{kind}.safetensors")
+        return self.folder / f"{kind}-seed{self.model_seed}.safetensors"
 
     @property
     def lm_folder(self) -> Path:
-        return self.folder / "tiny-lm"
+        return self.folder / f"tiny-lm-seed{self.model_seed}"
 
     @property
     def smollm2_folder(self) -> Path:
@@ -232,7 +248,7 @@ class Run(NamedTuple):
         del deciding["experiment"]["folder"], deciding["fingerprint"]
         if self.experiment.root is not None:
             deciding["experiment"]["root"] = str(self.experiment.root.resolve())
-        for name in ("workers", "logging_steps", "save_steps", "progress"):
+        for name in WITHOUT_EFFECT:
             del deciding["settings"][name]
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -251,7 +267,10 @@ class Run(NamedTuple):
     @property
     def recommender(self) -> RecommenderConfig:
         return RecommenderConfig(
-            gate=self.arm.gate or "uniform", num_experts=self.arm.num_experts, soft_prompt=self.arm.soft_prompt
+            gate=self.arm.gate or "uniform",
+            num_experts=self.arm.num_experts,
+            soft_prompt=self.arm.soft_prompt,
+            r=self.arm.rank,
         )
 
     def described(self) -> dict[str, Any]:
@@ -263,14 +282,3 @@ class Run(NamedTuple):
     def check_data(self, path: Path, described: dict[str, Any]) -> None:
         """Raises OtherData if the file at the path, described by `described`, was made from other data."""
         self.experiment.check_data(path, described.get("fingerprint", ""), self.fingerprint)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes the file, which appears with all of the content or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

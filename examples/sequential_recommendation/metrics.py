@@ -65,17 +65,55 @@ def over_seeds(values: Sequence[float]) -> Seeds:
     return Seeds(statistics.fmean(values), deviation, len(values))
 
 
+@dataclass(frozen=True)
+class Paired:
+    """Two arms on the same tests, with the same seeds: which of them has more first ranks.
+
+    difference: of their HitRatio@1, averaged over the seeds. interval: 95%, by a bootstrap that draws users and seeds.
+    only: for each seed (tests that the first alone has right, tests that the second alone has right).
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    only: list[tuple[int, int]]
+
+    @property
+    def p_values(self) -> list[float]:
+        """McNemar's exact two-sided test, for each seed."""
+        return [mcnemar(*counts) for counts in self.only]
+
+
+def mcnemar(first: int, second: int) -> float:
+    """The probability of a split as uneven as this or more, if each test is the first's or the second's like a coin."""
+    n = first + second
+    return min(1.0, sum(math.comb(n, k) for k in range(min(first, second) + 1)) / 2 ** (n - 1)) if n else 1.0
+
+
+def paired(first: Tensor, second: Tensor, draws: int = 4000) -> Paired:
+    """Compares two arms by their ranks [seeds, N] of the same tests. Raises ValueError for shapes that differ."""
+    if first.shape != second.shape or first.ndim != 2:
+        raise ValueError(f"paired: expected twice [seeds, N], got {list(first.shape)} and {list(second.shape)}")
+    won = (first == 1).double() - (second == 1).double()
+    generator = torch.Generator().manual_seed(0)
+    S, N = won.shape
+    seeds = torch.randint(S, (draws, S), generator=generator)
+    users = torch.stack([torch.randint(N, (N,), generator=generator).bincount(minlength=N) for _ in range(draws)])
+    drawn = (won @ users.T.double() / N).T.gather(1, seeds).mean(1)  # users.T: how often each user was drawn
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return Paired(won.mean().item(), (low, high), [(int((row > 0).sum()), int((row < 0).sum())) for row in won])
+
+
 def ranks(scores: Tensor, target: Tensor) -> Tensor:
     """The target's rank int64 [N], from 1: how many candidates, the target included, score at least as high as it.
 
     scores [N, C], floating; target int64 [N], the target's column. A tie counts against the target: a model that gives
     all candidates the same score gets the last rank, not the first, and the order of the candidates never matters.
-    Raises ValueError for NaN and for shapes that do not match.
+    Raises FloatingPointError for NaN and ValueError for shapes that do not match.
     """
     if scores.ndim != 2 or target.shape != scores.shape[:1]:
         raise ValueError(f"ranks: expected [N, C] and [N], got {list(scores.shape)} and {list(target.shape)}")
     if scores.isnan().any():
-        raise ValueError("ranks: a score is NaN")
+        raise FloatingPointError("a score is NaN: try a lower learning rate")
     return (scores >= scores.gather(1, target[:, None])).sum(1)
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
+import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .arguments import MOST_SEED, real, refuse_idle, refuse_missing_folder, refuse_repeats, whole
+from .data import NUM_CANDIDATES
 from .experiments import MADE_UP, PROMPTS, SMOLLM2, TINY, Arm, Experiment
 from .sequence_models import KINDS
-from .settings import PRECISIONS, RecommenderConfig, TrainingSettings
+from .settings import PRECISIONS, WITHOUT_EFFECT, RecommenderConfig, TrainingSettings
 
 STEPS, BATCH, PRETRAINING = 300, 32, 800  # defaults for made-up users and the tiny model
-ARMS = ("untuned", "lora", "lora+z", "sequence", "random", "prompt")
-DEFAULT_ARMS = ("untuned", "lora", "sequence", "random", "prompt")
+WIDE = RecommenderConfig.r + 1
+ARMS = ("untuned", "lora", "lora-wide", "lora+z", "sequence", "shuffled", "random", "prompt")
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
@@ -40,6 +44,10 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     batch, effective = batches_of(options)
     if effective % batch:
         parser.error(f"--effective-batch: expected a multiple of --batch-size, got {effective} and {batch}")
+    if options.patience and not options.watch:
+        parser.error("--patience: needs --watch, the steps between two rankings of validation examples")
+    if batch < 2 and "shuffled" in options.arms:
+        parser.error("--arms shuffled: expected a --batch-size of 2 or more, examples of a batch exchange their z")
     refuse_missing_folder(parser, options.model)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the pictures need matplotlib: pip install 'ilora[bench]'")
@@ -62,9 +70,10 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     add("--pretrain-steps", type=whole(1), help=f"most steps to train the tiny model (default: {PRETRAINING})")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
     add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="sequence models to compare")
-    add("--arms", nargs="+", choices=ARMS, default=list(DEFAULT_ARMS), help="lora+z: LoRA with z as a soft prompt")
+    add("--arms", nargs="*", choices=ARMS, default=list(ARMS[:-1]), help="what each is: see the README; may be none")
+    add("--candidates", type=whole(2), default=NUM_CANDIDATES, metavar="N", help="of each example (%(default)s)")
     add("--experts", type=whole(1), nargs="+", default=[4], help="of the sequence gate; other gates take the first")
-    add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0, 1, 2])
+    add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0, 1, 2, 3, 4])
     rates = "one learning rate for all arms, or several from which each arm chooses (see above)"
     add("--lr", nargs="+", type=real(zero=False), help=rates)
     add("--gate-lr", type=real(zero=True), default=0.3, help="the gate's learning rate over --lr")
@@ -82,6 +91,8 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     add("--save-steps", type=whole(0), default=0, help="steps between checkpoints, from which a killed run resumes")
     watch = "steps between rankings of validation examples (default: three times in all for made-up users, else never)"
     add("--watch", type=whole(0), help=watch)
+    patience = "end once so many rankings in a row are no better, and take the best weights (default: train to the end)"
+    add("--patience", type=whole(1), help=patience)
     add("--no-texts", action="store_true", help="do not generate answers")
     add("--out", type=Path, default=Path("recommender-comparison"))
     return parser
@@ -103,13 +114,14 @@ def model_of(options: argparse.Namespace) -> str:
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
     protocol: Any = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
-    names = ("data", "users", "min_users", "evaluate", "tests", "plain", "guide")
+    names = ("data", "users", "min_users", "evaluate", "tests", "plain", "guide", "candidates")
     marks = {
         f"{options.users}-users": options.data in MADE_UP and options.users != Experiment.users,
         f"min-{options.min_users}": options.min_users != Experiment.min_users,
         "plain": options.plain,
         options.evaluate: options.evaluate != Experiment.evaluate,
         f"{options.tests}-tests": options.tests != Experiment.tests,
+        f"{options.candidates}-candidates": options.candidates != NUM_CANDIDATES,
         f"{options.pretrain_steps}-pretrained": options.model == TINY and options.pretrain_steps != PRETRAINING,
     }
     name = [options.data, protocol, Path(model_of(options)).name, *(mark for mark, differs in marks.items() if differs)]
@@ -136,7 +148,16 @@ def settings_of(options: argparse.Namespace) -> TrainingSettings:
         progress=False,
         logging_steps=10,
         save_steps=options.save_steps,
+        patience=options.patience or 0,
+        candidates=options.candidates,
     )
+
+
+def table_name(settings: TrainingSettings) -> str:
+    """The name of a folder: the length of the training, and a hash of the settings but for seed and learning rate."""
+    deciding = {name: value for name, value in asdict(settings).items() if name not in ("seed", "lr", *WITHOUT_EFFECT)}
+    key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{settings.steps}-steps-{key}" if settings.steps else f"{settings.epochs:g}-epochs-{key}"
 
 
 def watch_of(options: argparse.Namespace, settings: TrainingSettings, windows: int) -> int:
@@ -152,8 +173,11 @@ def arms_of(options: argparse.Namespace) -> list[Arm]:
     every = {
         "untuned": [Arm("LM untuned", None)],
         "lora": [Arm("LoRA", "uniform")],
+        # One rank has more parameters than a gate, so this is the lowest rank with no fewer parameters than iLoRA.
+        "lora-wide": [Arm(f"LoRA, rank {WIDE}", "uniform", rank=WIDE)],
         "lora+z": [Arm("LoRA, z as a soft prompt", "uniform", soft_prompt=True)],
         "sequence": [Arm(f"iLoRA, E={E}, sequence gate", "sequence", E) for E in options.experts],
+        "shuffled": [Arm(f"iLoRA, E={first}, z shuffled", "shuffled", first)],
         "random": [Arm(f"iLoRA, E={first}, random gate", "random", first)],
         "prompt": [Arm(f"iLoRA, E={first}, prompt gate", "prompt", first)],
     }

@@ -1,6 +1,6 @@
 """Serves a page on this machine that recommends as `recommend.py` does: pick titles, see ranking and expert weights.
 
-    pip install '.[page]'
+    pip install -e '.[bench,page]'
     python examples/sequential_recommendation/page.py
     python examples/sequential_recommendation/page.py --run FOLDER --port 8000
 
@@ -116,8 +116,9 @@ def build(service: Service) -> Any:
                 picked = gr.Dropdown(
                     service.titles.known,
                     multiselect=True,
+                    allow_custom_value=True,  # so that a name in other case or without accents reaches `Titles.find`
                     label="Titles somebody liked, oldest first",
-                    info="Type to search, Enter to take. 3 to 10 are best.",
+                    info="Type to search, Enter to take. 3 to 10 are best. Accents and case do not matter.",
                     elem_id="titles",
                 )
                 ask = gr.Button("Recommend", variant="primary", elem_id="ask")
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         import gradio as gr
     except ModuleNotFoundError as error:
-        sys.exit(f"page.py needs gradio ({error}): pip install '.[page]'")
+        sys.exit(f"page.py needs gradio ({error}): pip install -e '.[bench,page]'")
     quiet()
     page = build(loaded(*opened(options.run, options.root)))
     theme = gr.themes.Default(font=FONTS[0], font_mono=FONTS[1])

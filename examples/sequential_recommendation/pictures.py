@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .experiments import write_whole
+from .files import write_whole
 from .metrics import over_seeds
 
 Results = dict[str, list[dict[str, Any]]]  # by arm, one for each seed
@@ -70,7 +70,8 @@ def _curves(watched: Results, epoch: float) -> Any:
     figure = _figure(7, 4)
     axes = figure.subplots()
     for number, (name, results) in enumerate(watched.items()):
-        steps = [step for step, _ in results[0]["curve"]]
+        shortest = min((result["curve"] for result in results), key=len)  # with patience, seeds end at different steps
+        steps = [step for step, _ in shortest]
         values = [[result["curve"][i][1] for result in results] for i in range(len(steps))]
         epochs, style = [step / epoch for step in steps], {"color": f"C{number}"}
         axes.plot(epochs, [over_seeds(each).mean for each in values], marker="o", label=name, **style)

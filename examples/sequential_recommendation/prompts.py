@@ -135,6 +135,15 @@ class Prompts:
         write(behind)
         return ids, items
 
+    def longest(self, histories: Sequence[Sequence[int]], candidates: int, hybrid: bool) -> int:
+        """The most tokens that a prompt of these histories, with its answer, may have with any candidates."""
+        each = sorted(map(len, self.titles))
+        around = max(sum(map(len, words)) for words in self.words) + len(self.start) + self.soft_prompt
+        listed = [[len(self.titles[item]) for item in history] for history in histories]
+        history = max(sum(lengths) + (len(self.comma) + hybrid) * len(lengths) for lengths in listed)
+        offered = sum(each[-candidates:]) + (len(self.comma) + hybrid) * candidates
+        return around + history + offered + each[-1] + len(self.newline)
+
     def collate(
         self, examples: Sequence[Example], choices: Sequence[Choice], answers: bool = True
     ) -> dict[str, Tensor]:

@@ -40,15 +40,17 @@ import ilora
 from . import sequence_models
 from .arguments import MOST_SEED, whole
 from .data import Dataset, Example, Window, split, with_candidates
-from .experiments import PROMPTS, SMOLLM2, Arm, Experiment, unpacked, write_whole
-from .metrics import candidate_scores, hit_ratio, ndcg, popularity, ranks, text_ratios
+from .experiments import PROMPTS, SMOLLM2, Arm, Experiment, unpacked
+from .files import write_whole
+from .metrics import candidate_scores, popularity, ranks, text_ratios
 from .prompts import Prompts
 from .recommender import Recommender
 from .scoring import STANDARD, gates, score, write
 from .sequence_models import SequenceModel
 from .sequence_training import candidate_ranks, train_sequence_model
 from .settings import LEARNING_RATES, RecommenderConfig, TrainingSettings
-from .training import train
+from .tables import described_ranks
+from .training import checkpoints, last_checkpoint, train
 
 ARMS = {
     "lora": Arm("LoRA", "uniform"),
@@ -95,7 +97,7 @@ class Watch(TrainerCallback):
         step = state.global_step
         if step % self.every == 0 or step == state.max_steps:
             _, rank = score(self.model, self.prompts, self.val, STANDARD, SCORED)
-            point = {"step": step, "examples": step * EFFECTIVE_BATCH, **figures(rank)}
+            point = {"step": step, "examples": step * EFFECTIVE_BATCH, **described_ranks(rank)}
             state.log_history.append({"watched": point})
             print(json.dumps(point), flush=True)
             control.should_save = True
@@ -110,25 +112,14 @@ class Watch(TrainerCallback):
         print(f"step {state.global_step} of {state.max_steps}, {pace:.1f} minutes since the start: {logs}", flush=True)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        checkpoints = sorted(Path(args.output_dir).glob("checkpoint-*"), key=_step)
-        for old in checkpoints[:-2]:
+        for old in checkpoints(Path(args.output_dir))[:-2]:
             shutil.rmtree(old)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
-
-
-def figures(rank: Tensor) -> dict[str, Any]:
-    """HitRatio@1, @5 and NDCG@5 of rank [N]."""
-    found = hit_ratio(rank)
-    return {"hits": found.hits, "total": found.total, "hit_ratio_5": hit_ratio(rank, 5).value, "ndcg_5": ndcg(rank, 5)}
 
 
 def tested(rank: Tensor, parts: Parts) -> dict[str, Any]:
     """The figures of the test, over all users and over the published test users."""
     own = torch.tensor([example.user in parts.published for example in parts.test])
-    return {"all_users": figures(rank), "published": figures(rank[own])}
+    return {"all_users": described_ranks(rank), "published": described_ranks(rank[own])}
 
 
 def sequence_model_of(path: Path, dataset: Dataset, parts: Parts, seed: int) -> SequenceModel:
@@ -138,15 +129,6 @@ def sequence_model_of(path: Path, dataset: Dataset, parts: Parts, seed: int) -> 
         train_sequence_model(model, parts.train, parts.sequence_val, seed=seed, log=lambda e: print(e, flush=True))
         sequence_models.save(model, path)
     return sequence_models.load(path)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole one; what a kill left unfinished is removed."""
-    kept = sorted(folder.glob("checkpoint-*"), key=_step)
-    finished = [path for path in kept if (path / "trainer_state.json").exists()]  # the Trainer's last file
-    for path in set(kept) - set(finished):
-        shutil.rmtree(path)
-    return finished[-1] if finished else None
 
 
 def perform(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     python examples/sequential_recommendation/recommend.py "Toy Story" "Alien" "Fargo"
     python examples/sequential_recommendation/recommend.py --run FOLDER "Toy Story" --candidates "Heat" "Big" --json
+    python examples/sequential_recommendation/recommend.py --run FOLDER --list star
 
 Give the titles oldest first. The sequence model chooses a shortlist, and the language model, whose experts the gate
 weighs, ranks it. FOLDER is a folder that compare.py wrote: that of one run, or that of a whole comparison, of which
@@ -27,7 +28,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .data import NUM_CANDIDATES, Dataset
+from .data import Dataset
 from .kept import FOLDER, KeptRun, NoRun, find_run
 from .titles import Titles
 
@@ -41,9 +42,10 @@ BROKEN_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ended
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
-    add("titles", nargs="+", metavar="TITLE", help="what the person liked, oldest first; 3 to 10 are best")
+    add("titles", nargs="*", metavar="TITLE", help="what the person liked, oldest first; 3 to 10 are best")
+    add("--list", action="store_true", help="print the titles that are known, or those that hold each TITLE's words")
     add("--candidates", nargs="+", default=[], metavar="TITLE", help="rank these instead of a shortlist")
-    add("--shortlist", type=int, default=NUM_CANDIDATES, metavar="N", help="how many to rank (%(default)s)")
+    add("--shortlist", type=int, metavar="N", help="how many to rank (default: as many as in the training)")
     add("--top", type=int, default=10, metavar="K", help="how many to print (%(default)s)")
     add("--json", action="store_true", help="print JSON")
     run_options(made)
@@ -118,8 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = made.parse_args(argv)
     if options.top < 1:
         made.error(f"--top: expected 1 or more, got {options.top}")
+    if not options.titles and not options.list:
+        made.error("give one TITLE or more, or --list")
     quiet()
     run, dataset, titles = opened(options.run, options.root)
+    if options.list:
+        return printed("\n".join(titles.holding(options.titles)))
     try:
         titles.find([*options.titles, *options.candidates])  # reports unknown titles before the models are loaded
         service = loaded(run, dataset, titles)
@@ -133,6 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = json.dumps(as_json(answer, service.label, run.folder, options.top), indent=1)
     else:
         text = "\n".join(answer_lines(answer, service, options.top))
+    return printed(text)
+
+
+def printed(text: str) -> int:
+    """Prints the text. Returns the exit status."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # as with `| head -1`

@@ -24,7 +24,7 @@ from .prompts import NO_ITEM, NO_LABEL, USER
 from .sequence_models import SequenceEncoder, SequenceModel
 from .settings import RecommenderConfig
 
-GATES = ("sequence", "prompt", "random", "uniform")
+GATES = ("sequence", "shuffled", "prompt", "random", "uniform")
 _SETTINGS, _ADAPTER = "recommender.json", "adapter"
 _SEQUENCE, _PROJECTOR = "sequence.safetensors", "projector.safetensors"
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -33,7 +33,7 @@ _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_w
 
 def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
     """A new gate network. Raises ValueError for a gate that is none of GATES."""
-    if config.gate in ("sequence", "random"):
+    if config.gate in ("sequence", "shuffled", "random"):
         return ilora.SequenceGate(z_dim, config.num_experts, config.gate_kind, temperature=config.temperature)
     if config.gate == "prompt":
         return ilora.PromptGate(config.num_experts, config.gate_kind)
@@ -117,9 +117,16 @@ class Recommender(nn.Module):
         return embeddings.masked_scatter(user[..., None], z.to(embeddings.dtype))
 
     def gate(self, batch: dict[str, Tensor]) -> Tensor:
-        """The gate [B, E] (or [blocks, B, E]) of a batch of prompts. The prompts may have answers or not."""
-        if self.settings.gate in ("sequence", "random"):
-            z = self.encoder(batch["history"]) if self.settings.gate == "sequence" else self._random(batch["users"])
+        """The gate [B, E] (or [blocks, B, E]) of a batch of prompts. The prompts may have answers or not.
+
+        Raises ValueError for a batch of one example in training with the shuffled gate.
+        """
+        if self.settings.gate in ("sequence", "shuffled", "random"):
+            z = self._random(batch["users"]) if self.settings.gate == "random" else self.encoder(batch["history"])
+            if self.settings.gate == "shuffled" and self.training:
+                if len(z) < 2:
+                    raise ValueError("gate='shuffled': expected two examples at once or more in training, got 1")
+                z = z.roll(1, 0)
             return ilora.gate_of(self.lm, ilora_z=z)
         if self.settings.gate == "uniform":
             return self.lm.ilora_gate(len(batch["input_ids"]), self.device)

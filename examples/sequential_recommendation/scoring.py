@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .data import Example
 from .likelihoods import candidate_likelihoods, to
@@ -58,6 +59,11 @@ def batches(examples: Sequence[Example], prompts: Prompts, size: int) -> Iterato
         yield order[start : start + size]
 
 
+def shown(what: str, examples: Sequence[Example], prompts: Prompts, size: int) -> Iterator[list[int]]:
+    """The `batches`, with a bar of progress on a terminal."""
+    yield from tqdm(list(batches(examples, prompts, size)), desc=what, leave=False, disable=None)
+
+
 def score(
     model: Recommender,
     prompts: Prompts,
@@ -74,7 +80,7 @@ def score(
     training = model.training
     model.eval()
     try:
-        for rows in batches(examples, prompts, size):
+        for rows in shown("ranking", examples, prompts, size):
             given = None if gate is None else gate[..., rows, :]
             found[rows] = candidate_likelihoods(model, prompts, [examples[i] for i in rows], choice, given)
     finally:
@@ -90,7 +96,7 @@ def write(
     training = model.training
     model.eval()
     try:
-        for rows in batches(examples, prompts, size):
+        for rows in shown("writing", examples, prompts, size):
             for i, text in zip(rows, generate(model, prompts, [examples[i] for i in rows], choice), strict=True):
                 found[i] = text
     finally:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import trange
 
 from .data import Example, Window
 from .metrics import candidate_scores, hit_ratio, ndcg, ranks
@@ -78,7 +79,8 @@ def train_sequence_model(
     best, best_weights = -1.0, model.state_dict()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for number in range(1, settings.epochs + 1):
+        shown = f"{type(model).__name__}, epochs ({settings.epochs} at most)"
+        for number in trange(1, settings.epochs + 1, desc=shown, leave=False, disable=None):
             start = time.perf_counter()
             loss = _epoch(model, optimizer, history, target, settings.batch_size)
             rank = candidate_ranks(model.eval(), val)

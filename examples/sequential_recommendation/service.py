@@ -23,6 +23,7 @@ from .titles import Titles
 
 SOURCES = {
     "sequence": "from the history, as {kind} reads it",
+    "shuffled": "from the history, as {kind} reads it, though trained with other users' histories",
     "prompt": "from the words of the prompt",
     "random": "drawn once, the same for every history",
     "uniform": "one plain LoRA: nothing is weighed",
@@ -68,13 +69,20 @@ class Service:
         hybrid: whether it was trained with item embeddings in the prompts.
         label: describes the model to people.
         titles: of the data set; by default they are made from it.
+        candidates: of the examples that it was trained with.
     """
 
     def __init__(
-        self, model: Recommender, prompts: Prompts, hybrid: bool, label: str = "", titles: Titles | None = None
+        self,
+        model: Recommender,
+        prompts: Prompts,
+        hybrid: bool,
+        label: str = "",
+        titles: Titles | None = None,
+        candidates: int = NUM_CANDIDATES,
     ) -> None:
         self.model, self.prompts, self.label = model, prompts, label
-        self.titles = titles or Titles(prompts.dataset)
+        self.titles, self.candidates = titles or Titles(prompts.dataset), candidates
         self.choice = Choice(0, hybrid)
         self.sequence_kind = type(model.encoder.model).__name__
         self._lock = threading.Lock()
@@ -83,16 +91,18 @@ class Service:
     def of(cls, run: KeptRun, dataset: Dataset, titles: Titles | None = None) -> Service:
         """Loads the recommender of a trained run. Raises what `KeptRun.load` raises."""
         model, prompts = run.load(dataset)
-        return cls(model, prompts, run.hybrid, f"{run.arm.name}; {run.experiment.model}; {dataset.name}", titles)
+        label = f"{run.arm.name}; {run.experiment.model}; {dataset.name}"
+        return cls(model, prompts, run.hybrid, label, titles, run.experiment.candidates)
 
     @property
     def dataset(self) -> Dataset:
         return self.prompts.dataset
 
-    def answer(self, history: Sequence[str], candidates: Sequence[str] = (), shortlist: int = NUM_CANDIDATES) -> Answer:
+    def answer(self, history: Sequence[str], candidates: Sequence[str] = (), shortlist: int | None = None) -> Answer:
         """Ranks the candidates for a person who liked the titles of the history, given oldest first.
 
-        Without candidates it ranks the `shortlist` items that the sequence model ranks highest. Raises `UnknownTitles`,
+        Without candidates it ranks the `shortlist` items that the sequence model ranks highest; by default as many as
+        in the training. Raises `UnknownTitles`,
         or ValueError if the history is empty, a title is repeated, a candidate is in the history, there are fewer than
         two candidates, or there are more than the language model has room for.
         """
@@ -101,9 +111,9 @@ class Service:
         with self._lock, torch.no_grad():
             order = self._by_sequence(used)
             sequence_ranks = {item: rank for rank, item in enumerate(order, 1)}
-            chosen = chosen or self._shortlist(liked, order, shortlist)
-            if len(chosen) != NUM_CANDIDATES:
-                notes.append(f"{len(chosen)} candidates: the model was trained with {NUM_CANDIDATES}")
+            chosen = chosen or self._shortlist(liked, order, self.candidates if shortlist is None else shortlist)
+            if len(chosen) != self.candidates:
+                notes.append(f"{len(chosen)} candidates: the model was trained with {self.candidates}")
             example = asked(used, chosen)
             self._check_room(example)
             scores = candidate_likelihoods(self.model, self.prompts, [example], self.choice)[0]

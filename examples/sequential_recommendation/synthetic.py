@@ -53,7 +53,7 @@ def synthetic(
                 sequence.append(ring[position])
                 position = (position + strides[group]) % shared
         sequences[f"user-{user}"] = sequence
-    titles = _names(len(items), draw)
+    titles = made_up_words(len(items), draw)
     return Dataset("synthetic", titles, sequences, groups={f"user-{u}": u % groups for u in range(users)})
 
 
@@ -80,8 +80,8 @@ def _strides(draw: random.Random, groups: int, shared: int, back: int) -> list[i
     return strides
 
 
-def _names(count: int, draw: random.Random) -> list[str]:
-    """Distinct made-up names of three syllables."""
+def made_up_words(count: int, draw: random.Random) -> list[str]:
+    """Distinct made-up words of three syllables, also for `tastes.py`."""
     syllables = ["".join(pair) for pair in product(CONSONANTS, VOWELS)]
     names: dict[str, None] = {}
     while len(names) < count:

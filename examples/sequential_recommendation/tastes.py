@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from itertools import product
 
 from .data import Dataset
+from .synthetic import made_up_words
 
 STEPS = 3  # items that follow the rule in each block of a sequence
-CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 def tastes(
@@ -37,7 +36,7 @@ def tastes(
             f"1 <= groups <= users, groups < kinds, and {STEPS} * blocks <= names"
         )
     draw = random.Random(f"{seed}/tastes")
-    words = _words(kinds + groups * own + names, draw)
+    words = made_up_words(kinds + groups * own + names, draw)
     second = words[kinds + groups * own :]
     titles = [f"{kind} {name}" for kind in words[:kinds] for name in second]  # item id: kind · names + name
     markers = [f"{word} {draw.choice(second)}" for word in words[kinds : kinds + groups * own]]
@@ -55,12 +54,3 @@ def tastes(
                 kind = (kind + strides[group]) % kinds
         sequences[f"user-{user}"] = sequence
     return Dataset("tastes", [*titles, *markers], sequences, groups={f"user-{u}": u % groups for u in range(users)})
-
-
-def _words(count: int, draw: random.Random) -> list[str]:
-    """Distinct made-up words of three syllables."""
-    syllables = ["".join(pair) for pair in product(CONSONANTS, VOWELS)]
-    words: dict[str, None] = {}
-    while len(words) < count:
-        words["".join(draw.choices(syllables, k=3)).capitalize()] = None
-    return list(words)

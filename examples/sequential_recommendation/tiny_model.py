@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .data import MAX_HISTORY, MIN_HISTORY, NUM_CANDIDATES, Dataset, Example
@@ -53,7 +54,13 @@ def tiny_lm(tokenizer: Any, width: int = 64, layers: int = 2, heads: int = 4, se
 
 
 def pretrain(
-    lm: Any, prompts: Prompts, steps: int = 800, batch_size: int = 32, lr: float = 2e-3, seed: int = 0
+    lm: Any,
+    prompts: Prompts,
+    steps: int = 800,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+    seed: int = 0,
+    candidates: int = NUM_CANDIDATES,
 ) -> list[float]:
     """Trains the whole model on prompts of random items, so that it learns to read the format and to copy titles.
 
@@ -66,9 +73,9 @@ def pretrain(
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr, weight_decay=0.01)
     losses: list[float] = []
     lm.train()
-    for step in range(steps):
+    for step in trange(steps, desc="tiny language model", leave=False, disable=None):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 30)
-        examples = [_example(draw, after) for _ in range(batch_size)]
+        examples = [_example(draw, after, candidates) for _ in range(batch_size)]
         choices = [Choice(draw.randrange(len(TEMPLATES[prompts.kind])), False) for _ in examples]
         loss = _loss(lm, prompts.collate(examples, choices))
         optimizer.zero_grad()
@@ -102,10 +109,10 @@ def _following(draw: random.Random, dataset: Dataset) -> list[list[int]]:
     return [following[title.split()[0]] for title in dataset.titles]
 
 
-def _example(draw: random.Random, after: list[list[int]]) -> Example:
+def _example(draw: random.Random, after: list[list[int]], num_candidates: int) -> Example:
     """A random example that follows the rule. after: item -> the items that may come next."""
-    count = draw.randint(MIN_HISTORY, MAX_HISTORY)
-    drawn = draw.sample(range(len(after)), count + NUM_CANDIDATES)
+    count = draw.randint(MIN_HISTORY, min(MAX_HISTORY, len(after) - num_candidates))
+    drawn = draw.sample(range(len(after)), count + num_candidates)
     history, candidates = drawn[:count], drawn[count:]
     target = draw.choice(after[history[-1]])
     if target in history:

@@ -49,14 +49,16 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
     )
 
 
-def learning_rate_factor(step: int, total: int, warmup: float) -> float:
+def learning_rate_factor(step: int, total: int, warmup: float, falls: bool = True) -> float:
     """The learning rate at a step over the highest one: from 1/100 to 1 in warmup · total steps, then down to 1/100.
 
-    It rises linearly and falls as a cosine.
+    It rises linearly and falls as a cosine, or stays 1 unless it `falls`.
     """
     rise, low = max(1, math.ceil(warmup * total)), 0.01
     if step < rise:
         return low + (1 - low) * step / rise
+    if not falls:
+        return 1.0
     part = min(1.0, (step - rise) / max(1, total - rise))
     return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * part))
 
@@ -98,7 +100,8 @@ class RecommenderTrainer(Trainer):
         settings, prompts = self.settings, self.prompts
         share = 0.0 if settings.curriculum is None else hybrid_share(step, total, settings.curriculum)
         negatives = settings.seed * 1_000_003 + step
-        examples = with_candidates([self.windows[row] for row in rows], prompts.dataset, negatives)
+        windows = [self.windows[row] for row in rows]
+        examples = with_candidates(windows, prompts.dataset, negatives, count=settings.candidates)
         choices = [choose(prompts.kind, example, settings.seed, step, share) for example in examples]
         return list(zip(examples, choices, strict=True))
 
@@ -125,7 +128,9 @@ class RecommenderTrainer(Trainer):
         if getattr(self, "lr_scheduler", None) is None:
             self.lr_scheduler: Any = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer,
-                lambda step: learning_rate_factor(step, num_training_steps, self.settings.warmup),
+                lambda step: learning_rate_factor(
+                    step, num_training_steps, self.settings.warmup, falls=not self.settings.patience
+                ),
             )
         return self.lr_scheduler
 
@@ -165,6 +170,17 @@ def parameter_groups(model: Recommender, settings: TrainingSettings) -> list[dic
     return [group for group in groups if group["params"]]
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last complete checkpoint in a folder. The Trainer writes trainer_state.json last."""
+    complete = [path for path in checkpoints(folder) if (path / "trainer_state.json").exists()]
+    return complete[-1] if complete else None
+
+
 def train(
     model: Recommender,
     prompts: Prompts,
@@ -190,5 +206,7 @@ def train(
         trainer.remove_callback(PrinterCallback)  # the Trainer adds it if the progress bar is disabled
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     _check_finite(result.training_loss)
+    if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        raise FloatingPointError("a weight is not finite after the last step: try a lower learning rate")
     model.eval()
     return trainer.state.log_history

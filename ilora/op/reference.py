@@ -75,8 +75,8 @@ def _mix(v: Tensor) -> Tensor:
     return v ^ (v >> 16 & 0xFFFF)
 
 
-def keep_mask(seed: Tensor, M: int, d: int, dropout_p: float) -> Tensor:
-    """True where the element (row, column) is kept: bool [M, d] on the seed's device.
+def keep_mask(seed: Tensor, M: int, d: int, dropout_p: float, start: int = 0) -> Tensor:
+    """True where the element (row, column) is kept: bool [M, d] on the seed's device, of the columns from `start` on.
 
     seed is one int64, lo and hi its words. With two keys a seed (s1, s2) and two a row (k1, k2):
         s1 = mix(mix(hi ^ GOLDEN) ^ lo);  s2 = mix(mix(lo ^ GOLDEN) ^ hi);  k1 = mix(row ^ s1);  k2 = mix(k1 + s2)
@@ -85,7 +85,7 @@ def keep_mask(seed: Tensor, M: int, d: int, dropout_p: float) -> Tensor:
     """
     lo, hi = seed.reshape(()).to(torch.int32), (seed.reshape(()) >> 32).to(torch.int32)
     row = torch.arange(M, dtype=torch.int32, device=seed.device)[:, None]
-    column = torch.arange(d, dtype=torch.int32, device=seed.device)
+    column = torch.arange(start, start + d, dtype=torch.int32, device=seed.device)
     golden = _i32(GOLDEN)
     k1 = _mix(row ^ _mix(_mix(hi ^ golden) ^ lo))
     k2 = _mix(k1 + _mix(_mix(lo ^ golden) ^ hi))

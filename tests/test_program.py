@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import ilora
-from ilora import __main__, diagnostics
+from ilora import __main__ as program
 from ilora.op import backends
 
 
 def test_the_report_says_what_works_here_and_why_not(capsys, monkeypatch):
     monkeypatch.setenv("ILORA_STRATEGY", "beta")
-    assert __main__.main([]) == 0
+    assert program.main([]) == 0
     text = capsys.readouterr().out
     for wanted in (
         f"ilora {ilora.__version__}",
@@ -25,7 +25,7 @@ def test_the_report_says_what_works_here_and_why_not(capsys, monkeypatch):
 
 
 def test_the_self_test_passes_for_every_backend_that_works_here(capsys):
-    assert __main__.main(["check"]) == 0
+    assert program.main(["check"]) == 0
     text = capsys.readouterr().out
     assert [name for name in backends.NAMES if f"{name:10} cpu" in text] == list(ilora.available_backends("cpu"))
     assert "WRONG" not in text
@@ -56,8 +56,8 @@ def shifted(real, output):
 @pytest.mark.parametrize("output", ["y", "dx", "dA", "dB", "dgate"])
 def test_the_self_test_finds_a_wrong_result(output, monkeypatch, capsys):
     monkeypatch.setattr(ilora, "ilora_linear", shifted(ilora.ilora_linear, output))
-    monkeypatch.setattr(diagnostics, "DTYPES", (torch.float32,))
-    assert __main__.main(["check"]) == 1
+    monkeypatch.setattr(program, "DTYPES", (torch.float32,))
+    assert program.main(["check"]) == 1
     assert f"{output} is off by" in capsys.readouterr().out
 
 
@@ -69,12 +69,12 @@ def test_nan_is_wrong(monkeypatch):
             x.sum() * more[2].sum() * more[3].sum() * more[4].sum() * torch.full((x.shape[0], 40), torch.nan)
         ),
     )
-    assert [well for _, well in diagnostics.check()].count(True) == 0
+    assert [well for _, well in program.check()].count(True) == 0
 
 
 def test_the_short_benchmark_times_all_three(monkeypatch):
-    monkeypatch.setattr(diagnostics, "SHAPES", dict.fromkeys(("cpu", "cuda"), ((8, 8, 2),)))
-    lines = list(diagnostics.bench())
+    monkeypatch.setattr(program, "SHAPES", dict.fromkeys(("cpu", "cuda"), ((8, 8, 2),)))
+    lines = list(program.bench())
     assert len(lines) == 3
     for name in ("frozen", "torch", "ilora"):
         assert f"{name} " in lines[1]
@@ -82,5 +82,5 @@ def test_the_short_benchmark_times_all_three(monkeypatch):
 
 def test_an_unknown_job_is_refused(capsys):
     with pytest.raises(SystemExit):
-        __main__.main(["test"])
+        program.main(["test"])
     assert "report" in capsys.readouterr().err
