@@ -106,10 +106,11 @@ def let_pack(modules: list[nn.Module]) -> None:
 
 
 class WeightReads:
-    """What has become of the layers that share a gate, by their names. Compiled code is not recorded.
+    """Notices layers whose weight is read and that are not called, so that their update is left out. Layers go by their
+    names. Compiled code is not recorded.
 
     called, read: the layers that this forward has called, and those whose weight it has read. copied: the layers whose
-    weight was read before it, perhaps to make another layer of it, and which have not been called since.
+    weight was read before this forward, perhaps to make another layer of it, and that were not called since.
     """
 
     def __init__(self, copied: Iterable[str] = ()) -> None:
@@ -130,8 +131,8 @@ class WeightReads:
             self._hooks.pop().remove()
 
     def watch(self, model: nn.Module) -> None:
-        """To call then, where there are copied layers: notes which of their parents this forward of the model calls.
-        A parent that has left the model counts as called."""
+        """To call after `begin` if there are copied layers: records which of their parents this forward of the model
+        calls. A parent that is no longer in the model counts as called."""
         for path in {name.rpartition(".")[0] for name in self.copied}:
             try:
                 parent = model.get_submodule(path)
@@ -150,7 +151,7 @@ class WeightReads:
         return hook
 
     def refuse(self) -> None:
-        """To call after a forward under a gate. Raises RuntimeError for layers that it left out."""
+        """To call after a forward under a gate. Raises RuntimeError naming the layers that it left out."""
         left_out = sorted(self.read - self.called)
         if left_out:
             raise RuntimeError(
@@ -175,8 +176,8 @@ def _exclude(names: list[str]) -> str:
 
 
 def keep_padded(model: nn.Module) -> list[nn.Module]:
-    """Keeps nn.TransformerEncoder from turning a padded batch into a nested tensor, which no ILoRALinear can read.
-    Returns the modules that would, for `let_nest`."""
+    """Keeps nn.TransformerEncoder from making a nested tensor of a padded batch, which ILoRALinear cannot read. Returns
+    the modules that would, for `let_nest`."""
     found: list[nn.Module] = [
         m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and getattr(m, NESTS, False)
     ]
@@ -186,14 +187,14 @@ def keep_padded(model: nn.Module) -> list[nn.Module]:
 
 
 def let_nest(modules: list[nn.Module]) -> None:
-    """Takes `keep_padded` back."""
+    """Undoes `keep_padded`."""
     for module in modules:
         setattr(module, NESTS, True)
 
 
-def calls_its_layers(parent: nn.Module, layer: nn.Module) -> None:
-    """Lets nn.TransformerEncoderLayer call a layer in it: where no module in it has a hook, in eval mode, it reads the
-    weights and gives them to one fused kernel."""
+def keep_called(parent: nn.Module, layer: nn.Module) -> None:
+    """Makes nn.TransformerEncoderLayer call a layer in it. In eval mode it gives the weights to a fused kernel instead,
+    unless a module in it has a hook; so the layer gets one that does nothing."""
     if isinstance(parent, nn.TransformerEncoderLayer) and not layer._forward_pre_hooks:
         layer.register_forward_pre_hook(_nothing)
 

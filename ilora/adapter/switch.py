@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..base_layers import calls_its_layers, compute_device, keep_unpacked, let_pack
+from ..base_layers import compute_device, keep_called, keep_unpacked, let_pack
 from ..gates.networks import GateNetwork
 from ..layer import ILoRALinear
 from ..shared import group
@@ -161,7 +161,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         for layer in layers.values():
             layer.gate_index = blocks.index(block_of(layer.name))
         for path, base in bases.items():
-            calls_its_layers(model.get_submodule(path.rpartition(".")[0]), layers[id(base)])
+            keep_called(model.get_submodule(path.rpartition(".")[0]), layers[id(base)])
         copies = {id(m): copy.deepcopy(m).requires_grad_(True) for m in unique_modules(originals).values()}
     wrapped = {path: layers[id(base)] for path, base in bases.items()}
     saved = {path: copies[id(module)] for path, module in originals.items()}
