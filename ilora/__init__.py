@@ -8,6 +8,7 @@ from .adapter.switch import add_adapter, delete_adapter, disable_adapter, set_ad
 from .current_gate import gated
 from .gates.collate import GateCollator
 from .gates.networks import GateNetwork, PromptGate, SequenceGate, UniformGate
+from .gates.scoring import PromptScoring, prompt_lengths
 from .gates.stats import GateStats, balance_loss, gate_stats, plot_gates
 from .layer import ILoRALinear
 from .model.inject import eject, gate_of, inject, last_gate, share_inputs
@@ -28,6 +29,7 @@ __all__ = [
     "ILoRAConfig",
     "ILoRALinear",
     "PromptGate",
+    "PromptScoring",
     "SequenceGate",
     "UniformGate",
     "adapters",
@@ -50,6 +52,7 @@ __all__ = [
     "merge",
     "plot_gates",
     "print_trainable_parameters",
+    "prompt_lengths",
     "push_adapter",
     "reference",
     "save_adapter",

@@ -48,6 +48,7 @@ class GateState:
     shared: the input that several layers are reading together (shared.py); another current gate drops it.
     reads: the layers that this forward has called, and those whose weight it has read.
     balance_due: whether the gate network's balance term is still to be added to this forward's loss.
+    prompt_lengths: int64 [N] or [1], how many tokens of each sequence are its prompt (`ilora.prompt_lengths`), or None.
     copies: how many sequences generate has made of each prompt (beams, return sequences).
     text_modules: the paths of the modules that see text alone, found once for a model with other media.
     thread_lock: held by the thread that is in a forward or generate of the model; other threads wait.
@@ -59,6 +60,7 @@ class GateState:
         "current",
         "enabled",
         "last",
+        "prompt_lengths",
         "reads",
         "shared",
         "text_modules",
@@ -69,6 +71,7 @@ class GateState:
         self.current, self.enabled, self.last = CurrentGate(), True, None  # type: tuple[CurrentGate, bool, Tensor | None]
         self.shared: Any = None
         self.balance_due = False
+        self.prompt_lengths: Tensor | None = None
         self.reads = WeightReads()
         self.text_modules: tuple[str, ...] | None = None
         self.copies, self.thread_lock = 1, threading.RLock()

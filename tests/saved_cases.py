@@ -144,10 +144,11 @@ def close(left, right):
 
 
 def strictly(load):
-    """Without any warning of PEFT's, about keys or otherwise."""
+    """Without any warning of PEFT's, about keys or otherwise, but the one that it loads no gate."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['an iLoRA adapter")
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # they are not tied any more
         return load()

@@ -92,7 +92,7 @@ def edit_config(rng, path):
     free["config"] += ("exclude_modules", "layers_to_transform", "target_modules", "lora_alpha", "lora_dropout")
     free["gate"] = ("temperature", "dropout", "balance", "top_k", "hidden_dim", "kind")
     if part is None:
-        edit(rng, fields, free=("config", "gate", "files", "ilora_version", "digest"))
+        edit(rng, fields, free=("config", "gate", "files", "ilora_version", "digest", "vocabulary"))
     else:
         edit(rng, fields[part], free.get(part, ()))
     (path / CONFIG).write_text(json.dumps(fields))

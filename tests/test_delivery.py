@@ -278,7 +278,7 @@ def test_networks_ask_for_what_they_need():
     with pytest.raises(ValueError, match="PromptGate takes none"):
         model(input_ids=ids, ilora_z=torch.randn(2, Z))
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="a decoding step does not show PromptGate its prompt"):
+    with pytest.raises(ValueError, match="past_key_values holds tokens that PromptGate does not see"):
         model(input_ids=ids[:, -1:], past_key_values=cache)
 
 

@@ -12,9 +12,8 @@ from ilora.gates.networks import (
     SequenceGate,
     UniformGate,
     gate_from_settings,
-    prompt_mask,
 )
-from ilora.gates.pooling import masked_mean
+from ilora.gates.pooling import masked_mean, prompt_mask
 
 KINDS = ["dense", "topk", "mlp", "noisy"]
 LN2 = math.log(2)

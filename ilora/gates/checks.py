@@ -1,4 +1,4 @@
-"""What is a gate: a float tensor, one weight for each expert in its last dimension."""
+"""Checks of gates, which are float tensors with a weight for each expert in the last dimension, and of settings."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ def one_gate(gate: Any, num_experts: int, blocks: int, what: str) -> Tensor:
     if float_gate(gate, expected, what, E).shape not in ((E,), (1, E), (blocks, 1, E)):
         raise ValueError(f"{what}: expected {expected}, got {list(gate.shape)}")
     return gate.reshape(-1, E)
+
+
+def expect(ok: bool, name: str, expected: str, value: object) -> None:
+    """Raises ValueError naming the setting unless ok."""
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def is_int(value: object, low: int = 1) -> bool:
+    """Whether it is an int from low to 2**31 - 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
+
+
+def is_real(value: object, low: float, high: float = 1e9) -> bool:
+    """Whether it is an int or float, low <= value < high."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high

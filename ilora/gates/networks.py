@@ -13,24 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import expect, is_int, is_real
 from .pooling import masked_mean
-from .pooling import prompt_mask as prompt_mask
 
 KINDS = ("dense", "topk", "mlp", "noisy")
 MAX_ELEMENTS = 2**31  # of one parameter, since settings may come from a file
-
-
-def _check(ok: bool, name: str, expected: str, value: object) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-
-
-def _is_int(value: object, low: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**31
-
-
-def _is_real(value: object, low: float, high: float = 1e9) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < high
 
 
 class GateNetwork(nn.Module):
@@ -44,11 +31,11 @@ class GateNetwork(nn.Module):
 
     def __init__(self, num_experts: int, per_layer: bool = False, balance: float = 0.0, num_layers: int = 1) -> None:
         super().__init__()
-        _check(_is_int(num_experts), "num_experts", "an integer >= 1", num_experts)
-        _check(isinstance(per_layer, bool), "per_layer", "True or False", per_layer)
-        _check(_is_real(balance, 0.0), "balance", "a number >= 0", balance)
-        fits = _is_int(num_layers) and (per_layer or num_layers == 1)
-        _check(fits, "num_layers", "an integer >= 1, and 1 unless per_layer", num_layers)
+        expect(is_int(num_experts), "num_experts", "an integer >= 1", num_experts)
+        expect(isinstance(per_layer, bool), "per_layer", "True or False", per_layer)
+        expect(is_real(balance, 0.0), "balance", "a number >= 0", balance)
+        fits = is_int(num_layers) and (per_layer or num_layers == 1)
+        expect(fits, "num_layers", "an integer >= 1, and 1 unless per_layer", num_layers)
         self.num_experts, self.per_layer, self.balance, self.num_layers = num_experts, per_layer, balance, num_layers
 
     def bind(self, num_experts: int, num_layers: int, hidden_size: int | None = None) -> None:
@@ -58,12 +45,11 @@ class GateNetwork(nn.Module):
         hidden_size: the width of the model's input embeddings, for a network that reads them.
         Raises: ValueError where they disagree, or where the network has been bound to another number of blocks.
         """
-        _check(num_experts == self.num_experts, "num_experts", f"this gate network's {self.num_experts}", num_experts)
-        _check(_is_int(num_layers), "num_layers", "an integer >= 1", num_layers)
-        kept = not self.per_layer or self.num_layers in (1, num_layers)  # never drop gates that may be trained by now
-        _check(kept, "num_layers", f"{self.num_layers}, to which this gate network is bound", num_layers)
-        num_layers = num_layers if self.per_layer else 1
-        if num_layers != self.num_layers:
+        expect(num_experts == self.num_experts, "num_experts", f"this gate network's {self.num_experts}", num_experts)
+        expect(is_int(num_layers), "num_layers", "an integer >= 1", num_layers)
+        kept = not self.per_layer or self.num_layers in (1, num_layers)  # gates that may have been trained by now
+        expect(kept, "num_layers", f"{self.num_layers}, to which this gate network is bound", num_layers)
+        if self.per_layer and num_layers != self.num_layers:
             self.num_layers = num_layers
             self._build()
 
@@ -109,13 +95,13 @@ class SequenceGate(GateNetwork):
         num_layers: int = 1,
     ) -> None:
         super().__init__(num_experts, per_layer, balance, num_layers)
-        _check(_is_int(z_dim), "z_dim", "an integer >= 1", z_dim)
-        _check(isinstance(kind, str) and kind in KINDS, "kind", f"one of {', '.join(KINDS)}", kind)
-        top_k_fits = _is_int(top_k) and (kind != "topk" or top_k <= num_experts)
-        _check(top_k_fits, "top_k", f"an integer from 1 to num_experts={num_experts}", top_k)
-        _check(hidden_dim is None or _is_int(hidden_dim), "hidden_dim", "None or an integer >= 1", hidden_dim)
-        _check(_is_real(temperature, 1e-6), "temperature", "a number >= 1e-6", temperature)
-        _check(_is_real(dropout, 0.0, 1.0), "dropout", "0 <= p < 1", dropout)
+        expect(is_int(z_dim), "z_dim", "an integer >= 1", z_dim)
+        expect(isinstance(kind, str) and kind in KINDS, "kind", f"one of {', '.join(KINDS)}", kind)
+        top_k_fits = is_int(top_k) and (kind != "topk" or top_k <= num_experts)
+        expect(top_k_fits, "top_k", f"an integer from 1 to num_experts={num_experts}", top_k)
+        expect(hidden_dim is None or is_int(hidden_dim), "hidden_dim", "None or an integer >= 1", hidden_dim)
+        expect(is_real(temperature, 1e-6), "temperature", "a number >= 1e-6", temperature)
+        expect(is_real(dropout, 0.0, 1.0), "dropout", "0 <= p < 1", dropout)
         self.z_dim, self.kind, self.top_k, self.hidden_dim = z_dim, kind, top_k, hidden_dim
         self.temperature, self.dropout = temperature, dropout
         self.weight = nn.Parameter(torch.empty(0))
@@ -142,7 +128,7 @@ class SequenceGate(GateNetwork):
         G, E, D, like, mlp = self.num_layers, self.num_experts, self.z_dim, self.weight, self.kind == "mlp"
         hidden = self.hidden_dim or max(4 * E, min(D, 256))
         elements = G * max(E * D, hidden * max(D, E) * mlp)
-        _check(elements < MAX_ELEMENTS, "gate network", f"fewer than {MAX_ELEMENTS} weights", elements)
+        expect(elements < MAX_ELEMENTS, "gate network", f"fewer than {MAX_ELEMENTS} weights", elements)
         self.weight = nn.Parameter(nn.init.normal_(like.new_empty(G, E, hidden if mlp else D), std=0.02))
         if mlp:
             self.hidden_weight = nn.Parameter(nn.init.normal_(like.new_empty(G, hidden, D), std=D**-0.5))
@@ -178,6 +164,8 @@ class PromptGate(SequenceGate):
     The other arguments, the parameters and the errors are those of `SequenceGate` with z_dim = H.
     """
 
+    warned = False  # whether a forward in which it may have read the answer has been warned of
+
     def __init__(
         self,
         num_experts: int = 4,
@@ -193,8 +181,8 @@ class PromptGate(SequenceGate):
         min_tokens: int = 1,
         num_layers: int = 1,
     ) -> None:
-        _check(hidden_size is None or _is_int(hidden_size), "hidden_size", "None or an integer >= 1", hidden_size)
-        _check(_is_int(min_tokens, 0), "min_tokens", "an integer >= 0", min_tokens)
+        expect(hidden_size is None or is_int(hidden_size), "hidden_size", "None or an integer >= 1", hidden_size)
+        expect(is_int(min_tokens, 0), "min_tokens", "an integer >= 0", min_tokens)
         net: dict[str, Any] = {"top_k": top_k, "hidden_dim": hidden_dim, "temperature": temperature, "dropout": dropout}
         net |= {"per_layer": per_layer, "balance": balance, "num_layers": num_layers}
         super().__init__(hidden_size or 1, num_experts, kind, **net)  # 1 holds the place until bind
@@ -208,7 +196,7 @@ class PromptGate(SequenceGate):
         width = self.hidden_size or hidden_size
         if width is None:
             raise ValueError("hidden_size: neither PromptGate nor the model gives it; pass PromptGate(hidden_size=...)")
-        _check(hidden_size in (None, width), "hidden_size", f"this PromptGate's {width}", hidden_size)
+        expect(hidden_size in (None, width), "hidden_size", f"this PromptGate's {width}", hidden_size)
         super().bind(num_experts, num_layers, hidden_size)
         if self.hidden_size is None:
             self.hidden_size = self.z_dim = width

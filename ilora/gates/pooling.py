@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,11 +32,25 @@ def _count_so_far(flags: Tensor, segments: Tensor | None) -> Tensor:
     """[B, L] int64: how many flags are true up to each token and with it, in its row or, if packed, its segment."""
     if segments is None:
         return flags.cumsum(1)
-    segments = segments.to(flags.device)
-    m = torch.arange(flags.numel(), dtype=segments.dtype, device=flags.device)
-    owner = (torch.bucketize(m, segments, right=True) - 1).clamp(min=0)
     total = F.pad(flags.flatten().cumsum(0), (1, 0))
-    return (total[1:] - total[segments[owner]]).reshape(flags.shape)
+    return (total[1:] - total[_of_each_token(segments.to(flags.device), flags, segments).flatten()]).reshape(
+        flags.shape
+    )
+
+
+def _of_each_token(values: Tensor, like: Tensor, segments: Tensor | None) -> Tensor:
+    """For each token of like [B, L] the value of its instance: [B, L] from [N] values, or [B, 1] where rows are the
+    instances. One value is everyone's. Raises ValueError for another number of values."""
+    N = like.shape[0] if segments is None else segments.numel() - 1
+    if values.numel() == 1:
+        return values.reshape(1, 1)
+    if segments is None:
+        if values.shape != (N,):
+            raise ValueError(f"prompt_lengths: expected one length for each of {N} sequences, got {values.numel()}")
+        return values[:, None]
+    m = torch.arange(like.numel(), dtype=segments.dtype, device=like.device)
+    owner = (torch.bucketize(m, segments.to(like.device), right=True) - 1).clamp(0, N - 1)
+    return values[owner].reshape(like.shape)
 
 
 def prompt_mask(
@@ -44,12 +60,14 @@ def prompt_mask(
     min_tokens: int = 1,
     segments: Tensor | None = None,
     device: torch.device | str | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """The tokens a gate may read: bool [B, L] on the device (None: that of the tensors given).
 
-    Without labels these are all attended tokens. With labels they are those before the first labelled one
-    (label != -100): a gate that saw the answer in training would not find it when generating. The first min_tokens
-    attended ones always count, so that a row that is labelled from its start has a prompt.
+    With lengths, int [N] or [1], these are the first lengths[i] attended tokens of instance i. Else, with labels, those
+    before the first labelled one (label != -100): a gate that saw the answer in training would not find it when
+    generating. Else all attended tokens. The first min_tokens attended ones always count, so that a row that is
+    labelled from its start has a prompt.
     attention_mask, labels: [B, L] = shape; nonzero means attended. segments: int32 [N+1], the rule then holds per
     instance of the B·L packed rows.
     Raises: ValueError for another shape, such as a 4-D attention_mask.
@@ -64,7 +82,27 @@ def prompt_mask(
     attended = torch.ones(shape, dtype=torch.bool, device=device)
     if attention_mask is not None:
         attended = (attention_mask != 0).to(device)
+    if lengths is not None:
+        lengths = _of_each_token(lengths.to(attended.device), attended, segments)
+        return attended & (_count_so_far(attended, segments) <= lengths.clamp(min=min_tokens))
     if labels is None:
         return attended
     answered = _count_so_far(attended & (labels != -100).to(device), segments) > 0
     return attended & (~answered | (_count_so_far(attended, segments) <= min_tokens))
+
+
+def attended_tokens(model: Any, values: dict[str, Any]) -> Tensor | None:
+    """The attention mask of a call with these arguments. Where there is none, it is what transformers' `generate`
+    infers from the pad token, so that a gate reads no padding; None where nothing tells the padding."""
+    ids, mask = values.get("input_ids"), values.get("attention_mask")
+    if mask is not None or ids is None or ids.is_floating_point():
+        return mask
+    pad, eos = (generation_setting(model, values, name) for name in ("pad_token_id", "eos_token_id"))
+    return None if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]) else ids != pad
+
+
+def generation_setting(model: Any, values: dict[str, Any], name: str) -> Any:
+    """What generate takes for this setting: its argument, or what its generation config or the model's says."""
+    configs = (values.get("generation_config"), getattr(model, "generation_config", None))
+    read = (values.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in read if value is not None), None)

@@ -105,7 +105,7 @@ def plot_gates(gate: Tensor, path: str | os.PathLike[str], labels: Sequence[str]
 
 
 def _save_whole(figure: Any, path: Path) -> Path:
-    """Writes the picture beside its place first, so that there is never half a file."""
+    """Writes a temporary file in the same folder and renames it, so that no half-written picture is ever seen."""
     whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         figure.savefig(whole, format=path.suffix[1:] or "png")

@@ -14,11 +14,11 @@ from ..adapter.modules import freeze_statistics
 from ..adapter.record import Injection, is_injected, print_trainable_parameters
 from ..adapter.switch import adapter_methods, bind, disable_adapter
 from ..current_gate import CurrentGate, capture_checkpoints, using
-from ..gates.networks import PromptGate
+from ..gates.pooling import generation_setting
 from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
 from .batch import Inputs, read_inputs
-from .gate_choice import choose_gate, generation_setting, with_inferred_padding_mask
+from .gate_choice import choose_gate, warn_of_answer
 
 ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask", "ilora_media_rows")
 
@@ -118,8 +118,6 @@ class ILoRAGenerator(ILoRAModel):
         inputs = read_inputs((main,), args, {**kwargs, **named})
         with state.lock():
             with torch.no_grad():
-                if isinstance(self.ilora_gate, PromptGate):
-                    inputs = with_inferred_padding_mask(self, inputs)
                 current = choose_gate(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask, ilora_media_rows)
             # Each step runs the prompts in their order, each of them `copies` times in a row; what generate calls by
             # itself (an encoder, a language model within) may find them before or after they are copied.
@@ -180,9 +178,10 @@ def put_gate_in_force(
     they mean in force. It is a hook so that FSDP's own, which gathers the gate network's parameters, runs first."""
     own = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     state = model.ilora.state
-    current = choose_gate(
-        model, read_inputs(model._ilora_parameters, args, own), *(kwargs.get(name) for name in ARGUMENTS)
-    )
+    inputs = read_inputs(model._ilora_parameters, args, own)
+    current = choose_gate(model, inputs, *(kwargs.get(name) for name in ARGUMENTS))
+    if current.gate is not None and kwargs.get("ilora_gate") is None and not torch.compiler.is_compiling():
+        warn_of_answer(model, inputs, kwargs.get("ilora_prompt_mask"))
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
     state.begin_forward(current, model)
@@ -210,6 +209,13 @@ def _with_balance(model: Any, output: Any, inputs: Inputs) -> Any:
     return (output[0] + term, *output[1:])
 
 
+def _awaits_gate(model: Any) -> bool:
+    """Whether this forward was called by itself, as sentence-transformers does, so that no gate was chosen for it."""
+    if not is_injected(model) or model.ilora.state.current.gate is not None:
+        return False
+    return bool(model.ilora.state.enabled and not model.ilora.merged)
+
+
 @functools.cache
 def ilora_class(base: type) -> type:
     """The class of injected models of class `base`. Made once for each base."""
@@ -221,7 +227,7 @@ def ilora_class(base: type) -> type:
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(kwargs.get(name) is not None for name in ARGUMENTS):
+        if any(kwargs.get(name) is not None for name in ARGUMENTS) or _awaits_gate(self):
             return self(*args, **kwargs)
         output = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         if is_injected(self) and self.ilora.state.balance_due:

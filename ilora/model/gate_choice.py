@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..adapter.modules import embeddings as embeddings_of
 from ..base_layers import compute_device
 from ..current_gate import CurrentGate
 from ..gates.networks import PromptGate, UniformGate
-from ..gates.pooling import prompt_mask
+from ..gates.pooling import attended_tokens, prompt_mask
 from ..op.checks import float_gate
 from .batch import Inputs, read_media
 
@@ -102,17 +103,17 @@ def _prompt_gate(
     cache = values.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
-            "a decoding step does not show PromptGate its prompt: use model.generate, or "
-            "`with ilora.gated(model, ilora.gate_of(model, **prompt))` around your own loop"
+            "past_key_values holds tokens that PromptGate does not see, computed under a gate of their own: keep one "
+            "gate for all steps and turns, `with ilora.gated(model, ilora.gate_of(model, **first_prompt)): ...`"
         )
-    embeddings = values.get("inputs_embeds")
+    embeddings, has_row = values.get("inputs_embeds"), None
     if embeddings is None:
         if values.get("input_ids") is None:
             raise ValueError("PromptGate needs input_ids or inputs_embeds; give ilora_gate where there are none")
         table = embeddings_of(model)
         if table is None:
             raise ValueError(f"PromptGate needs inputs_embeds: {type(model).__name__} names no input embeddings")
-        embeddings = _embed(table, values["input_ids"])
+        embeddings, has_row = _embed(table, values["input_ids"])
     if segments is None and packed_by(inputs) is not None:
         raise ValueError(_segments_needed(inputs))
     B, L = embeddings.shape[:2]
@@ -120,19 +121,21 @@ def _prompt_gate(
         labels = values.get("labels") if _answer_follows_prompt(model) else None
         if labels is not None and labels.shape != (B, L):  # one for each sequence: all of it is the prompt
             labels = None
-        if labels is None and _answer_follows_prompt(model) and hasattr(model, "generate"):
+        lengths = model.ilora.state.prompt_lengths
+        if labels is None and lengths is None and _answer_follows_prompt(model) and hasattr(model, "generate"):
             _refuse_answers(model, values)
         mask = prompt_mask(
-            values.get("attention_mask"),
+            attended_tokens(model, values),
             labels,
             (B, L),
             network.min_tokens,
             segments=segments,
             device=embeddings.device,
+            lengths=lengths,
         )
     elif mask.shape != (B, L):
         raise ValueError(f"ilora_prompt_mask: expected [{B}, {L}] as the input, got {list(mask.shape)}")
-    return network(embeddings, mask.bool(), segments)
+    return network(embeddings, mask.bool() if has_row is None else mask.bool() & has_row, segments)
 
 
 def _answer_follows_prompt(model: Any) -> bool:
@@ -152,7 +155,31 @@ def _refuse_answers(model: Any, values: dict[str, Any]) -> None:
         )
 
 
-def _embed(embedding: Any, ids: Tensor) -> Tensor:
+def warn_of_answer(model: Any, inputs: Inputs, mask: Tensor | None) -> None:
+    """Warns once for a PromptGate that reads the whole input of a forward, since an answer may be in it."""
+    network, state = model.ilora_gate, model.ilora.state
+    if not isinstance(network, PromptGate) or network.warned or mask is not None or state.current.gate is not None:
+        return
+    told = state.prompt_lengths is not None or inputs.values.get("labels") is not None
+    if (
+        told
+        or not hasattr(model, "generate")
+        or not _answer_follows_prompt(model)
+        or max(inputs.lengths, default=0) < 2
+    ):
+        return
+    network.warned = True
+    warnings.warn(
+        "PromptGate reads every token of this forward as the prompt. If an answer is among them, as where an "
+        "evaluation scores answers, its gate is not the one of training and generation: give labels or "
+        "ilora_prompt_mask, or score inside `with ilora.prompt_lengths(model, lengths)`",
+        stacklevel=2,
+    )
+
+
+def _embed(embedding: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The embeddings [B, L, H] of ids [B, L], and which of them are rows of the embedding: the placeholder of an image
+    or a sound may be outside of the vocabulary."""
     if hasattr(getattr(embedding, "weight", None), "device_mesh"):
         from torch.distributed.fsdp import FSDPModule
 
@@ -161,7 +188,11 @@ def _embed(embedding: Any, ids: Tensor) -> Tensor:
                 "PromptGate reads the input embeddings before the model's forward, and fully_shard has spread them "
                 "with the whole model: call fully_shard(model.get_input_embeddings()) too, before fully_shard(model)"
             )
-    return embedding(ids)
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is None:
+        return embedding(ids), None
+    has_row = (ids >= 0) & (ids < rows)
+    return embedding(torch.where(has_row, ids, 0)), has_row
 
 
 def check_gate(
@@ -226,23 +257,3 @@ def _segments_needed(inputs: Inputs) -> str:
         f"{packed_by(inputs)} says that a row holds several sequences (packed or padding-free batch): give "
         "ilora_segments, int32 [N+1] offsets of the N instances in the flattened rows"
     )
-
-
-def with_inferred_padding_mask(model: Any, inputs: Inputs) -> Inputs:
-    """The inputs with the attention mask that generate infers from the pad token where it is given none, so that the
-    gate reads no padding either."""
-    values = inputs.values
-    ids = values.get("input_ids")
-    if ids is None or values.get("attention_mask") is not None or ids.is_floating_point():
-        return inputs
-    pad, eos = generation_setting(model, values, "pad_token_id"), generation_setting(model, values, "eos_token_id")
-    if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
-        return inputs
-    return inputs._replace(values={**values, "attention_mask": ids != pad})
-
-
-def generation_setting(model: Any, values: dict[str, Any], name: str) -> Any:
-    """What generate takes for this setting: its argument, or what its generation config or the model's says."""
-    configs = (values.get("generation_config"), getattr(model, "generation_config", None))
-    read = (values.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in read if value is not None), None)

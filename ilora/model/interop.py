@@ -15,7 +15,7 @@ from ..adapter.record import Adapter, changeable, find_adapter
 from ..gates.checks import one_gate
 from ..storage.cards import PLAIN
 from ..storage.files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
-from ..storage.format import by_file, peft_config, tensors_of
+from ..storage.format import by_file, embedding_parameters, is_resized, peft_config, tensors_of
 from ..storage.read import find_directory
 from .peft_lora import install_lora, read_lora, refuse_config
 
@@ -62,7 +62,8 @@ def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None
             "peft.PeftModel.from_pretrained(ilora.eject(model), path)"
         )
     adapter = find_adapter(model)
-    tensors = by_file(_gated_tensors(adapter, gate))[PEFT_WEIGHTS]
+    embeddings = embedding_parameters(model, adapter) if is_resized(model) else {}
+    tensors = by_file(_gated_tensors(adapter, gate) | embeddings)[PEFT_WEIGHTS]
     if (Path(path) / CONFIG).exists():
         raise AdapterError(f"{path}: holds an iLoRA adapter, which a PEFT adapter would spoil; choose another name")
     alphas = {layer.name: layer.lora_alpha * layer.num_experts for layer in adapter.layers.values()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..adapter.config import ILoRAConfig
@@ -38,6 +39,7 @@ def load_adapter(
         verify: compare checksums. Names, shapes, dtypes and settings are always checked.
     Where the model's adapter has another dtype than the file, values are rounded as by `copy_`, such as a float32
     adapter in a bfloat16 model without adapter_dtype. A gate network that is built here has the file's dtype.
+    Saved embeddings (of a base whose vocabulary was resized) replace the model's own values; `eject` leaves them.
     Raises: AdapterError (a ValueError) for files that are missing, damaged, or do not fit the model or each other;
     TypeError, ImportError. Everything is checked first, so the model is then what it was.
     """
@@ -61,7 +63,15 @@ def load_adapter(
             f"{saved.directory / CONFIG}: {whose} has other settings: {'; '.join(differ)}"
             + ("; load it under a new name" if there else "")
         )
-    fill(tensors_of(adapter), saved.values_for(adapter))
+    embeddings = saved.embeddings_in(model, adapter)
+    values = saved.values_for(adapter, embeddings)
+    others = is_injected(model) and set(adapters(model)) != {name}
+    if others and not all(torch.equal(values[key].to(t), t) for key, t in embeddings.items()):
+        raise AdapterError(
+            f"{saved.directory}: it was saved with embeddings, since the vocabulary had been resized, and the model's, "
+            "which its other adapters use too, are not the same: load it into a model of its own"
+        )
+    fill(tensors_of(adapter) | embeddings, values)
     return activate(model, adapter) if is_injected(model) else install(model, Injection(adapter))
 
 

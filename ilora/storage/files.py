@@ -27,14 +27,14 @@ class AdapterError(ValueError):
 def write_directory(
     path: str | os.PathLike[str],
     contents: dict[str, str | dict[str, Tensor]],
-    seal: tuple[str, Callable[[dict[str, str]], str]],
+    last: tuple[str, Callable[[dict[str, str]], str]],
 ) -> Path:
     """Writes texts and tensors to files of these names; returns the directory.
 
-    seal: the name of the file that is written last, and a function that makes its text from the others' SHA-256 sums.
-    A new directory appears with everything in it or not at all. In an existing one every file is complete on the disk
-    before the first takes its place; a README.md that is there is kept, and files of an earlier save that this one does
-    not have are removed.
+    last: the name of the file that is written last, and a function that makes its text from the others' SHA-256 sums.
+    A new directory appears with everything in it or not at all. In an existing one all files are completely on the disk
+    before the first old one is replaced. A README.md that is there is kept. Files of an earlier save that this one does
+    not write are removed.
     Raises: NotADirectoryError where the path is a file, OSError where it cannot be written, ImportError.
     """
     path = Path(path)
@@ -48,7 +48,7 @@ def write_directory(
         for name, content in contents.items():
             _write(stage / name, content)
             sums[name] = checksum(stage / name)
-        _write(stage / seal[0], seal[1](sums))
+        _write(stage / last[0], last[1](sums))
         if not path.exists():
             try:
                 os.rename(stage, path)
@@ -57,7 +57,7 @@ def write_directory(
                 if not path.is_dir():  # else another process was faster
                     raise
         ours = (path / CONFIG).exists() and not (path / "config.json").exists()
-        for name in [*contents, seal[0]]:
+        for name in [*contents, last[0]]:
             if name != README or not (path / README).exists():
                 os.replace(stage / name, path / name)
         for name in {GATE, STATE}.difference(contents) if ours else ():  # of an earlier save, not of this one

@@ -1,22 +1,25 @@
 """What an adapter's files hold: its tensors by name, and how PEFT describes it.
 
 A tensor's name is the one it has in the injected model: `<path>.lora_A`, `<path>.lora_B`, `<path of a module trained
-whole>.<key>` and `ilora_gate.<key>`. The gate network has a file of its own. The others are in PEFT's file, with a
-prefix, and with `.weight` after the names of LoRA matrices.
+whole>.<key>` and `ilora_gate.<key>`; where the base's vocabulary was resized, also `<path of its embeddings>.<key>`.
+The gate network has a file of its own. The others are in PEFT's file, with a prefix, and with `.weight` after the names
+of LoRA matrices.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.modules import unique_modules
-from ..adapter.record import Adapter
+from ..adapter.modules import embeddings, unique_modules
+from ..adapter.record import Adapter, is_injected
 from ..base_layers import is_conv1d
+from ..layer import ILoRALinear
 from .files import GATE, PEFT_WEIGHTS, AdapterError, Spec
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
@@ -42,7 +45,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """Every tensor of the adapter by name; they are the adapter's own."""
+    """Every tensor of the adapter by name: the tensors themselves, no copies."""
     tensors: dict[str, Tensor] = {}
     for layer in adapter.layers.values():
         tensors[f"{layer.name}.lora_A"], tensors[f"{layer.name}.lora_B"] = layer.lora_A, layer.lora_B
@@ -54,13 +57,60 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def specs_of(adapter: Adapter) -> dict[str, Spec]:
-    """Shape and dtype of every tensor of the adapter, by name; of LoRA matrices the shape that the settings give, where
-    this process may have a fragment."""
+    """Shape and dtype of every tensor of the adapter, by name; of LoRA matrices the shape that the settings give, since
+    this process may hold only a fragment of them."""
     specs = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(adapter).items()}
     for layer in adapter.layers.values():
         specs[f"{layer.name}.lora_A"] = torch.Size((layer.r, layer.in_features)), layer.lora_A.dtype
         specs[f"{layer.name}.lora_B"] = torch.Size((layer.out_features, layer.r)), layer.lora_B.dtype
     return specs
+
+
+def vocabulary_size(model: Any) -> int | None:
+    """The number of rows of the model's input embeddings, None where it does not tell."""
+    return getattr(embeddings(model), "num_embeddings", None)
+
+
+def is_resized(model: Any) -> bool:
+    """Whether the model's vocabulary has another size than that of the checkpoint it was loaded from, whose config.json
+    is read on this machine. Warns where that is gone."""
+    config: Any = getattr(model, "config", None)
+    source, revision = getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)
+    if not source or vocabulary_size(model) is None or not hasattr(config, "get_text_config"):
+        return False
+    try:
+        base = type(config).from_pretrained(
+            source, local_files_only=True, **({"revision": revision} if revision else {})
+        )
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"{source}: its config.json cannot be read any more, so nothing tells whether the vocabulary was resized, "
+            f"and the embeddings are not saved: {error}",
+            stacklevel=4,
+        )
+        return False
+    now, before = (getattr(each.get_text_config(), "vocab_size", None) for each in (config, base))
+    return bool(now != before)
+
+
+def embedding_parameters(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+    """The parameters of the model's input and output embeddings by name, tied ones once, but for what the adapter
+    trains whole. Raises AdapterError for quantised ones."""
+    wanted = {id(embeddings(model)), id(embeddings(model, "output"))}
+    originals = model.ilora.originals if is_injected(model) else {}
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in model.named_modules():
+        if id(module) in wanted and not any(f"{path}.".startswith(f"{whole}.") for whole in adapter.saved):
+            module = originals.get(path, module)  # the frozen one, where another adapter trains it whole
+            module = module.base_layer if isinstance(module, ILoRALinear) else module
+            inner = f"{path}.base_layer" if path in adapter.layers else path
+            for key, parameter in module.named_parameters():
+                if not parameter.is_floating_point():
+                    raise AdapterError(
+                        f"{path}: it is quantised, its {key} cannot be saved; exclude it from quantising"
+                    )
+                found.setdefault(id(parameter), (f"{inner}.{key}", parameter))
+    return dict(found.values())
 
 
 @torch.no_grad()

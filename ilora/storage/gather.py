@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
 from ..adapter.record import Adapter
 from .files import AdapterError
-from .format import specs_of, tensors_of
+from .format import specs_of
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
@@ -28,10 +29,9 @@ def is_writer(tensors: dict[str, Any]) -> bool:
     return not any(any(tensor.device_mesh.get_coordinate() or ()) for tensor in tensors.values() if _sharded(tensor))
 
 
-def select_from_state_dict(adapter: Adapter, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter's tensors by name from a state dict that somebody gathered. Raises AdapterError for missing ones."""
+def select_from_state_dict(wanted: Collection[str], state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of these names from a state dict that somebody gathered. Raises AdapterError for missing ones."""
     given = {_WRAPPERS.sub("", key): tensor for key, tensor in state_dict.items()}
-    wanted = tensors_of(adapter)
     missing = [name for name in wanted if name not in given]
     if missing:
         raise AdapterError(f"state_dict: tensor {missing[0]!r} is missing ({len(missing)} of {len(wanted)} are)")

@@ -30,27 +30,46 @@ from .files import (
     read_json,
     read_tensors,
 )
-from .format import by_file, place_of, specs_of, state_of
+from .format import by_file, embedding_parameters, place_of, specs_of, state_of, vocabulary_size
 from .hub import download
 
 _FIELDS: dict[str, tuple[type, ...]] = {"format": (int,), "ilora_version": (str,), "digest": (str,)}
-_FIELDS |= {"config": (dict,), "gate": (dict, type(None)), "files": (dict,)}
+_FIELDS |= {"config": (dict,), "gate": (dict, type(None)), "files": (dict,), "vocabulary": (dict,)}
+_LATER = {"vocabulary"}  # fields that files of earlier versions have not
 UNFIT = (TypeError, ValueError, OverflowError, RecursionError)  # what settings from a file may raise
 
 
 @dataclass
 class SavedAdapter:
-    """What the files of a directory say. gate: the gate network's settings; files: the tensors of each file by key."""
+    """What the files of a directory say. gate: the gate network's settings; files: the tensors of each file by key.
+    rows: of the base's input embeddings, None where it is not said; embeddings: the names of those that are saved."""
 
     directory: Path
     config: ILoRAConfig
     gate: dict[str, Any] | None
     files: dict[str, dict[str, Tensor]]
+    rows: int | None
+    embeddings: tuple[str, ...]
 
-    def values_for(self, adapter: Adapter) -> dict[str, Tensor]:
-        """The saved values of the adapter's tensors, by name. Raises AdapterError unless the files hold exactly these
-        tensors, in their shapes."""
-        specs = specs_of(adapter)
+    def embeddings_in(self, model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+        """The model's embeddings of which the files hold values, by name. Raises AdapterError where its vocabulary has
+        another size, or its embeddings are tied otherwise."""
+        file, own = self.directory / CONFIG, vocabulary_size(model)
+        if None not in (self.rows, own) and own != self.rows:
+            raise AdapterError(
+                f"{file}: vocabulary: the adapter was saved with a base of {self.rows} embeddings, this one has {own}; "
+                f"model.resize_token_embeddings({self.rows}) before loading, and add further tokens afterwards"
+            )
+        found = embedding_parameters(model, adapter) if self.embeddings else {}
+        if found.keys() != set(self.embeddings):
+            expected, got = (", ".join(map(repr, names)) or "none" for names in (self.embeddings, found))
+            raise AdapterError(f"{file}: vocabulary: expected embeddings {expected}, the model has {got}")
+        return found
+
+    def values_for(self, adapter: Adapter, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The saved values of the adapter's tensors and of these embeddings, by name. Raises AdapterError unless the
+        files hold exactly these tensors, in their shapes."""
+        specs = specs_of(adapter) | {name: (tensor.shape, tensor.dtype) for name, tensor in embeddings.items()}
         for file, expected in by_file(specs).items():
             check_tensors(self.directory / file, self.files[file], expected)
         places = {name: place_of(name) for name in specs}
@@ -101,6 +120,8 @@ def read_adapter(directory: Path, verify: bool = True) -> SavedAdapter:
     if fields.get("format") != 1:
         raise AdapterError(f"{file}: field 'format': expected 1, got {fields.get('format')!r}")
     for key in {*_FIELDS, *fields}:
+        if key in _LATER and key not in fields:
+            continue
         if key not in _FIELDS or key not in fields:
             raise AdapterError(f"{file}: field {key!r} is {'unexpected' if key in fields else 'missing'}")
         if not isinstance(fields[key], _FIELDS[key]) or isinstance(fields[key], bool):
@@ -115,7 +136,16 @@ def read_adapter(directory: Path, verify: bool = True) -> SavedAdapter:
     if gate is not None and gate.get("type") == "custom" and not isinstance(gate.get("class"), str):
         raise AdapterError(f"{file}: gate: expected its type and class, got {gate!r}")
     files = {name: read_tensors(directory / name) if name in names else {} for name in (PEFT_WEIGHTS, GATE)}
-    return SavedAdapter(directory, config, gate, files)
+    return SavedAdapter(directory, config, gate, files, *_vocabulary(file, fields.get("vocabulary")))
+
+
+def _vocabulary(file: Path, value: dict[str, Any] | None) -> tuple[int | None, tuple[str, ...]]:
+    if value is None:
+        return None, ()
+    rows, names = value.get("rows"), value.get("embeddings")
+    if type(rows) is int and isinstance(names, list) and all(isinstance(n, str) for n in names) and len(value) == 2:
+        return rows, tuple(names)
+    raise AdapterError(f"{file}: vocabulary: expected its rows and the names of embeddings, got {value!r}")
 
 
 def _check_sums(directory: Path, sums: dict[str, Any], names: set[str], verify: bool) -> None:

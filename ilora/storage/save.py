@@ -13,10 +13,13 @@ from ..adapter.record import Adapter, find_adapter
 from ..gates.networks import GATE_TYPES
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory
-from .format import by_file, peft_config, tensors_of
+from .format import by_file, embedding_parameters, is_resized, peft_config, tensors_of, vocabulary_size
 from .gather import gather_full_tensors, is_writer, refuse_fragments, select_from_state_dict
 from .hub import MESSAGE, push_folder
 
+# A field that PEFT does not know: it warns of it by name, and so does what loads adapters by PEFT (transformers,
+# sentence-transformers). PEFT before 0.14 refuses it.
+NOTICE = "an iLoRA adapter, of which PEFT loads no gate (all experts count alike): use ilora.load_adapter(model, path)"
 _PUSH = ("repo_id", "token", "private", "commit_message")
 _IGNORED = {"max_shard_size", "variant", "save_peft_format", "save_original_format", "distributed_checkpoint"}
 _IGNORED |= {"save_function", "use_auth_token"}
@@ -28,15 +31,16 @@ def save_adapter(
     """Writes an adapter of the model to a directory, and returns its path.
 
     name: which of the model's adapters; None means the active one. Dtypes are kept. A new directory appears whole or
-    not at all; in an existing one complete files take the places of the old, `ilora_config.json` last, whose checksums
-    show a mixture of saves. PEFT reads the same directory, and computes the model under the uniform gate.
-    is_main_process: False gathers what is sharded, with the other processes, and writes nothing. None means this one,
-        and the first one alone where tensors are sharded (FSDP2); nobody waits for it to have written.
+    not at all; in an existing one complete files replace the old, `ilora_config.json` last: its checksums show if files
+    of two saves are mixed. PEFT reads the same directory, and computes the model under the uniform gate. Where the
+    vocabulary is not of the size that the base's checkpoint has, the frozen embeddings are saved too.
+    is_main_process: False gathers what is sharded, with the other processes, and writes nothing. None means that this
+        process writes, or, where tensors are sharded (FSDP2), the first of them; the others do not wait for it.
     Raises: ValueError for a model without iLoRA or without this adapter, AdapterError for a model of which this process
     has fragments (FSDP1: save_pretrained with the state_dict it gathers), NotADirectoryError, OSError, ImportError.
     """
     adapter = find_adapter(model, name)
-    tensors = tensors_of(adapter)
+    tensors = _tensors(model, adapter)
     if is_main_process is None:
         is_main_process = is_writer(tensors)
     tensors = gather_full_tensors(tensors)
@@ -68,9 +72,8 @@ def save_pretrained(
     if not kwargs.get("safe_serialization", True):
         raise ValueError("save_pretrained: safe_serialization=False asks for a pickle; adapters are safetensors files")
     adapter = find_adapter(model)
-    tensors = gather_full_tensors(
-        tensors_of(adapter) if state_dict is None else select_from_state_dict(adapter, state_dict)
-    )
+    tensors = _tensors(model, adapter)
+    tensors = gather_full_tensors(tensors if state_dict is None else select_from_state_dict(tensors, state_dict))
     if not is_main_process:
         return
     refuse_fragments(adapter, tensors)
@@ -113,6 +116,11 @@ def describe_gate(gate: nn.Module | None) -> dict[str, Any] | None:
     return {"type": "custom", "class": f"{type(gate).__module__}.{type(gate).__qualname__}"}
 
 
+def _tensors(model: Any, adapter: Adapter) -> dict[str, Tensor]:
+    """What is to be saved: the adapter's tensors, and the embeddings of a model whose vocabulary was resized."""
+    return tensors_of(adapter) | (embedding_parameters(model, adapter) if is_resized(model) else {})
+
+
 def _write(
     model: Any,
     path: str | os.PathLike[str],
@@ -124,7 +132,7 @@ def _write(
     from .. import __version__
 
     config, described, files = adapter.config, peft_config(model, adapter), by_file(tensors)
-    contents: dict[str, Any] = {PEFT_CONFIG: to_json(described), PEFT_WEIGHTS: files[PEFT_WEIGHTS]}
+    contents: dict[str, Any] = {PEFT_CONFIG: to_json({**described, NOTICE: None}), PEFT_WEIGHTS: files[PEFT_WEIGHTS]}
     if adapter.gate is not None:
         contents[GATE] = files[GATE]
     fields = {
@@ -133,6 +141,9 @@ def _write(
         "config": config.to_dict(),
         "gate": describe_gate(adapter.gate),
     }
+    if (rows := vocabulary_size(model)) is not None:
+        own = tensors_of(adapter)
+        fields["vocabulary"] = {"rows": rows, "embeddings": [name for name in tensors if name not in own]}
     checked = tuple(contents)
     contents[README] = ADAPTER.format(
         experts=config.num_experts,
@@ -143,8 +154,8 @@ def _write(
     if state is not None:
         contents[STATE] = state
 
-    def seal(sums: dict[str, str]) -> str:
-        sealed = {**fields, "files": {name: sums[name] for name in checked}}
-        return to_json({**sealed, "digest": digest_of(sealed)})
+    def settings(sums: dict[str, str]) -> str:
+        digested = {**fields, "files": {name: sums[name] for name in checked}}
+        return to_json({**digested, "digest": digest_of(digested)})
 
-    return write_directory(path, contents, (CONFIG, seal))
+    return write_directory(path, contents, (CONFIG, settings))
