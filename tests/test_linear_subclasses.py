@@ -131,3 +131,10 @@ def test_idefics_decoupled():
         ilora.inject(Net(lambda a, b: idefics(a, b, out_additional_features=2)), ILoRAConfig(r=4, num_experts=4))
     net = ilora.inject(Net(idefics), ILoRAConfig(r=4, num_experts=4))  # without additional features
     assert ilora.targets(net) == ("plain", "other")
+
+
+def test_an_error_of_the_update_names_its_layer():
+    net = ilora.inject(Net(nn.Linear), ILoRAConfig(r=4, num_experts=4))
+    net.plain.base_layer.register_forward_hook(lambda module, inputs, y: y[..., :5])
+    with pytest.raises(ValueError, match=r"^plain: base: expected \[2, 3, 8\]"):
+        net(torch.randn(2, 3, 8), ilora_gate=gates(2))
