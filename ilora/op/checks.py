@@ -115,8 +115,12 @@ def _misfit(x: Tensor, weight: Tensor | None, A: Tensor) -> str:
     return f"A: expected [R, d_in={x.shape[-1]}] to go with x {_shape(x)}, got {_shape(A)}"
 
 
-def _check_kinds(x: Tensor, *others: Tensor | None) -> None:
-    for name, tensor in zip(("x", "weight", "bias", "base", "A", "B", "gate", "segments"), (x, *others), strict=True):
+_NAMES = ("x", "weight", "bias", "base", "A", "B", "gate", "segments")
+
+
+def _check_kinds(*tensors: Tensor | None) -> None:
+    device = getattr(tensors[0], "device", None)
+    for name, tensor in zip(_NAMES, tensors, strict=True):
         if tensor is None and name in ("weight", "bias", "base", "segments"):
             continue
         if not isinstance(tensor, Tensor):
@@ -124,8 +128,8 @@ def _check_kinds(x: Tensor, *others: Tensor | None) -> None:
         if tensor.layout is not torch.strided or tensor.is_nested:
             kind = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
             raise TypeError(f"{name}: expected a dense tensor, got {kind}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected it on x's device {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected it on x's device {device}, got {tensor.device}")
         if name == "segments":
             if tensor.dtype != torch.int32:
                 raise TypeError(f"segments: expected torch.int32, got {tensor.dtype}")

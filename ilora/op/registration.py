@@ -120,7 +120,7 @@ def _keep_seed_fake(seed, x):
     return torch.empty_like(seed)
 
 
-def unseen(*tensors: Tensor | None) -> bool:
+def unseen(first: Tensor, *tensors: Tensor | None) -> bool:
     """Whether a backend may read these tensors without torch's dispatcher, which takes a third of the host's time.
 
     False under a compiler, a tracer, a dispatch mode, a transform of torch.func or autograd's is_grads_batched, and for
@@ -129,10 +129,12 @@ def unseen(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set().raw_repr() & _MODES:
         return False
-    return all(
-        t is None or (type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor() and not t.is_meta)
-        for t in tensors
-    )
+    if first.is_meta:  # then all are
+        return False
+    for t in (first, *tensors):
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
+            return False
+    return True
 
 
 def seed_tensor(seed: int | Tensor | None, dropout_p: float, x: Tensor) -> Tensor | None:
