@@ -24,7 +24,16 @@ from .modules import (
     replace,
     unique_modules,
 )
-from .record import Adapter, adapters, changeable, find_adapter, injected, is_injected, note_replaced_modules
+from .record import (
+    Adapter,
+    adapters,
+    changeable,
+    find_adapter,
+    injected,
+    is_injected,
+    note_replaced_modules,
+    warn_of_frozen_experts,
+)
 from .targets import block_of, find_targets, layer_settings, refuse_unmatched
 from .task_heads import modules_to_save, with_heads
 
@@ -37,7 +46,9 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
     ValueError, TypeError as `inject`. The model is then what it was.
     """
     changeable(model, "add_adapter")
-    return activate(model, build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True))
+    activate(model, build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True))
+    warn_of_frozen_experts(model, stacklevel=2)
+    return model
 
 
 def set_adapter(model: Any, name: str) -> Any:
