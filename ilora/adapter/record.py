@@ -11,6 +11,7 @@ from torch import nn
 
 from ..base_layers import frozen_experts, weights_in
 from ..current_gate import GateState
+from ..grouped.experts import ExpertsUpdate, ILoRAExperts
 from ..layer import ILoRALinear
 from .config import ILoRAConfig
 from .targets import named
@@ -22,6 +23,7 @@ class Adapter:
 
     blocks: the paths of the adapted blocks, in order; a gate network may give each a gate. layers: the ILoRALinears by
     path. saved: the modules trained whole, by path. dtype: the frozen model's dtype when the adapter was taken out.
+    experts: the ILoRAExperts by path.
     """
 
     name: str
@@ -31,6 +33,17 @@ class Adapter:
     layers: dict[str, ILoRALinear]
     saved: dict[str, nn.Module]
     dtype: torch.dtype | None = None
+    experts: dict[str, ILoRAExperts] = field(default_factory=dict)
+
+    @property
+    def wrappers(self) -> dict[str, ILoRALinear | ILoRAExperts]:
+        """What stands in the model in the place of frozen modules, by path."""
+        return {**self.layers, **self.experts}
+
+    @property
+    def expert_updates(self) -> list[ExpertsUpdate]:
+        """Those of both projections of all experts."""
+        return [update for experts in self.experts.values() for update in experts.updates]
 
 
 @dataclass
@@ -133,9 +146,10 @@ def ilora_layers(model: Any) -> dict[str, ILoRALinear]:
 
 
 def targets(model: Any) -> tuple[str, ...]:
-    """The paths of the adapted layers; a layer that stands in two places has both.
-    Raises ValueError where nothing was injected."""
-    return tuple(injected(model).adapter.layers)
+    """The paths of the adapted layers, both of one that stands in two places, and of the adapted tensors of fused
+    experts. Raises ValueError where nothing was injected."""
+    adapter = injected(model).adapter
+    return (*adapter.layers, *(update.name for update in adapter.expert_updates))
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -145,7 +159,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints one line, as PEFT does; of a sparse mixture it says as well how many of the weights are frozen experts'."""
+    """Prints one line, as PEFT does; of a sparse mixture it says as well how many weights are frozen experts'."""
     trainable, total = trainable_parameters(model)
     line = f"trainable params: {trainable:,} || all params: {total:,}"
     line += f" || trainable%: {100 * trainable / max(total, 1):.4f}"

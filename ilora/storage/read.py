@@ -30,7 +30,7 @@ from .files import (
     read_json,
     read_tensors,
 )
-from .format import by_file, place_of, specs_of, state_of
+from .format import by_file, from_file, place_of, spec_in_file, specs_of, state_of
 from .hub import download
 
 _FIELDS: dict[str, tuple[type, ...]] = {"format": (int,), "ilora_version": (str,), "digest": (str,)}
@@ -51,10 +51,10 @@ class SavedAdapter:
         """The saved values of the adapter's tensors, by name. Raises AdapterError unless the files hold exactly these
         tensors, in their shapes."""
         specs = specs_of(adapter)
-        for file, expected in by_file(specs).items():
+        for file, expected in by_file({name: spec_in_file(name, spec) for name, spec in specs.items()}).items():
             check_tensors(self.directory / file, self.files[file], expected)
         places = {name: place_of(name) for name in specs}
-        return {name: self.files[file][key] for name, (file, key) in places.items()}
+        return {name: from_file(name, self.files[file][key], specs[name][0]) for name, (file, key) in places.items()}
 
     def new_gate(self) -> nn.Module | None:
         """The saved gate network with its values. Raises AdapterError where its class is not one of ours."""
