@@ -11,7 +11,7 @@ import transformers as hf
 from models import GROUPED, HEADS, MAKE, TOKENS, E, gates, llama, mixtral, prompts, randomised
 
 import ilora
-from ilora import ILoRAConfig
+from ilora import AdapterError, ILoRAConfig
 
 ATTENTION = ILoRAConfig(target_modules=["q_proj"])
 
@@ -291,6 +291,42 @@ def test_to_peft_computes_what_the_gated_model_computes(family):
     want = model(input_ids=ids, ilora_gate=gate[None].expand(2, -1)).logits
     live = ilora.to_peft(model, gate)
     torch.testing.assert_close(live(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def peft_lora(family, parameters, **options):
+    """A PEFT LoRA of attention and of these parameters, its updates not zero."""
+    torch.manual_seed(0)
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], target_parameters=parameters, **options)
+    live = peft.get_peft_model(make(family).eval(), config)
+    for name, parameter in live.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.2)
+    return live.eval()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_from_peft_takes_target_parameters_over(family, saved, tmp_path):
+    live = peft_lora(family, ["experts.gate_up_proj", "experts.down_proj"])
+    ids, _ = prompts((6, 6))
+    want = live(input_ids=ids).logits
+    if saved:
+        live.save_pretrained(tmp_path / "peft")
+        torch.manual_seed(0)
+        model = ilora.from_peft(tmp_path / "peft", E, model=make(family).eval())
+    else:
+        model = ilora.from_peft(live, E)
+    assert sum(".experts." in path for path in ilora.targets(model)) == 4
+    got = model(input_ids=ids, ilora_gate=torch.full((2, E), 1 / E)).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_from_peft_refuses_other_parameters():
+    with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.experts it has .*down_proj alone; iLoRA adapts both"):
+        ilora.from_peft(peft_lora("qwen3_moe", ["experts.down_proj"]), E)
+    with pytest.raises(AdapterError, match=r"'mlp\.gate\.weight' is no tensor of fused experts"):
+        ilora.from_peft(peft_lora("qwen3_moe", ["mlp.gate.weight"]), E)
 
 
 def test_training_lowers_the_loss_of_experts_alone():

@@ -77,9 +77,10 @@ class ExpertsUpdate(nn.Module):
     ) -> Tensor:
         """[rows, d_out] of x [rows, d_in], sorted by expert; weight as the model has it, gate [N, gate_experts]."""
         weight = (weight.mT if self.transposed else weight).detach()
+        bias = None if bias is None else bias.detach()
         adapter = (self.lora_A_experts, self.lora_B_experts, self.own_gate(gate), self.scaling)
-        rows = (offsets, instances, dropout_p, None, backend)
-        return grouped_linear(x.to(weight.dtype), weight, None if bias is None else bias.detach(), *adapter, *rows)
+        rows = (offsets, instances, dropout_p)
+        return grouped_linear(x.to(weight.dtype), weight, bias, *adapter, *rows, backend=backend)
 
     def own_gate(self, gate: Tensor) -> Tensor:
         """As `current_gate.own_gate`."""
