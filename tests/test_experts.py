@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from models import GROUPED, HEADS, MAKE, TOKENS, E, gates, llama, mixtral, promp
 
 import ilora
 from ilora import AdapterError, ILoRAConfig
+from ilora.grouped.experts import ILoRAExperts, projections_of
 
 ATTENTION = ILoRAConfig(target_modules=["q_proj"])
 
@@ -204,6 +206,34 @@ def test_gradients_equal_those_of_a_plain_loop_over_experts(family):
     results = [(y, *torch.autograd.grad(y, leaves, dy)) for y in (found, want)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_experts_without_a_gate_of_their_own_and_with_a_norm_after_them():
+    """NemotronH's have one matrix before the activation, MuseSpark's a norm at the end."""
+    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    sizes = {"n_routed_experts": 4, "hidden_size": 16, "moe_intermediate_size": 12, "moe_latent_size": None}
+    sizes |= {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "intermediate_size": 12,
+        "mlp_hidden_act": "relu2",
+        "moe_hidden_size": 16,
+        "post_norm_eps": 1e-6,
+    }
+    config = SimpleNamespace(**sizes, hidden_act="silu", rms_norm_eps=1e-6, _experts_implementation="eager")
+    for kind in (NemotronHExperts, MuseSparkExperts):
+        base = kind(config).requires_grad_(False)
+        for parameter in base.parameters():
+            parameter.normal_(std=0.3)
+        both = projections_of(base)
+        assert both == (("gate_up_proj" if base.has_gate else "up_proj"), "down_proj")
+        settings = {name: {"r": 4, "num_experts": 2, "lora_alpha": 8} for name in both}
+        wrapper = ILoRAExperts("experts", base, settings, gate_experts=2)
+        hidden, index, weights = torch.randn(6, 16), torch.randint(4, (6, 2)), torch.rand(6, 2)
+        with ilora.gated(wrapper, torch.rand(2, 2)):
+            torch.testing.assert_close(wrapper(hidden, index, weights), base(hidden, index, weights))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
