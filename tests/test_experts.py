@@ -285,6 +285,26 @@ def test_saved_and_loaded_to_the_bit(family, tmp_path):
     assert not any("lora" in name for name, _ in other.named_parameters())
 
 
+def test_what_was_saved_before_experts_were_adapted_loads_without_them(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr("ilora.adapter.switch.find_experts", lambda *_: {})
+        older.setattr("ilora.adapter.targets.find_experts", lambda *_: {})
+        with pytest.warns(UserWarning, match="stay frozen"):
+            model = adapted("mixtral")
+    assert not model.ilora.adapter.experts
+    ilora.save_adapter(model, tmp_path / "a")
+    torch.manual_seed(0)
+    other = ilora.load_adapter(make("mixtral").eval(), tmp_path / "a")
+    ids, _ = prompts((6, 6))
+    want = model(input_ids=ids, ilora_gate=gates(2)).logits
+    assert torch.equal(other(input_ids=ids, ilora_gate=gates(2)).logits, want)
+    ilora.load_adapter(other, tmp_path / "a")  # over its own values
+    ilora.save_adapter(other, tmp_path / "b")
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_peft_reads_the_directory_as_the_uniform_gate(family, tmp_path):
     model = adapted(family)

@@ -143,11 +143,20 @@ def _refusal(name: str) -> Any:
     return refuse
 
 
-def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, from_user: bool = False) -> Adapter:
+def build(
+    model: Any,
+    name: str,
+    config: ILoRAConfig,
+    gate: nn.Module | None,
+    *,
+    from_user: bool = False,
+    experts: bool = True,
+) -> Adapter:
     """A new adapter for the model, which is left as it is. Raises TypeError, ValueError as `inject`.
 
     from_user: the config comes from the user and not from a file: also train a task class's head, refuse names that
-    are not in this model, and warn of linear layers that are left out."""
+    are not in this model, and warn of linear layers that are left out. experts: whether to adapt the fused experts that
+    the config means."""
     if not isinstance(config, ILoRAConfig):
         raise TypeError(f"config: expected an ILoRAConfig, got {type(config).__name__}")
     if gate is not None and not isinstance(gate, nn.Module):
@@ -160,7 +169,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         config = with_heads(model, config) if from_user else config
         left_out: dict[str, str] = {}
         paths = find_targets(model, config, left_out)
-        mixtures = find_experts(model, config)
+        mixtures = find_experts(model, config) if experts else {}
         tensors = [f"{path}.{projection}" for path, both in mixtures.items() for projection in both]
         if from_user:
             refuse_unmatched(model, config, [*paths, *tensors])
@@ -174,9 +183,9 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         bind(model, config, gate, len(blocks))
         bases = {path: model.get_submodule(path) for path in paths}  # one layer in two places stays one
         layers = {id(base): _wrap(base, path, config, settings[path]) for path, base in unique_modules(bases).items()}
-        experts = {path: _wrap_experts(model.get_submodule(path), path, config, settings) for path in mixtures}
-        both = [update for each in experts.values() for update in each.updates]
-        gated: list[Any] = [*layers.values(), *experts.values(), *both]
+        wrapped_experts = {path: _wrap_experts(model.get_submodule(path), path, config, settings) for path in mixtures}
+        both = [update for each in wrapped_experts.values() for update in each.updates]
+        gated: list[Any] = [*layers.values(), *wrapped_experts.values(), *both]
         for part in gated:
             part.gate_index = blocks.index(block_of(part.name))
         for path, base in bases.items():
@@ -184,7 +193,7 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         copies = {id(m): copy.deepcopy(m).requires_grad_(True) for m in unique_modules(originals).values()}
     wrapped = {path: layers[id(base)] for path, base in bases.items()}
     saved = {path: copies[id(module)] for path, module in originals.items()}
-    return Adapter(name, config, gate, blocks, wrapped, saved, experts=experts)
+    return Adapter(name, config, gate, blocks, wrapped, saved, experts=wrapped_experts)
 
 
 @contextmanager

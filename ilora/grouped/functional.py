@@ -80,7 +80,7 @@ def _apply(x, weight, bias, base, A, B, gate, scaling, offsets, instances, dropo
     device = x.device.type
     if autocasts(device):
         x, weight, bias, base, A, B = autocast_to(torch.get_autocast_dtype(device), x, weight, bias, base, A, B)
-    check_dtypes(x, weight, bias, base, A, B, gate)
+    check_dtypes(x, weight, bias, base, A, B)
     seed = seed_tensor(checked_seed(seed, dropout_p, x.device), dropout_p, x)
     tensors = (x, weight, bias, base, A, B, gate, offsets.contiguous(), instances.contiguous())
     settings = (scaling / (1.0 - dropout_p), dropout_p, seed, backend or "")

@@ -47,6 +47,11 @@ class SavedAdapter:
     gate: dict[str, Any] | None
     files: dict[str, dict[str, Tensor]]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it adapts fused experts. Version 0.1.0 did not, where the same configuration now means them too."""
+        return any(".base_layer.lora_A." in key for key in self.files[PEFT_WEIGHTS])
+
     def values_for(self, adapter: Adapter) -> dict[str, Tensor]:
         """The saved values of the adapter's tensors, by name. Raises AdapterError unless the files hold exactly these
         tensors, in their shapes."""
