@@ -73,6 +73,7 @@ def cuda_kernels():
     return CUDAExtension("ilora._native_cuda", **sources("cuda"), **STABLE, extra_compile_args=flags)
 
 
+ROOMS = ("op", "grouped", "gates", "adapter", "storage", "model")
 LIBRARIES = {  # in the order in which they are built
     "ILORA_BUILD_EXT": ("the native CPU backend", cpu_kernels),
     "ILORA_BUILD_CALL": ("a layer's call in C++", layer_call),
@@ -140,7 +141,7 @@ if sys.platform == "darwin":  # Python may be built for two architectures, torch
 to_build = attempt(lambda variable: LIBRARIES[variable][1](), [v for v in LIBRARIES if asked(v) != "0"])
 with tempfile.TemporaryDirectory() as scratch:  # a folder of modules that stayed would put deleted ones into a wheel
     setup(
-        packages=["ilora", "ilora.op", "ilora.gates", "ilora.adapter", "ilora.storage", "ilora.model", "ilora.kernels"],
+        packages=["ilora", *(f"ilora.{room}" for room in ROOMS), "ilora.kernels"],
         package_dir={"ilora": "ilora", "ilora.kernels": "kernels/triton"},
         ext_modules=list(to_build.values()),
         cmdclass={"bdist_wheel": Wheel} | ({"build_ext": build_command(to_build)} if to_build else {}),

@@ -1,5 +1,6 @@
-// The schema of ilora_native: the four primitives of ilora/op/reference.py, on the CPU (cpu/ops.cpp), and a layer's whole
-// forward for a few rows, on the CPU and on a GPU (cuda/ops_cuda.cpp, a library of its own).
+// The schema of ilora_native: the four primitives of ilora/op/reference.py on the CPU (cpu/ops.cpp), those of
+// ilora/grouped/reference.py (cpu/grouped_ops.cpp), and a layer's whole forward for a few rows, on the CPU and on a GPU
+// (cuda/ops_cuda.cpp, a library of its own).
 // keep is 0 where the hash of `seed` is below drop_below, else 1; γ[m, r] = scaling · gate[i(m), r // (R/E)].
 #include <torch/csrc/stable/library.h>
 
@@ -22,4 +23,16 @@ STABLE_TORCH_LIBRARY(ilora_native, m) {
   m.def(
       "decode(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor B, Tensor gate, "
       "Tensor? segments, float scaling) -> (Tensor y, Tensor xa)");
+  // As the first four, for rows sorted by slot: slot s has the rows [offsets[s], offsets[s + 1]), A [X, R, d_in] and
+  // B [X, d_out, R]; row m belongs to instance instances[m]. bias is [X, d_out].
+  m.def("grouped_shrink_x(Tensor x, Tensor A, Tensor offsets, int drop_below, Tensor? seed) -> Tensor");
+  m.def(
+      "grouped_expand_xa(Tensor x, Tensor xa, Tensor? bias, Tensor? base, Tensor B, Tensor offsets, Tensor gate, "
+      "Tensor instances, float scaling, bool wide) -> Tensor");
+  m.def(
+      "grouped_backward_dy(Tensor dy, Tensor xa, Tensor B, Tensor offsets, Tensor gate, Tensor instances, "
+      "float scaling) -> (Tensor dxa, Tensor dB, Tensor dgate)");
+  m.def(
+      "grouped_backward_x(Tensor dxa, Tensor x, Tensor A, Tensor offsets, int drop_below, Tensor? seed, bool need_dx, "
+      "bool wide) -> (Tensor dx, Tensor dA)");
 }

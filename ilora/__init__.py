@@ -10,6 +10,7 @@ from .gates.collate import GateCollator
 from .gates.networks import GateNetwork, PromptGate, SequenceGate, UniformGate
 from .gates.scoring import PromptScoring, prompt_lengths
 from .gates.stats import GateStats, balance_loss, gate_stats, plot_gates
+from .grouped.functional import grouped_linear, grouped_update
 from .layer import ILoRALinear
 from .model.inject import eject, gate_of, inject, last_gate, share_inputs
 from .model.interop import from_peft, to_peft
@@ -43,6 +44,8 @@ __all__ = [
     "gate_of",
     "gate_stats",
     "gated",
+    "grouped_linear",
+    "grouped_update",
     "ilora_layers",
     "ilora_linear",
     "ilora_update",

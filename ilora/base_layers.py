@@ -82,6 +82,30 @@ def frozen_norms(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def frozen_experts(model: nn.Module) -> dict[str, int]:
+    """The experts of sparse mixtures that no adapter changes and that are frozen: how many weights each has, by path.
+
+    Experts are a module in the model's own list or tensor of experts: of a class called ...Experts, or below a module
+    called experts."""
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        parts, parent = path.split("."), model.get_submodule(path.rpartition(".")[0])
+        own = type(module).__name__.endswith("Experts")
+        if adapted(module) or (path and adapted(parent)) or not (own or "experts" in parts):
+            continue
+        count = sum(weights_in(p) for p in module.parameters(recurse=False) if not p.requires_grad)
+        if count:
+            top = path if own else ".".join(parts[: parts.index("experts") + 1])
+            found[top] = found.get(top, 0) + count
+    return found
+
+
+def weights_in(parameter: nn.Parameter) -> int:
+    """How many values it has; 4-bit weights count each of theirs, of which bitsandbytes packs two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
 def adapted(module: nn.Module) -> bool:
     return hasattr(module, "gate_state")  # not isinstance: the file of ILoRALinear imports this one
 

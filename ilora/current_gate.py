@@ -128,6 +128,13 @@ class GateState:
         return gate, segments
 
 
+def own_gate(gate: Tensor, num_experts: int, gate_experts: int) -> Tensor:
+    """A layer's gate [..., num_experts] from the model's [..., gate_experts]: a layer with fewer experts than the gate
+    adds up the weights of neighbouring experts. Raises TypeError, ValueError for another width."""
+    float_gate(gate, num_experts=gate_experts)
+    return gate if num_experts == gate_experts else gate.unflatten(-1, (num_experts, -1)).sum(-1)
+
+
 def _fits(x: Tensor, current: CurrentGate) -> bool:
     """Whether x [..., d_in] holds the batch's own sequences, one after another."""
     M, prompts = math.prod(x.shape[:-1]), current.rows

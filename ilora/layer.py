@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .base_layers import adapter_like, features_of, is_conv1d, keep_unpacked
-from .current_gate import GateState
-from .op.checks import check_settings, dtype_named, float_gate
+from .current_gate import GateState, own_gate
+from .op.checks import check_settings, dtype_named
 from .op.functional import ilora_linear, ilora_update
 from .shared import SharedInputGroup
 from .tensor_parallel import add_update, split_of
@@ -77,6 +77,11 @@ class ILoRALinear(nn.Module):
         """lora_A Kaiming-uniform (as nn.Linear's own), lora_B zero."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """Its trained tensors."""
+        return [self.lora_A, self.lora_B]
 
     @property
     def weight(self) -> Tensor:
@@ -144,12 +149,8 @@ class ILoRALinear(nn.Module):
         return weight if linear else weight.T
 
     def own_gate(self, gate: Tensor) -> Tensor:
-        """This layer's gate [..., num_experts] from the model's [..., gate_experts]: a layer with fewer experts
-        than the gate adds up the weights of neighbouring experts. Raises TypeError, ValueError for another width."""
-        float_gate(gate, num_experts=self.gate_experts)
-        if self.num_experts == self.gate_experts:
-            return gate
-        return gate.unflatten(-1, (self.num_experts, -1)).sum(-1)
+        """As `current_gate.own_gate`."""
+        return own_gate(gate, self.num_experts, self.gate_experts)
 
     def extra_repr(self) -> str:
         return (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("op", "gates", "adapter", "storage", "model")
+FOLDERS = ("op", "grouped", "gates", "adapter", "storage", "model")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in sorted((ROOT / "ilora").rglob("*.py"))

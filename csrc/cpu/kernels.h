@@ -35,6 +35,7 @@ struct Gates {
   double scaling;
   const void* gate;         // C [N, E]
   const int32_t* segments;  // [N + 1], or null: row m belongs to instance m / (M / N)
+  const int32_t* instances = nullptr;  // [M], or null: the instance of each row, in the place of segments
 };
 
 // The hash of ilora.reference.keep_mask; all arithmetic is modulo 2**32.

@@ -1,28 +1,11 @@
 #include "primitives.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-#include <cstdlib>
 #include <string>
+
+#include "parallel.h"
 
 namespace ilora {
 namespace {
-
-using torch::stable::parallel_for;
-
-constexpr int64_t kMinRowChunk = 128, kMaxRowChunks = 32;
-constexpr int64_t kPartialBytes = 32 << 20;  // of all row chunks' partial gradients; but at least 4 chunks
-
-struct Memory {  // one aligned allocation
-  char* bytes;
-  explicit Memory(size_t size) : bytes(static_cast<char*>(std::malloc(size + kAlign))) {
-    STD_TORCH_CHECK(bytes, "ilora_native: out of memory: ", size, " bytes");
-  }
-  Memory(const Memory&) = delete;
-  ~Memory() { std::free(bytes); }
-  char* at(size_t offset) const { return bytes + (kAlign - reinterpret_cast<uintptr_t>(bytes) % kAlign) + offset; }
-};
 
 // Runs f(row_begin, row_end, scratch) over blocks of rows.
 template <class F> void for_rows(int64_t M, int64_t scratch_bytes, const F& f) {
@@ -32,18 +15,10 @@ template <class F> void for_rows(int64_t M, int64_t scratch_bytes, const F& f) {
   });
 }
 
-// parallel_for's grain for tasks that read this many elements together: a few elements are not worth waking threads for.
-int64_t serial_below(int64_t tasks, int64_t elements) {
-  return std::max<int64_t>(1, (tasks << 17) / std::max<int64_t>(elements, 1));
-}
-
-// Runs f(row_begin, row_end, partial, scratch) over chunks of rows, and adds the partial gradients into out. How rows
-// are cut depends on the shapes alone, so that no result depends on the number of threads.
+// Runs f(row_begin, row_end, partial, scratch) over chunks of rows, and adds the partial gradients into out.
 template <class F>
 void for_row_chunks(const Kernels& k, int64_t M, const Packing& p, int64_t scratch_bytes, const Factor& out, const F& f) {
-  const int64_t bytes = std::max<int64_t>(p.size() * k.size_C, 1);
-  const int64_t most = std::clamp<int64_t>(kPartialBytes / bytes, 4, kMaxRowChunks);
-  const int64_t rows = std::max(round_up((M + most - 1) / most, 12), kMinRowChunk), chunks = (M + rows - 1) / rows;
+  const int64_t rows = rows_of_partial(k, M, p), chunks = (M + rows - 1) / rows;
   const Memory partials(chunks * p.size() * k.size_C);
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     const Memory scratch(scratch_bytes);

@@ -21,7 +21,7 @@ template <class T> FN T* at(const Matrix& t, int64_t row, int64_t column) {
 template <class C> ILORA_TARGET void fill_gamma(const Gates& g, int64_t row, int64_t rows, C* gamma, int64_t Rp) {
   const int64_t per_gate = g.N ? g.M / g.N : 1, ranks = g.R / g.E;
   int64_t i = 0;
-  if (g.segments) {
+  if (g.segments && !g.instances) {
     int64_t low = 0, high = g.N;  // find the first segment that ends after the row
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -31,7 +31,8 @@ template <class C> ILORA_TARGET void fill_gamma(const Gates& g, int64_t row, int
   }
   int64_t previous = -1;
   for (int64_t m = 0; m < rows; ++m, gamma += Rp) {
-    if (!g.segments) i = (row + m) / per_gate;
+    if (g.instances) i = g.instances[row + m];
+    else if (!g.segments) i = (row + m) / per_gate;
     else while (i < g.N && g.segments[i + 1] <= row + m) ++i;
     if (i >= g.N) i = g.N - 1;
     const C* gate = static_cast<const C*>(g.gate) + i * g.E;

@@ -24,7 +24,8 @@ class ILoRAConfig:
         lora_dropout: 0 <= p < 1, on the low-rank path, in training mode.
         num_experts: E, which divides r; the gate's width.
         target_modules: names or path endings ("q_proj", "mlp.up_proj"), one regular expression for the whole path, or
-            "all-linear": every linear layer but the output head.
+            "all-linear": every linear layer but the output head, and the fused experts of sparse mixtures, which are
+            meant by the name of their module ("experts") otherwise.
         exclude_modules: names, path endings or one regular expression of modules to leave out.
         modules_to_save: names, path endings or "^" and a whole path, of modules to train whole (all of their
             parameters) and to save with the adapter. For a task class of transformers (ForSequenceClassification and

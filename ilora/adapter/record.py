@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..base_layers import frozen_experts, weights_in
 from ..current_gate import GateState
+from ..grouped.experts import ExpertsUpdate, ILoRAExperts
 from ..layer import ILoRALinear
 from .config import ILoRAConfig
+from .targets import named
 
 
 @dataclass
@@ -19,6 +23,7 @@ class Adapter:
 
     blocks: the paths of the adapted blocks, in order; a gate network may give each a gate. layers: the ILoRALinears by
     path. saved: the modules trained whole, by path. dtype: the frozen model's dtype when the adapter was taken out.
+    experts: the ILoRAExperts by path.
     """
 
     name: str
@@ -28,6 +33,17 @@ class Adapter:
     layers: dict[str, ILoRALinear]
     saved: dict[str, nn.Module]
     dtype: torch.dtype | None = None
+    experts: dict[str, ILoRAExperts] = field(default_factory=dict)
+
+    @property
+    def wrappers(self) -> dict[str, ILoRALinear | ILoRAExperts]:
+        """What stands in the model in the place of frozen modules, by path."""
+        return {**self.layers, **self.experts}
+
+    @property
+    def expert_updates(self) -> list[ExpertsUpdate]:
+        """Those of both projections of all experts."""
+        return [update for experts in self.experts.values() for update in experts.updates]
 
 
 @dataclass
@@ -130,25 +146,37 @@ def ilora_layers(model: Any) -> dict[str, ILoRALinear]:
 
 
 def targets(model: Any) -> tuple[str, ...]:
-    """The paths of the adapted layers; a layer that stands in two places has both.
-    Raises ValueError where nothing was injected."""
-    return tuple(injected(model).adapter.layers)
+    """The paths of the adapted layers, both of one that stands in two places, and of the adapted tensors of fused
+    experts. Raises ValueError where nothing was injected."""
+    adapter = injected(model).adapter
+    return (*adapter.layers, *(update.name for update in adapter.expert_updates))
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) numbers of parameters; 4-bit weights count each of their values."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two values in a byte
-        count = parameter.numel() if state is None else state.shape.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
+    counts = [(weights_in(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints one line, as PEFT does."""
+    """Prints one line, as PEFT does; of a sparse mixture it says as well how many weights are frozen experts'."""
     trainable, total = trainable_parameters(model)
-    print(
-        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / max(total, 1):.4f}"
-    )
+    line = f"trainable params: {trainable:,} || all params: {total:,}"
+    line += f" || trainable%: {100 * trainable / max(total, 1):.4f}"
+    frozen = sum(frozen_experts(model).values())
+    print(line + (f" || experts without an update: {frozen:,} ({frozen / total:.0%} of all)" if frozen else ""))
+
+
+def warn_of_frozen_experts(model: Any, stacklevel: int) -> None:
+    """One warning where the active adapter leaves experts of a sparse mixture frozen, unless its configuration excludes
+    them by name: they may be most of the model."""
+    excluded = model.ilora.adapter.config.exclude_modules
+    frozen = {path: count for path, count in frozen_experts(model).items() if not named(path, excluded)}
+    if frozen:
+        share = sum(frozen.values()) / max(trainable_parameters(model)[1], 1)
+        first, more = next(iter(frozen)), f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
+        warnings.warn(
+            f"experts, {share:.0%} of the weights, stay frozen: {first}{more}; "
+            f"exclude_modules=[{first.rsplit('.', 1)[-1]!r}] says that this is meant",
+            stacklevel=stacklevel + 1,
+        )

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..base_layers import compute_device, keep_called, keep_unpacked, let_pack
 from ..gates.networks import GateNetwork
+from ..grouped.experts import ILoRAExperts, projections_of
 from ..layer import ILoRALinear
 from ..shared import group
 from .config import ILoRAConfig
@@ -24,8 +25,17 @@ from .modules import (
     replace,
     unique_modules,
 )
-from .record import Adapter, adapters, changeable, find_adapter, injected, is_injected, note_replaced_modules
-from .targets import block_of, find_targets, layer_settings, refuse_unmatched
+from .record import (
+    Adapter,
+    adapters,
+    changeable,
+    find_adapter,
+    injected,
+    is_injected,
+    note_replaced_modules,
+    warn_of_frozen_experts,
+)
+from .targets import block_of, find_experts, find_targets, layer_settings, refuse_unmatched
 from .task_heads import modules_to_save, with_heads
 
 
@@ -37,7 +47,9 @@ def add_adapter(model: Any, name: str, config: ILoRAConfig | None = None, gate: 
     ValueError, TypeError as `inject`. The model is then what it was.
     """
     changeable(model, "add_adapter")
-    return activate(model, build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True))
+    activate(model, build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True))
+    warn_of_frozen_experts(model, stacklevel=2)
+    return model
 
 
 def set_adapter(model: Any, name: str) -> Any:
@@ -131,11 +143,20 @@ def _refusal(name: str) -> Any:
     return refuse
 
 
-def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *, from_user: bool = False) -> Adapter:
+def build(
+    model: Any,
+    name: str,
+    config: ILoRAConfig,
+    gate: nn.Module | None,
+    *,
+    from_user: bool = False,
+    experts: bool = True,
+) -> Adapter:
     """A new adapter for the model, which is left as it is. Raises TypeError, ValueError as `inject`.
 
     from_user: the config comes from the user and not from a file: also train a task class's head, refuse names that
-    are not in this model, and warn of linear layers that are left out."""
+    are not in this model, and warn of linear layers that are left out. experts: whether to adapt the fused experts that
+    the config means."""
     if not isinstance(config, ILoRAConfig):
         raise TypeError(f"config: expected an ILoRAConfig, got {type(config).__name__}")
     if gate is not None and not isinstance(gate, nn.Module):
@@ -148,24 +169,31 @@ def build(model: Any, name: str, config: ILoRAConfig, gate: nn.Module | None, *,
         config = with_heads(model, config) if from_user else config
         left_out: dict[str, str] = {}
         paths = find_targets(model, config, left_out)
+        mixtures = find_experts(model, config) if experts else {}
+        tensors = [f"{path}.{projection}" for path, both in mixtures.items() for projection in both]
         if from_user:
-            refuse_unmatched(model, config, paths)
+            refuse_unmatched(model, config, [*paths, *tensors])
         for path in list(left_out)[:1] if from_user else ():
             warnings.warn(f"{path}: left out ({len(left_out)} such), because {left_out[path]}", stacklevel=3)
-        settings = {path: layer_settings(config, path) for path in paths}
-        originals = {path: model.get_submodule(path) for path in modules_to_save(model, config, paths)}
-        blocks = list(dict.fromkeys(block_of(path) for path in paths))
+        settings = {path: layer_settings(config, path) for path in (*paths, *tensors)}
+        originals = {path: model.get_submodule(path) for path in modules_to_save(model, config, [*paths, *mixtures])}
+        adapted = (*paths, *mixtures)
+        order = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+        blocks = list(dict.fromkeys(block_of(path) for path in sorted(adapted, key=order.__getitem__)))
         bind(model, config, gate, len(blocks))
         bases = {path: model.get_submodule(path) for path in paths}  # one layer in two places stays one
         layers = {id(base): _wrap(base, path, config, settings[path]) for path, base in unique_modules(bases).items()}
-        for layer in layers.values():
-            layer.gate_index = blocks.index(block_of(layer.name))
+        wrapped_experts = {path: _wrap_experts(model.get_submodule(path), path, config, settings) for path in mixtures}
+        both = [update for each in wrapped_experts.values() for update in each.updates]
+        gated: list[Any] = [*layers.values(), *wrapped_experts.values(), *both]
+        for part in gated:
+            part.gate_index = blocks.index(block_of(part.name))
         for path, base in bases.items():
             keep_called(model.get_submodule(path.rpartition(".")[0]), layers[id(base)])
         copies = {id(m): copy.deepcopy(m).requires_grad_(True) for m in unique_modules(originals).values()}
     wrapped = {path: layers[id(base)] for path, base in bases.items()}
     saved = {path: copies[id(module)] for path, module in originals.items()}
-    return Adapter(name, config, gate, blocks, wrapped, saved)
+    return Adapter(name, config, gate, blocks, wrapped, saved, experts=wrapped_experts)
 
 
 @contextmanager
@@ -197,9 +225,9 @@ def attach(model: Any, adapter: Adapter) -> None:
     """Puts an adapter into an injected model that has no active one."""
     injection = model.ilora
     injection.adapter, injection.dtype = adapter, dtype_of(model)
-    for path, layer in adapter.layers.items():
+    for path, layer in adapter.wrappers.items():
         layer.gate_state = injection.state
-        for parameter in (layer.lora_A, layer.lora_B):  # model.to() did not reach an adapter that was not active
+        for parameter in layer.factors:  # model.to() did not reach an adapter that was not active
             dtype = injection.dtype if parameter.dtype == adapter.dtype else None
             parameter.data = parameter.data.to(compute_device(layer.base_layer) or parameter.device, dtype)
         replace(model, path, layer.train(layer.base_layer.training))
@@ -208,7 +236,7 @@ def attach(model: Any, adapter: Adapter) -> None:
     for path, module in adapter.saved.items():
         replace(model, path, match_device_and_mode(module, injection.originals[path], adapter.dtype, injection.dtype))
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    own = tuple(path + "." for path in (*adapter.saved, *adapter.layers))  # their weights are tied no longer
+    own = tuple(path + "." for path in (*adapter.saved, *adapter.wrappers))  # their weights are tied no longer
     for key in [key for key, other in tied.items() if key.startswith(own) or other.startswith(own)]:
         injection.tied[key] = tied.pop(key)
     if adapter.gate is not None:
@@ -221,7 +249,7 @@ def attach(model: Any, adapter: Adapter) -> None:
 def detach(model: Any) -> None:
     """Takes the active adapter out of the model. Only `attach` or the end of `eject` may follow."""
     injection = model.ilora
-    for path, layer in injection.adapter.layers.items():
+    for path, layer in injection.adapter.wrappers.items():
         replace(model, path, layer.base_layer)
     note_replaced_modules(model)
     injection.adapter.dtype = now = dtype_of(model)
@@ -252,6 +280,12 @@ def _move_gate(model: nn.Module, gate: nn.Module) -> None:
     device = compute_device(model)
     if device is not None and device.type != "meta":
         gate.to(device)
+
+
+def _wrap_experts(base: nn.Module, path: str, config: ILoRAConfig, settings: dict[str, Any]) -> ILoRAExperts:
+    own = {projection: settings[f"{path}.{projection}"] for projection in projections_of(base)}
+    common = (config.num_experts, config.lora_dropout, config.adapter_dtype, config.backend)
+    return ILoRAExperts(path, base, own, *common)
 
 
 def _wrap(base: nn.Module, path: str, config: ILoRAConfig, own: dict[str, Any]) -> ILoRALinear:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_layers import adapter_like, features_of, is_conv1d, is_linear
+from ..grouped.experts import projections_of
 from .config import ALL_LINEAR, PATTERNS, ILoRAConfig
 from .modules import embeddings
 
@@ -70,17 +71,13 @@ def find_targets(model: nn.Module, config: ILoRAConfig, left_out: dict[str, str]
 
     left_out: receives the linear layers that "all-linear" leaves out, because they compute something else, and why.
     Raises ValueError where a module that is named cannot take an adapter, and where nothing matches. The model itself
-    is never one: there is nowhere to put another module in its place."""
+    is never one: there is nowhere to put another module in its place. Fused experts are left to `find_experts`."""
     head = embeddings(model, "output")
     everything = config.target_modules == ALL_LINEAR
     targets: list[str] = []
     reasons: dict[Any, str | None] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if not path or (config.layers_to_transform is not None and index_of(path) not in config.layers_to_transform):
-            continue
-        parts = path.split(".")
-        inside = any(named(".".join(parts[: i + 1]), config.modules_to_save) for i in range(len(parts)))
-        if inside or named(path, config.exclude_modules):
+        if not _considered(path, config) or projections_of(module):
             continue
         wanted = is_linear(module) and module is not head if everything else named(path, config.target_modules)
         if wanted and targets and path.startswith(targets[-1] + "."):
@@ -98,7 +95,7 @@ def find_targets(model: nn.Module, config: ILoRAConfig, left_out: dict[str, str]
             raise ValueError(f"{path}: target_modules matches it, but {reason}; leave it out")
         elif left_out is not None:
             left_out[path] = reason
-    if not targets:
+    if not targets and not find_experts(model, config):
         raise ValueError(_nothing_matched(model, config))
     return targets
 
@@ -127,6 +124,26 @@ def why_no_update(module: nn.Module) -> str | None:
             return None
         found = f"returns {list(y.shape) if isinstance(y, Tensor) else type(y).__name__} for {list(rows.shape)}"
     return f"{type(module).__name__} computes something else than a product of its input with d_out={d_out}: it {found}"
+
+
+def find_experts(model: nn.Module, config: ILoRAConfig) -> dict[str, tuple[str, ...]]:
+    """The paths of the fused experts to adapt, in the model's order, and the names of their two tensors.
+    "all-linear" means them; else target_modules names the module, as "experts" does."""
+    everything = config.target_modules == ALL_LINEAR
+    return {
+        path: projections_of(module)
+        for path, module in model.named_modules()
+        if projections_of(module) and _considered(path, config) and (everything or named(path, config.target_modules))
+    }
+
+
+def _considered(path: str, config: ILoRAConfig) -> bool:
+    """Whether the configuration leaves it to target_modules what becomes of the module at this path."""
+    if not path or (config.layers_to_transform is not None and index_of(path) not in config.layers_to_transform):
+        return False
+    parts = path.split(".")
+    inside = any(named(".".join(parts[: i + 1]), config.modules_to_save) for i in range(len(parts)))
+    return not inside and not named(path, config.exclude_modules)
 
 
 def _refuse_unfit(model: nn.Module, path: str, module: nn.Module) -> None:

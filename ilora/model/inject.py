@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..adapter.config import ILoRAConfig
 from ..adapter.modules import keep_trained_modules, refuse_resized
-from ..adapter.record import Injection, changeable, injected, refuse_wrapped
+from ..adapter.record import Injection, changeable, injected, refuse_wrapped, warn_of_frozen_experts
 from ..adapter.switch import attach, build, detach
 from ..base_layers import frozen_norms, keep_padded, keep_unpacked, let_nest, let_pack
 from ..current_gate import release_checkpoints
@@ -45,7 +45,9 @@ def inject(
     """
     refuse_model(model)
     adapter = build(model, name, ILoRAConfig() if config is None else config, gate, from_user=True)
-    return install(model, Injection(adapter, share_inputs))
+    install(model, Injection(adapter, share_inputs))
+    warn_of_frozen_experts(model, stacklevel=2)
+    return model
 
 
 def install(model: Any, injection: Injection) -> Any:

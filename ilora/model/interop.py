@@ -15,7 +15,15 @@ from ..adapter.record import Adapter, changeable, find_adapter
 from ..gates.checks import one_gate
 from ..storage.cards import PLAIN
 from ..storage.files import CONFIG, PEFT_CONFIG, PEFT_WEIGHTS, README, AdapterError, to_json, write_directory
-from ..storage.format import by_file, embedding_parameters, is_resized, peft_config, tensors_of
+from ..storage.format import (
+    B_EXPERTS,
+    as_in_file,
+    by_file,
+    embedding_parameters,
+    is_resized,
+    peft_config,
+    tensors_of,
+)
 from ..storage.read import find_directory
 from .peft_lora import install_lora, read_lora, refuse_config
 
@@ -62,11 +70,12 @@ def to_peft(model: Any, gate: Tensor, path: str | os.PathLike[str] | None = None
             "peft.PeftModel.from_pretrained(ilora.eject(model), path)"
         )
     adapter = find_adapter(model)
-    embeddings = embedding_parameters(model, adapter) if is_resized(model) else {}
-    tensors = by_file(_gated_tensors(adapter, gate) | embeddings)[PEFT_WEIGHTS]
+    tensors = _gated_tensors(adapter, gate) | (embedding_parameters(model, adapter) if is_resized(model) else {})
+    tensors = by_file({name: as_in_file(name, tensor) for name, tensor in tensors.items()})[PEFT_WEIGHTS]
     if (Path(path) / CONFIG).exists():
         raise AdapterError(f"{path}: holds an iLoRA adapter, which a PEFT adapter would spoil; choose another name")
-    alphas = {layer.name: layer.lora_alpha * layer.num_experts for layer in adapter.layers.values()}
+    updates: list[Any] = [*adapter.layers.values(), *adapter.expert_updates]
+    alphas = {update.name: update.lora_alpha * update.num_experts for update in updates}
     text = to_json(peft_config(model, adapter, alphas))
     return write_directory(path, {PEFT_WEIGHTS: tensors, README: PLAIN}, (PEFT_CONFIG, lambda _: text))
 
@@ -80,6 +89,11 @@ def _gated_tensors(adapter: Adapter, gate: Tensor) -> dict[str, Tensor]:
         B = layer.lora_B
         wide = torch.promote_types(B.dtype, torch.float32)
         tensors[f"{layer.name}.lora_B"] = (B.to(wide) * weights_of_ranks(layer, gate, B.device, wide)).to(B.dtype)
+    for update in adapter.expert_updates:
+        B = update.lora_B_experts
+        wide = torch.promote_types(B.dtype, torch.float32)
+        ranks = weights_of_ranks(update, gate, B.device, wide)
+        tensors[f"{update.name}{B_EXPERTS}"] = (B.to(wide) * ranks).to(B.dtype)
     return tensors
 
 

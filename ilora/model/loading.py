@@ -82,7 +82,7 @@ def _build(model: Any, saved: SavedAdapter, name: str, gate: nn.Module | None) -
         raise AdapterError(f"{file}: gate: the adapter was saved without a gate network, but gate= is given")
     gate = saved.new_gate() if gate is None else gate
     try:
-        return build(model, name, saved.config, gate)
+        return build(model, name, saved.config, gate, experts=saved.has_experts)
     except UNFIT as error:
         raise AdapterError(f"{file}: does not fit {type(model).__name__}: {error}") from error
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..adapter.config import ILoRAConfig
 from ..adapter.record import Injection
 from ..adapter.switch import build
+from ..adapter.targets import named
 from ..base_layers import adapter_like, is_linear
+from ..grouped.experts import projections_of
 from ..op.checks import MAX_RANK
 from ..storage.files import PEFT_CONFIG, PEFT_WEIGHTS, AdapterError, check_tensors, read_json, read_tensors
 from ..storage.format import (
@@ -21,9 +23,11 @@ from ..storage.format import (
     by_file,
     exact_targets,
     fill,
+    from_file,
     most_common,
     patterns,
     place_of,
+    spec_in_file,
     specs_of,
     tensors_of,
 )
@@ -34,14 +38,13 @@ _NEUTRAL = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_mode
 _NEUTRAL |= {"inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"}
 _NEUTRAL |= {"use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"}
 _NEUTRAL |= {"megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
-_NEUTRAL |= {"runtime_config", "ensure_weight_tying", "init_lora_weights"}
+_NEUTRAL |= {"target_parameters", "runtime_config", "ensure_weight_tying", "init_lora_weights"}
 _REASONS = {
     "use_dora": "DoRA rescales whole weights, which a gated sum cannot",
     "bias": "trained biases are not part of an iLoRA; train with bias='none'",
     "lora_bias": "a bias on lora_B has no gate",
     "layer_replication": "replicated layers share a weight but not an adapter",
     "trainable_token_indices": "an iLoRA trains no single tokens; use modules_to_save",
-    "target_parameters": "LoRA on bare parameters has no layer to wrap",
 }
 # Values of init_lora_weights under which PEFT leaves the base's weights as they are.
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -83,7 +86,8 @@ def install_lora(
     Raises AdapterError naming the source, ValueError, TypeError. The model is then what it was."""
     refuse_model(model)
     adapter = build(model, "default", _config(model, source, peft, tensors, num_experts), gate)
-    expected = by_file(specs_of(adapter))[PEFT_WEIGHTS]
+    specs = specs_of(adapter)
+    expected = by_file({name: spec_in_file(name, spec) for name, spec in specs.items()})[PEFT_WEIGHTS]
     base = {PREFIX + name for name in model.state_dict()}
     for key in tensors:
         if key not in expected and key.replace(".base_layer.", ".") in base:
@@ -92,7 +96,8 @@ def install_lora(
                 "the adapter with PEFT and pass the PeftModel, or save it with save_embedding_layers=False"
             )
     check_tensors(source, tensors, expected)
-    fill(by_file(tensors_of(adapter))[PEFT_WEIGHTS], tensors)
+    keys = {name: place_of(name)[1] for name in specs if place_of(name)[0] == PEFT_WEIGHTS}
+    fill(tensors_of(adapter), {name: from_file(name, tensors[key], specs[name][0]) for name, key in keys.items()})
     return install(model, Injection(adapter))
 
 
@@ -102,9 +107,11 @@ def _config(
     """The iLoRA's configuration, for the layers of this model that have a lora_A among the tensors."""
     modules = [(path, module) for path, module in model.named_modules() if path]
     found = [path for path, module in modules if place_of(f"{path}.lora_A")[1] in tensors and is_linear(module)]
-    if not found:
+    experts = _experts(source, peft, modules)
+    if not found and not experts:
         raise AdapterError(f"{source}: it has no LoRA layer of {type(model).__name__}")
-    ranks = {path: _rank(source, peft, path, num_experts) for path in found}
+    ranks = {path: _rank(source, peft, path, num_experts) for path in (*found, *sum(experts.values(), ()))}
+    found += experts
     alphas = {path: _alpha(source, peft, path, r) for path, r in ranks.items()}
     dropout, whole = peft.get("lora_dropout", 0.0), peft.get("modules_to_save") or ()
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
@@ -124,6 +131,28 @@ def _config(
         alpha_pattern=patterns(alphas, alpha) or None,
         adapter_dtype=_dtype(model, found, tensors),
     )
+
+
+def _experts(source: str, peft: dict[str, Any], modules: list[tuple[str, nn.Module]]) -> dict[str, tuple[str, ...]]:
+    """The paths of the fused experts that target_parameters means, and of their two tensors. Raises AdapterError where
+    it means one of the two, or a parameter that is none of them."""
+    wanted = peft.get("target_parameters") or ()
+    if isinstance(wanted, str) or not all(isinstance(name, str) and name for name in wanted):
+        raise AdapterError(f"{source}: field 'target_parameters': expected a list of names, got {wanted!r}")
+    found, meant = {}, set()
+    for path, module in modules:
+        tensors = tuple(f"{path}.{name}" for name in projections_of(module))
+        hits = {name: [tensor for tensor in tensors if named(tensor, (name,))] for name in wanted}
+        meant |= {name for name, of in hits.items() if of}
+        both = {tensor for of in hits.values() for tensor in of}
+        if both and len(both) < 2:
+            raise AdapterError(f"{source}: target_parameters: of {path} it has {both.pop()} alone; iLoRA adapts both")
+        if both:
+            found[path] = tensors
+    for name in wanted:
+        if name not in meant:
+            raise AdapterError(f"{source}: target_parameters: {name!r} is no tensor of fused experts in this model")
+    return found
 
 
 def _dtype(model: nn.Module, paths: list[str], tensors: dict[str, Tensor]) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .backends import NAMES
 
 MAX_RANK = 256
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(
@@ -133,8 +133,8 @@ def _check_kinds(*tensors: Tensor | None) -> None:
         if name == "segments":
             if tensor.dtype != torch.int32:
                 raise TypeError(f"segments: expected torch.int32, got {tensor.dtype}")
-        elif tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name}: expected one of {', '.join(map(str, _FLOATS))}, got {tensor.dtype}")
+        elif tensor.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, FLOATS))}, got {tensor.dtype}")
 
 
 def check_dtypes(

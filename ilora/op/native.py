@@ -83,9 +83,9 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [M, d_out], xa [M, R]). A few rows are one call of C++, which halves what our part of the call takes."""
-    if weight is not None and seed is None and len(x) < FEW_ROWS and not _through_float32(x, weight.t()):
+    if weight is not None and seed is None and len(x) < FEW_ROWS and not through_float32(x, weight.t()):
         op = torch.ops.ilora_native.decode.default
-        return op(x, weight, bias, None, A, B, _dense_gate(gate, x), segments, scaling)
+        return op(x, weight, bias, None, A, B, dense_gate(gate, x), segments, scaling)
     xa = shrink_x(x, A, dropout_p, seed)
     return expand_xa(x, xa, weight, bias, base, B, gate, segments, scaling), xa
 
@@ -108,18 +108,18 @@ def expand_xa(
 ) -> Tensor:
     """y [M, d_out] = x Wᵀ + b + (γ ⊙ xa) Bᵀ, or base + (γ ⊙ xa) Bᵀ: the update first, then x Wᵀ added onto it."""
     product = () if weight is None else ((x, weight.t()),)
-    wide = any(_through_float32(*each) for each in product)
+    wide = any(through_float32(*each) for each in product)
     y = torch.ops.ilora_native.expand_xa.default(
-        x, xa, bias if product else None, None if product else base, B, _dense_gate(gate, x), segments, scaling, wide
+        x, xa, bias if product else None, None if product else base, B, dense_gate(gate, x), segments, scaling, wide
     )
-    return _add_products(y, product).to(x.dtype)
+    return add_products(y, product).to(x.dtype)
 
 
 def backward_dy(
     dy: Tensor, xa: Tensor, B: Tensor, gate: Tensor, segments: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dxa [M, R], dB [d_out, R], dgate [N, E]); dxa is float32, beside float64 it is float64."""
-    dxa, dB, dgate = torch.ops.ilora_native.backward_dy.default(dy, xa, B, _dense_gate(gate, dy), segments, scaling)
+    dxa, dB, dgate = torch.ops.ilora_native.backward_dy.default(dy, xa, B, dense_gate(gate, dy), segments, scaling)
     return dxa, dB, dgate.to(gate.dtype)
 
 
@@ -133,9 +133,9 @@ def backward_x(
     need_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """(dx [M, d_in] in x's dtype or None, dA [R, d_in]): dropout(dxa A) first, then each product dy W added onto it."""
-    wide = need_dx and any(_through_float32(*each) for each in products)
+    wide = need_dx and any(through_float32(*each) for each in products)
     dx, dA = torch.ops.ilora_native.backward_x.default(dxa, x, A, dropout_threshold(dropout_p), seed, need_dx, wide)
-    return _add_products(dx, products).to(x.dtype) if need_dx else None, dA
+    return add_products(dx, products).to(x.dtype) if need_dx else None, dA
 
 
 def decode(
@@ -163,7 +163,7 @@ def decode(
     return torch.ops.ilora_native.decode.default(x, weight, bias, base, A, B, gate, segments, scaling)
 
 
-def _add_products(out: Tensor, products: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def add_products(out: Tensor, products: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """out += Σ a b. With beta = 1 this saves a pass over out; but for a few rows MKL then rounds at every term of the
     sum, to ten times the error, and the pass costs nothing."""
     for a, b in products:
@@ -174,7 +174,7 @@ def _add_products(out: Tensor, products: Iterable[tuple[Tensor, Tensor]]) -> Ten
     return out
 
 
-def _through_float32(a: Tensor, b: Tensor) -> bool:
+def through_float32(a: Tensor, b: Tensor) -> bool:
     """Whether the frozen product a b is taken in float32 and rounded once.
 
     Without bfloat16 instructions torch multiplies bfloat16 matrices with naive loops, up to hundreds of times slower
@@ -186,7 +186,7 @@ def _through_float32(a: Tensor, b: Tensor) -> bool:
 _HARDWARE_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _dense_gate(gate: Tensor, x: Tensor) -> Tensor:
+def dense_gate(gate: Tensor, x: Tensor) -> Tensor:
     """The gate as the kernels read it."""
     return gate.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
 

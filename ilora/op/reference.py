@@ -118,7 +118,7 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
 def shrink_x(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """xa [M, R] = dropout(x) Aᵀ."""
     wide = torch.promote_types(x.dtype, A.dtype)
-    return _dropped(x, dropout_p, seed).to(wide) @ A.to(wide).T
+    return dropped(x, dropout_p, seed).to(wide) @ A.to(wide).T
 
 
 def expand_xa(
@@ -149,7 +149,7 @@ def backward_dy(
     dh = dy.to(wide) @ B.to(wide)
     dB = dy.to(wide).T @ (gamma * xa).to(wide)
     by_expert = (dh.to(gamma.dtype) * xa.to(gamma.dtype)).reshape(M, E, R // E).sum(-1)
-    dgate = scaling * _segment_sums(by_expert, N, segments)
+    dgate = scaling * segment_sums(by_expert, N, segments)
     return (gamma * dh).to(wide), dB.to(B.dtype), dgate.to(gate.dtype)
 
 
@@ -165,20 +165,20 @@ def backward_x(
     """(dx [M, d_in] or None, dA [R, d_in]) from one pass over x; dx = dropout's mask ⊙ (dxa A) + Σ dy W over the
     products (dy, W)."""
     wide = dxa.dtype
-    dA = dxa.T @ _dropped(x, dropout_p, seed).to(wide)
+    dA = dxa.T @ dropped(x, dropout_p, seed).to(wide)
     dx = None
     if need_dx:
-        dx = _dropped(dxa @ A.to(wide), dropout_p, seed).to(x.dtype)
+        dx = dropped(dxa @ A.to(wide), dropout_p, seed).to(x.dtype)
         for dy, weight in products:
             dx.add_(dy @ weight)
     return dx, dA.to(A.dtype)
 
 
-def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     return x if seed is None else torch.where(keep_mask(seed, x.shape[0], x.shape[1], dropout_p), x, 0)
 
 
-def _segment_sums(rows: Tensor, N: int, segments: Tensor | None) -> Tensor:
+def segment_sums(rows: Tensor, N: int, segments: Tensor | None) -> Tensor:
     """[M, E] -> [N, E], in a fixed order on every device (an index_add would not be)."""
     if segments is None:
         return rows.reshape(N, -1, rows.shape[1]).sum(1) if N else rows.new_zeros(0, rows.shape[1])

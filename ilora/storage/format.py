@@ -1,9 +1,10 @@
 """What an adapter's files hold: its tensors by name, and how PEFT describes it.
 
-A tensor's name is the one it has in the injected model: `<path>.lora_A`, `<path>.lora_B`, `<path of a module trained
-whole>.<key>` and `ilora_gate.<key>`; where the base's vocabulary was resized, also `<path of its embeddings>.<key>`.
-The gate network has a file of its own. The others are in PEFT's file, with a prefix, and with `.weight` after the names
-of LoRA matrices.
+A tensor's name is the one it has in the injected model: `<path>.lora_A`, `<path>.lora_B`, for fused experts
+`<path>.<projection>.lora_A_experts` and so on, `<path of a module trained whole>.<key>` and `ilora_gate.<key>`; where
+the base's vocabulary was resized, also `<path of its embeddings>.<key>`. The gate network has a file of its own. The
+others are in PEFT's file, with a prefix, and with `.weight` after the names of LoRA matrices; those of experts are laid
+out as PEFT does.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..layer import ILoRALinear
 from .files import GATE, PEFT_WEIGHTS, AdapterError, Spec
 
 PREFIX, GATE_PREFIX = "base_model.model.", "ilora_gate."
+A_EXPERTS, B_EXPERTS = ".lora_A_experts", ".lora_B_experts"
 T = TypeVar("T")
 # PEFT trains these heads by itself for the task: without them in the files it would miss them.
 _TASKS = {
@@ -49,6 +51,9 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for layer in adapter.layers.values():
         tensors[f"{layer.name}.lora_A"], tensors[f"{layer.name}.lora_B"] = layer.lora_A, layer.lora_B
+    for update in adapter.expert_updates:
+        both = update.lora_A_experts, update.lora_B_experts
+        tensors[f"{update.name}{A_EXPERTS}"], tensors[f"{update.name}{B_EXPERTS}"] = both
     for path, module in unique_modules(adapter.saved).items():
         tensors |= {f"{path}.{key}": value for key, value in state_of(module).items()}
     if adapter.gate is not None:
@@ -63,6 +68,10 @@ def specs_of(adapter: Adapter) -> dict[str, Spec]:
     for layer in adapter.layers.values():
         specs[f"{layer.name}.lora_A"] = torch.Size((layer.r, layer.in_features)), layer.lora_A.dtype
         specs[f"{layer.name}.lora_B"] = torch.Size((layer.out_features, layer.r)), layer.lora_B.dtype
+    for update in adapter.expert_updates:
+        X, R, dtype = update.slots, update.r, update.lora_A_experts.dtype
+        specs[f"{update.name}{A_EXPERTS}"] = torch.Size((X, R, update.in_features)), dtype
+        specs[f"{update.name}{B_EXPERTS}"] = torch.Size((X, update.out_features, R)), dtype
     return specs
 
 
@@ -140,7 +149,32 @@ def place_of(name: str) -> tuple[str, str]:
     """The file that holds the tensor of this name, and its key there."""
     if name.startswith(GATE_PREFIX):
         return GATE, name.removeprefix(GATE_PREFIX)
+    if name.endswith((A_EXPERTS, B_EXPERTS)):  # PEFT wraps the experts once for each tensor, the last one outermost
+        path, projection, factor = name.rsplit(".", 2)
+        inner = "" if projection == "down_proj" else ".base_layer"
+        return PEFT_WEIGHTS, f"{PREFIX}{path}{inner}.{factor.removesuffix('_experts')}.weight"
     return PEFT_WEIGHTS, PREFIX + name + (".weight" if name.endswith((".lora_A", ".lora_B")) else "")
+
+
+def as_in_file(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as PEFT has it: [X·R, d_in] of experts' A [X, R, d_in], [d_out, R·X] of their B [X, d_out, R]."""
+    if name.endswith(A_EXPERTS):
+        return tensor.flatten(0, 1)
+    return tensor.permute(1, 2, 0).flatten(1) if name.endswith(B_EXPERTS) else tensor
+
+
+def from_file(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The reverse, for a tensor that is to have this shape."""
+    if name.endswith(B_EXPERTS):
+        X, d_out, R = shape
+        return tensor.view(d_out, R, X).permute(2, 0, 1)
+    return tensor.view(shape) if name.endswith(A_EXPERTS) else tensor
+
+
+def spec_in_file(name: str, spec: Spec) -> Spec:
+    """Shape and dtype of `as_in_file`."""
+    shape, dtype = spec
+    return as_in_file(name, torch.empty(shape, device="meta")).shape, dtype
 
 
 def by_file(values: dict[str, T]) -> dict[str, dict[str, T]]:
@@ -158,20 +192,23 @@ def peft_config(model: Any, adapter: Adapter, alphas: dict[str, float] | None = 
     alphas: lora_alpha of each layer where it is not the adapter's own.
     """
     layers, config = unique_modules(adapter.layers), adapter.config
-    own = {path: layer.lora_alpha for path, layer in layers.items()}
+    updates: list[Any] = [*layers.values(), *adapter.expert_updates]
+    own = {update.name: update.lora_alpha for update in updates}
     alpha, alphas = (config.lora_alpha, own) if alphas is None else (most_common(alphas), alphas)
     saved = list(unique_modules(adapter.saved))
+    parameters = {"target_parameters": [update.name for update in adapter.expert_updates]} if adapter.experts else {}
     return {
+        **parameters,
         "peft_type": "LORA",
         "task_type": _task(model, saved),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": alpha,
-        "lora_dropout": config.lora_dropout,
+        "lora_dropout": 0.0 if adapter.experts else config.lora_dropout,  # PEFT has none for experts
         "target_modules": exact_targets(model, list(layers)),
         "modules_to_save": saved or None,
-        "rank_pattern": patterns({path: layer.r for path, layer in layers.items()}, config.r),
+        "rank_pattern": patterns({update.name: update.r for update in updates}, config.r),
         "alpha_pattern": patterns(alphas, alpha),
         "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
         "bias": "none",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter.record import Adapter
 from .files import AdapterError
-from .format import specs_of
+from .format import A_EXPERTS, B_EXPERTS, specs_of
 
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
@@ -43,7 +43,9 @@ def refuse_fragments(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
     for name, (shape, _) in specs_of(adapter).items():
         got = tensors[name].shape
         # What stands in the model may be a fragment itself, of what was gathered for here.
-        if got != shape and (name.endswith((".lora_A", ".lora_B")) or got.numel() <= shape.numel()):
+        if got != shape and (
+            name.endswith((".lora_A", ".lora_B", A_EXPERTS, B_EXPERTS)) or got.numel() <= shape.numel()
+        ):
             raise AdapterError(
                 f"{name}: expected shape {list(shape)}, got {list(got)}: a fragment of a sharded model? Gather it, "
                 "then model.save_pretrained(path, state_dict=gathered)"

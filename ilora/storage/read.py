@@ -30,7 +30,16 @@ from .files import (
     read_json,
     read_tensors,
 )
-from .format import by_file, embedding_parameters, place_of, specs_of, state_of, vocabulary_size
+from .format import (
+    by_file,
+    embedding_parameters,
+    from_file,
+    place_of,
+    spec_in_file,
+    specs_of,
+    state_of,
+    vocabulary_size,
+)
 from .hub import download
 
 _FIELDS: dict[str, tuple[type, ...]] = {"format": (int,), "ilora_version": (str,), "digest": (str,)}
@@ -51,6 +60,11 @@ class SavedAdapter:
     rows: int | None
     embeddings: tuple[str, ...]
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it adapts fused experts. Version 0.1.0 did not, where the same configuration now means them too."""
+        return any(".base_layer.lora_A." in key for key in self.files[PEFT_WEIGHTS])
+
     def embeddings_in(self, model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         """The model's embeddings of which the files hold values, by name. Raises AdapterError where its vocabulary has
         another size, or its embeddings are tied otherwise."""
@@ -70,10 +84,10 @@ class SavedAdapter:
         """The saved values of the adapter's tensors and of these embeddings, by name. Raises AdapterError unless the
         files hold exactly these tensors, in their shapes."""
         specs = specs_of(adapter) | {name: (tensor.shape, tensor.dtype) for name, tensor in embeddings.items()}
-        for file, expected in by_file(specs).items():
+        for file, expected in by_file({name: spec_in_file(name, spec) for name, spec in specs.items()}).items():
             check_tensors(self.directory / file, self.files[file], expected)
         places = {name: place_of(name) for name in specs}
-        return {name: self.files[file][key] for name, (file, key) in places.items()}
+        return {name: from_file(name, self.files[file][key], specs[name][0]) for name, (file, key) in places.items()}
 
     def new_gate(self) -> nn.Module | None:
         """The saved gate network with its values. Raises AdapterError where its class is not one of ours."""

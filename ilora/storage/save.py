@@ -13,7 +13,7 @@ from ..adapter.record import Adapter, find_adapter
 from ..gates.networks import GATE_TYPES
 from .cards import ADAPTER
 from .files import CONFIG, GATE, PEFT_CONFIG, PEFT_WEIGHTS, README, STATE, digest_of, to_json, write_directory
-from .format import by_file, embedding_parameters, is_resized, peft_config, tensors_of, vocabulary_size
+from .format import as_in_file, by_file, embedding_parameters, is_resized, peft_config, tensors_of, vocabulary_size
 from .gather import gather_full_tensors, is_writer, refuse_fragments, select_from_state_dict
 from .hub import MESSAGE, push_folder
 
@@ -131,7 +131,8 @@ def _write(
     """state: the tensors by the model's own names, for a file of their own."""
     from .. import __version__
 
-    config, described, files = adapter.config, peft_config(model, adapter), by_file(tensors)
+    files = by_file({name: as_in_file(name, tensor) for name, tensor in tensors.items()})
+    config, described = adapter.config, peft_config(model, adapter)
     contents: dict[str, Any] = {PEFT_CONFIG: to_json({**described, NOTICE: None}), PEFT_WEIGHTS: files[PEFT_WEIGHTS]}
     if adapter.gate is not None:
         contents[GATE] = files[GATE]
