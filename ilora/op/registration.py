@@ -69,12 +69,12 @@ def forward(x, weight, bias, base, A, B, gate, segments, scaling, dropout_p, see
 
 @torch.library.impl(_LIBRARY, "backward", "CompositeExplicitAutograd")
 def backward(dy, x, xa, weight, A, B, gate, segments, scaling, dropout_p, seed, need_dx, backend):
-    """(dx, empty unless need_dx; dA, dB, dgate)."""
+    """(dx, empty unless need_dx; dA, dB, dgate). xa: as `forward` returned it, or [M, R] of shrink_x."""
     check_segments(segments, rows(x))  # again, because the caller may have changed them since the forward
     segments = dense(segments)
     module = backends.select(backend, x.device.type, x.dtype)
     flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if hasattr(module, "backward"):
+    if hasattr(module, "backward") and xa.dim() == 2 + len(getattr(module, "KEPT", ())):
         settings = (A, B, gate, segments, scaling, dropout_p, seed, need_dx)
         dx, dA, dB, dgate = module.backward(flat_dy, flat_x, xa, weight, *settings)
     else:
