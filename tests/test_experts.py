@@ -334,12 +334,13 @@ def test_merged_and_unmerged(family):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_to_peft_computes_what_the_gated_model_computes(family):
-    pytest.importorskip("peft")
+def test_to_peft_computes_what_the_gated_model_computes(family, tmp_path):
+    peft = pytest.importorskip("peft")
     model, gate = adapted(family, rank_pattern={"experts.down_proj": 4}), gates(2)[0]
     ids, _ = prompts((6, 6))
     want = model(input_ids=ids, ilora_gate=gate[None].expand(2, -1)).logits
-    live = ilora.to_peft(model, gate)
+    path = ilora.to_peft(model, gate, tmp_path / "a")
+    live = peft.PeftModel.from_pretrained(ilora.eject(model), str(path)).eval()
     torch.testing.assert_close(live(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
 
 
