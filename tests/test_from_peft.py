@@ -112,7 +112,7 @@ REFUSED = {
     "trained biases": {"bias": "all"},
     "a bias on lora_B": {"lora_bias": True},
     "replicated layers": {"layer_replication": [[0, 1], [0, 2]]},
-    "trained tokens": {"trainable_token_indices": [1, 2]},
+    "trains no single tokens": {"trainable_token_indices": [1, 2]},
     "embed_tokens": {"target_modules": ["embed_tokens", "q_proj"]},
     "rank 6, which num_experts=4": {"r": 6},
     "rank 512, more than the 256": {"r": 512},
