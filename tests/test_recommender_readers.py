@@ -187,7 +187,15 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, reader, file, text, wo
         read(reader, tmp_path, next(files for kind, files in FILES if kind == reader and file in files) | {file: text})
 
 
-@pytest.mark.parametrize("content", [PACKED[:-9], PACKED[: len(PACKED) // 2], bytes(DAMAGED), RATINGS.encode()])
+CONTENTS = {
+    "no end": PACKED[:-9],
+    "half": PACKED[: len(PACKED) // 2],
+    "damaged": bytes(DAMAGED),
+    "not packed": RATINGS.encode(),
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_a_packed_file_that_is_damaged_is_named(tmp_path, content):
     with pytest.raises(ValueError, match=r"u\.data\.gz:\d+: the packed file is damaged or cut short"):
         read("ml-100k", tmp_path, {"u.item": FILMS, "u.data.gz": content})
