@@ -95,15 +95,18 @@ def compile_job(job: Job) -> dict[str, Any]:
     wanted = INSTRUCTIONS.get(job.target, ()) if job.kernel == "fused_layer" else ()
     missing = [name for name in wanted if not re.search(name, asm["ptx"])]
     if dict(job.constants)["EARLY"] and not _waits_first(asm["ptx"]):
-        missing.append("griddepcontrol.wait before memory is accessed")
+        missing.append("griddepcontrol.wait before global memory is accessed")
     early = early_writes(disassemble(asm["cubin"])) if "wgmma.mma_async" in asm.get("ptx", "") else []
     found = [f"{wgmma}  <-- {writer}" for wgmma, writer in early]
     return usage | {"shared": kernel.metadata.shared, "missing": missing, "early_writes": found}
 
 
 def _waits_first(ptx: str) -> bool:
-    """Whether a kernel that may start early waits for the one before it ahead of every access to memory."""
-    access = re.search(r"\b(?:ld|st|ldmatrix|stmatrix|red|atom|cp|wgmma|prefetch|mbarrier)\.(?!param)", ptx)
+    """Whether a kernel that may start early waits for the one before it ahead of every access to global memory.
+
+    On sm_100 Triton allocates tensor memory first, by way of shared memory, which is the program's own.
+    """
+    access = re.search(r"\b(?:ld|st|red|atom|prefetch)\.(?:\w+\.)*global\b|\bcp\.(?:async|reduce)", ptx)
     return -1 < ptx.find("griddepcontrol.wait") < (access.start() if access else len(ptx))
 
 
