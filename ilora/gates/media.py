@@ -68,7 +68,7 @@ def gate_of_media(
         N = gate.shape[-2]  # the text itself would have this shape, as before a classifier
         ways.add((tuple(range(N)), tuple(M * (i + 1) // N for i in range(N))))
     if problem or len(ways) != 1:
-        text = "|".join(map(re.escape, media.text_modules)) or ".*"
+        text = "|".join(map(re.escape, media.text_modules)) or "the text model"
         help = "give ilora_media_rows, for each medium in its order the row of the batch that it belongs to"
         if not problem and len(ways) > 1:
             problem, help = "it could be one medium or another", "give images, videos and sounds in calls of their own"
