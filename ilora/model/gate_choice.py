@@ -225,7 +225,7 @@ def check_gate(
         return
     if packed_by(inputs) is not None:
         raise ValueError(_segments_needed(inputs))
-    if N not in (1, inputs.rows, inputs.batch):
+    if not (N == 1 or inputs.rows == N or inputs.batch == N):  # no `in`: sizes may be symbols
         raise ValueError(
             f"gate: it has {N} rows for a batch of {inputs.batch} sequences; give one for each, or one for all, or "
             "ilora_segments=[N+1] row offsets where one row holds several sequences"
