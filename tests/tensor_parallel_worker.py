@@ -125,6 +125,14 @@ def generated(model, gate):
     return model.eval().generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=4, num_beams=2, **more)
 
 
+def refusal(function, model, **options):
+    """The words in which a function of one gate refuses the model."""
+    try:
+        function(model, torch.full((4,), 0.25), **options)
+    except ValueError as error:
+        return str(error)
+
+
 def with_fsdp(model, mesh):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["data"])
@@ -144,6 +152,7 @@ def main(folder):
         if variant == SAVED:
             ilora.save_adapter(model, Path(folder) / "saved")
             results["generated"] = generated(model, gate)
+            results["refused"] = [refusal(ilora.merge, model), refusal(ilora.to_peft, model, path=folder)]
             again = ilora.load_adapter(split(base(family, dtype), mesh), Path(folder) / "saved").train()
             results["continued"] = trained(again, gate)
     auto = AutoModelForCausalLM.from_pretrained(Path(folder) / "base", tp_plan="auto", dtype=torch.float64)

@@ -82,6 +82,12 @@ def test_the_files_are_those_of_one_process_and_training_goes_on(split, tmp_path
         assert_equal(results["continued"], worker.trained(model.train(), "sequence"), 1e-5)
 
 
+def test_what_needs_whole_weights_is_refused_by_name(split):
+    merge, to_peft = split[2][1]["refused"]
+    assert "q_proj has a Linear base, whose DTensor weight cannot be added to" in merge
+    assert "lora_A is split over processes; save_adapter, then load_adapter and to_peft in one process" in to_peft
+
+
 class Weight:
     """What `split_of` reads of a DTensor."""
 

@@ -85,6 +85,11 @@ def _gated_tensors(adapter: Adapter, gate: Tensor) -> dict[str, Tensor]:
     """The adapter's tensors, the gate multiplied into each lora_B and rounded once."""
     gate = one_gate(gate, adapter.config.num_experts, len(adapter.blocks), "to_peft")
     tensors = tensors_of(adapter)
+    split = next((name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")), None)
+    if split is not None:
+        raise ValueError(
+            f"to_peft: {split} is split over processes; save_adapter, then load_adapter and to_peft in one process"
+        )
     for layer in adapter.layers.values():
         B = layer.lora_B
         wide = torch.promote_types(B.dtype, torch.float32)
