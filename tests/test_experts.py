@@ -47,6 +47,19 @@ def test_the_share_is_that_of_the_model(capsys):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("where", ["tensors", "experts"])
+def test_experts_that_are_spread_over_processes_stay_frozen(where):
+    model = mixtral()
+    for block in model.model.layers:
+        if where == "experts":
+            block.mlp.experts._is_expert_parallel = True
+        else:
+            block.mlp.experts.down_proj.device_mesh = "two processes"  # as a DTensor has one
+    with pytest.warns(UserWarning, match=r"stay frozen: model\.layers\.0\.mlp\.experts and 1 more"):
+        ilora.inject(model, ILoRAConfig())
+    assert not any(isinstance(module, ILoRAExperts) for module in model.modules())
+
+
 def test_what_is_excluded_by_name_is_not_said_again(capsys):
     config = ILoRAConfig(target_modules=["q_proj"], exclude_modules=["experts"])
     with warnings.catch_warnings():

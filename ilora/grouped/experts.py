@@ -32,7 +32,9 @@ def projections_of(module: nn.Module) -> tuple[str, ...]:
         return ()
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     weights = [getattr(module, name, None) for name in names]
-    fit = all(isinstance(w, Tensor) and w.dim() == 3 and w.dtype in FLOATS for w in weights)
+    fit = all(
+        isinstance(w, Tensor) and w.dim() == 3 and w.dtype in FLOATS and not hasattr(w, "device_mesh") for w in weights
+    )
     return names if fit else ()
 
 
