@@ -68,7 +68,7 @@ class ILoRALinear(nn.Module):
         self.lora_A = nn.Parameter(like.new_empty(r, self.in_features))
         self.lora_B = nn.Parameter(like.new_empty(self.out_features, r))
         self.reset_parameters()
-        self.split = split_of(base_layer)  # over processes, or None
+        self.split = split_of(base_layer)
         if self.split is not None:
             self.lora_A = self.split.distribute(self.lora_A, 1)
             self.lora_B = self.split.distribute(self.lora_B, 0)

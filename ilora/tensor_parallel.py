@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .op import backends, reference
-from .op.checks import check_dtypes, check_tensors
+from .op.checks import check_dtypes, check_segments, check_tensors, rows
+from .op.registration import dense
 
 
 @dataclass(frozen=True)
@@ -90,16 +91,17 @@ def add_update(
                 "a layer that gathers its output or splits its input cannot be adapted; name it in exclude_modules"
             )
     gate = check_tensors(x, None, None, base, A, B, gate, segments)
+    check_segments(segments, rows(x))
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     check_dtypes(x, None, None, base, A, B)
     if dropout_p:
-        seed = reference.as_seed(seed, x.device)
+        seed = reference.as_seed(seed, x.device).clone()
         dist.broadcast(seed, group=split.mesh.get_group(), group_src=0)  # processes may have drawn different ones
     y: Tensor = _Update.apply(
-        x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1]), A, B, gate, segments,
+        x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1]), A, B, gate, dense(segments),
         scaling / (1.0 - dropout_p), dropout_p, seed, backend, split,
     )  # fmt: skip
     return y.reshape(base.shape)
@@ -111,8 +113,7 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Tensor, A: Tensor, B: Tensor, gate: Tensor, *settings: Any) -> Tensor:
         segments, scaling, dropout_p, seed, backend, split = settings
-        if hasattr(base, "trigger_wait"):  # an AsyncCollectiveTensor: of a sum that the base layer has only started
-            base = base.trigger_wait()
+        x, base = _awaited(x), _awaited(base)
         primitives: Any = backends.select(backend, x.device.type, x.dtype)
         if dropout_p and split.by_rows:
             primitives = _FromColumn(split.start)
@@ -128,6 +129,7 @@ class _Update(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, xa, A, B, gate, segments, seed = ctx.saved_tensors
+        dy = _awaited(dy)
         primitives, scaling, dropout_p, split = ctx.settings
         dxa, dB, dgate = primitives.backward_dy(dy, xa, B, gate, segments, scaling)
         if not split.by_rows:
@@ -136,6 +138,12 @@ class _Update(torch.autograd.Function):
             dist.all_reduce(dgate, group=group)
         dx, dA = primitives.backward_x(dxa, x, A, dropout_p, seed, [], ctx.needs_input_grad[0])
         return dx, dy, dA, dB, dgate, *[None] * 6
+
+
+def _awaited(tensor: Any) -> Tensor:
+    """The values of an AsyncCollectiveTensor, which is a sum over processes that has only been started. Call it where
+    autograd does not record, because the values have no history."""
+    return tensor.trigger_wait() if hasattr(tensor, "trigger_wait") else tensor
 
 
 class _FromColumn:

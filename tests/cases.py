@@ -90,8 +90,11 @@ class Wrapped(torch.Tensor):
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
         if op is torch.ops.aten.detach.default:  # nn.Parameter wants the same type
             return cls(args[0].held)
-        held = lambda t: t.held if isinstance(t, cls) else t  # noqa: E731
-        return op(*tree_map(held, args), **tree_map(held, kwargs or {}))
+        return op(*tree_map(cls.unwrapped, args), **tree_map(cls.unwrapped, kwargs or {}))
+
+    @classmethod
+    def unwrapped(cls, value):
+        return value.held if isinstance(value, cls) else value
 
 
 # Tensors whose memory does not hold their values: what a kernel must not be given.

@@ -3,6 +3,7 @@
 Trains tiny models whose layers are split over the ranks in every way of VARIANTS; rank 0 writes what came out.
 """
 
+import copy
 import itertools
 import os
 import sys
@@ -125,6 +126,11 @@ def generated(model, gate):
     return model.eval().generate(ids, attention_mask=inputs["attention_mask"], max_new_tokens=4, num_beams=2, **more)
 
 
+def logits(model, gate):
+    with torch.no_grad():
+        return model.eval()(**batch(gate, model.dtype)).logits
+
+
 def refusal(function, model, **options):
     """The words in which a function of one gate refuses the model."""
     try:
@@ -153,6 +159,7 @@ def main(folder):
             ilora.save_adapter(model, Path(folder) / "saved")
             results["generated"] = generated(model, gate)
             results["refused"] = [refusal(ilora.merge, model), refusal(ilora.to_peft, model, path=folder)]
+            results["copied"] = logits(copy.deepcopy(model), gate), logits(model, gate)
             again = ilora.load_adapter(split(base(family, dtype), mesh), Path(folder) / "saved").train()
             results["continued"] = trained(again, gate)
     auto = AutoModelForCausalLM.from_pretrained(Path(folder) / "base", tp_plan="auto", dtype=torch.float64)

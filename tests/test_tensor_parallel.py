@@ -88,6 +88,12 @@ def test_what_needs_whole_weights_is_refused_by_name(split):
     assert "lora_A is split over processes; save_adapter, then load_adapter and to_peft in one process" in to_peft
 
 
+def test_a_copy_of_a_split_model_computes_the_same(split):
+    for world in WORLDS:
+        copied, expected = split[world][1]["copied"]
+        assert torch.equal(copied, expected)
+
+
 class Weight:
     """What `split_of` reads of a DTensor."""
 
@@ -126,4 +132,14 @@ def test_a_layer_that_gathers_or_splits_by_itself_is_refused(d_in, d_out, name):
         tensor_parallel.add_update(
             split, torch.randn(2, d_in), torch.randn(2, d_out), Local(torch.randn(2, 4)), Local(torch.randn(3, 2)),
             torch.ones(1, 1), 1.0, None, 0.0, None, None,
+        )  # fmt: skip
+
+
+def test_segments_that_do_not_end_at_the_last_row_are_refused():
+    A, B = Local(torch.randn(2, 4)), Local(torch.randn(3, 2))
+    segments = torch.tensor([0, 1, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="segments"):
+        tensor_parallel.add_update(
+            tensor_parallel.Split(None, 0, 0), torch.randn(2, 4), torch.randn(2, 3), A, B,
+            torch.ones(2, 1), 1.0, segments, 0.0, None, None,
         )  # fmt: skip

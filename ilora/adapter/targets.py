@@ -117,7 +117,7 @@ def why_no_update(module: nn.Module) -> str | None:
         try:
             with torch.no_grad():
                 y = type(module).forward(trial, rows)
-        except Exception as error:
+        except Exception as error:  # whatever a forward of somebody else's raises; the refusal names it
             found = found or f"raises {type(error).__name__} for an input {list(x.shape)}"
             continue
         if isinstance(y, Tensor) and y.shape == (*rows.shape[:-1], d_out):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..op import backends
 from ..op.checks import as_number, check_dtypes, checked_seed
 from ..op.functional import autocast_to, autocasts
-from ..op.registration import refuse_second_derivative, seed_tensor, unseen
+from ..op.registration import eager_function, refuse_second_derivative, seed_tensor, unseen
 from . import native, reference
 from .checks import check_offsets, check_tensors
 
@@ -183,13 +183,4 @@ torch.library.register_autograd("ilora::grouped_forward", _gradients, setup_cont
 torch.library.register_autograd("ilora::grouped_backward", refuse_second_derivative, lib=_LIBRARY)
 
 
-class Eager(torch.autograd.Function):
-    """The formula registered above without the dispatcher, for calls that no tool of torch needs to see."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_gradients)
+Eager = eager_function(forward, _save, _gradients)

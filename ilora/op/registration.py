@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from math import prod
@@ -185,16 +185,23 @@ torch.library.register_autograd("ilora::forward", gradients, setup_context=save_
 torch.library.register_autograd("ilora::backward", refuse_second_derivative, lib=_LIBRARY)
 
 
-class Eager(torch.autograd.Function):
-    """The formula registered above without the dispatcher, for calls that no tool of torch needs to see."""
+def eager_function(compute: Callable[..., Any], save: Callable[..., None], gradients: Callable[..., Any]) -> Any:
+    """An autograd function of the formula that an op was registered with, which does without the dispatcher: for calls
+    that no tool of torch needs to see."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = forward(*inputs)
-        save_for_backward(ctx, inputs, output)
-        return output
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = compute(*inputs)
+            save(ctx, inputs, output)
+            return output
 
-    backward = staticmethod(gradients)
+        backward = staticmethod(gradients)
+
+    return Eager
+
+
+Eager = eager_function(forward, save_for_backward, gradients)
 
 
 def _forward_flops(x: Sequence[int], weight: Any, bias: Any, base: Any, A: Any, B: Any, *_: Any, **__: Any) -> int:
