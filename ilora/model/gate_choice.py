@@ -100,12 +100,9 @@ def _prompt_gate(
     model: Any, network: PromptGate, inputs: Inputs, segments: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     values = inputs.values
-    cache = values.get("past_key_values")
-    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
-        raise ValueError(
-            "past_key_values holds tokens that PromptGate does not see, computed under a gate of their own: keep one "
-            "gate for all steps and turns, `with ilora.gated(model, ilora.gate_of(model, **first_prompt)): ...`"
-        )
+    kept = _gate_of_cache(model, inputs, mask)
+    if kept is not None:
+        return kept
     embeddings, has_row = values.get("inputs_embeds"), None
     if embeddings is None:
         if values.get("input_ids") is None:
@@ -136,6 +133,32 @@ def _prompt_gate(
     elif mask.shape != (B, L):
         raise ValueError(f"ilora_prompt_mask: expected [{B}, {L}] as the input, got {list(mask.shape)}")
     return network(embeddings, mask.bool() if has_row is None else mask.bool() & has_row, segments)
+
+
+def keep_gate_with_cache(model: Any, gate: Tensor | None, *caches: Any) -> None:
+    """Notes at the caches of a generate the gate that their tokens were computed under."""
+    for cache in caches:
+        if gate is not None and hasattr(cache, "get_seq_length"):
+            cache.ilora_gate = (model.ilora.adapter.name, gate)
+
+
+def _gate_of_cache(model: Any, inputs: Inputs, mask: Tensor | None) -> Tensor | None:
+    """The gate that the cache of this call was filled under, a row for each sequence, or None where it is empty.
+    Raises ValueError where the cache keeps no gate of the active adapter, or a prompt mask was given beside it."""
+    cache = inputs.values.get("past_key_values")
+    if cache is None or (hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0):
+        return None
+    name, gate = getattr(cache, "ilora_gate", (None, None))
+    if gate is None or name != model.ilora.adapter.name:
+        raise ValueError(
+            "past_key_values holds tokens that PromptGate does not see, and no gate of this adapter that generate kept "
+            "with them: keep one gate for all steps and turns, "
+            "`with ilora.gated(model, ilora.gate_of(model, **first_prompt)): ...`"
+        )
+    if mask is not None:
+        raise ValueError("ilora_prompt_mask was given with past_key_values, which keep the gate of their first prompt")
+    N, rows = gate.shape[-2], inputs.batch or 1
+    return gate.repeat_interleave(rows // N, -2) if 1 < N < rows and rows % N == 0 else gate  # return sequences
 
 
 def _answer_follows_prompt(model: Any) -> bool:
