@@ -164,8 +164,8 @@ def decode(
 
 
 def add_products(out: Tensor, products: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """out += Σ a b. With beta = 1 this saves a pass over out; but for a few rows or columns MKL then rounds at every term
-    of the sum, to ten times the error, and the pass costs nothing."""
+    """out += Σ a b. With beta = 1 this saves a pass over out; but for a few rows or columns MKL then rounds at every
+    term of the sum, to ten times the error, and the pass costs nothing."""
     for a, b in products:
         if min(out.shape) < FEW_ROWS:
             out.add_(a.to(out.dtype) @ b.to(out.dtype))
