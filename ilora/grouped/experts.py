@@ -115,8 +115,8 @@ class _Rows(torch.autograd.Function):
 
 
 class _WeightedSums(torch.autograd.Function):
-    """[M, d], the sum of each token's rows of y [M·K, d], at `places` [M, K], under its weights [M, K]: one pass over y,
-    where a product and a sum take four."""
+    """[M, d], the sum of each token's rows of y [M·K, d], at `places` [M, K], under its weights [M, K]: one pass,
+    where a product and a sum read y twice and write it once."""
 
     @staticmethod
     def forward(y: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
