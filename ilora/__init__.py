@@ -13,8 +13,7 @@ from .gates.stats import GateStats, balance_loss, gate_stats, plot_gates
 from .grouped.functional import grouped_linear, grouped_update
 from .layer import ILoRALinear
 from .model.inject import eject, gate_of, inject, last_gate, share_inputs
-from .model.interop import from_peft, to_peft
-from .model.loading import load_adapter
+from .model.loading import from_peft, load_adapter, to_peft
 from .op.backends import BackendUnavailable, available_backends
 from .op.functional import ilora_linear, ilora_update
 from .storage.files import AdapterError
