@@ -3,7 +3,14 @@
 from . import reference
 from .adapter.config import ILoRAConfig
 from .adapter.merging import merge, unmerge
-from .adapter.record import adapters, ilora_layers, print_trainable_parameters, targets, trainable_parameters
+from .adapter.record import (
+    adapter_parameters,
+    adapters,
+    ilora_layers,
+    print_trainable_parameters,
+    targets,
+    trainable_parameters,
+)
 from .adapter.switch import add_adapter, delete_adapter, disable_adapter, set_adapter
 from .current_gate import gated
 from .gates.collate import GateCollator
@@ -11,10 +18,10 @@ from .gates.networks import GateNetwork, PromptGate, SequenceGate, UniformGate
 from .gates.scoring import PromptScoring, prompt_lengths
 from .gates.stats import GateStats, balance_loss, gate_stats, plot_gates
 from .grouped.functional import grouped_linear, grouped_update
+from .grouped.names import adapter_losses
 from .layer import ILoRALinear
 from .model.inject import eject, gate_of, inject, last_gate, share_inputs
-from .model.interop import from_peft, to_peft
-from .model.loading import load_adapter
+from .model.loading import from_peft, load_adapter, to_peft
 from .op.backends import BackendUnavailable, available_backends
 from .op.functional import ilora_linear, ilora_update
 from .storage.files import AdapterError
@@ -33,6 +40,8 @@ __all__ = [
     "PromptScoring",
     "SequenceGate",
     "UniformGate",
+    "adapter_losses",
+    "adapter_parameters",
     "adapters",
     "add_adapter",
     "available_backends",

@@ -27,6 +27,7 @@ class CurrentGate(NamedTuple):
     generating: whether it is the gate of a generate, each of whose steps finds its prompts' rows anew.
     media: whose the images, sounds and videos are, None where there are none or one gate is everybody's.
     media_rows: what the caller said about that.
+    mixture: whose adapter each instance has (`ilora.grouped.mixture.Mixture`), None where all have the active one.
     """
 
     gate: Tensor | None = None
@@ -37,6 +38,7 @@ class CurrentGate(NamedTuple):
     generating: bool = False
     media: Media | None = None
     media_rows: Any = None
+    mixture: Any = None
 
 
 class GateState:
@@ -106,8 +108,9 @@ class GateState:
         if not torch.compiler.is_compiling():
             (self.reads.begin if self.last is None else self.reads.refuse)()
 
-    def gate_for(self, x: Tensor, index: int, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """(gate [N, E], segments) for the layer called `name` that sees x [..., d_in]; index picks its layer's gate.
+    def gate_for(self, x: Tensor, index: int | slice, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """(gate [N, E], segments) for the layer called `name` that sees x [..., d_in]; index picks its layer's gate out
+        of one for each, a slice keeps several.
         Raises ValueError where x cannot be what the gate was meant for."""
         current = self.current
         gate, segments = current.gate, current.segments

@@ -109,6 +109,9 @@ class ILoRALinear(nn.Module):
         if not self.gate_state.enabled or self.merged:
             return self.base_layer(x)
         if gate is None:
+            mixture = self.gate_state.current.mixture
+            if mixture is not None:
+                return mixture.output(self, x)
             y = None if self.input_group is None else self.input_group.output(self, x)
             if y is not None:
                 return y

@@ -55,7 +55,8 @@ class Injection:
     tied: what was taken out of transformers' record of tied weights. merged: whether a gate is merged into the weights;
     unmerged: the weights before, by path. trainable: the parameters that required a gradient before `inject`. norms:
     those of `frozen_norms` that had the model's mode then. packing, nesting: what `keep_unpacked` and `keep_padded`
-    returned. hook: the handle of the model's hook that sets the gate.
+    returned. hook: the handle of the model's hook that sets the gate. watched: the handles of the hooks of layers that
+    the active adapter leaves frozen and that others adapt, by path, once a batch had several adapters.
     """
 
     adapter: Adapter
@@ -72,6 +73,7 @@ class Injection:
     packing: list[nn.Module] = field(default_factory=list)
     nesting: list[nn.Module] = field(default_factory=list)
     hook: Any = None
+    watched: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> ILoRAConfig:
@@ -150,6 +152,17 @@ def targets(model: Any) -> tuple[str, ...]:
     experts. Raises ValueError where nothing was injected."""
     adapter = injected(model).adapter
     return (*adapter.layers, *(update.name for update in adapter.expert_updates))
+
+
+def adapter_parameters(model: Any, name: str | None = None) -> list[nn.Parameter]:
+    """The trained parameters of the adapter of this name, None for the active one, and of its gate network, for an
+    optimizer of its own. They stay the same objects, active or not. Raises ValueError where nothing was injected, or
+    there is no such adapter."""
+    adapter = find_adapter(model, name)
+    whole = [*adapter.saved.values(), *([] if adapter.gate is None else [adapter.gate])]
+    found = [parameter for wrapper in adapter.wrappers.values() for parameter in wrapper.factors]
+    found += [parameter for module in whole for parameter in module.parameters()]
+    return list(dict.fromkeys(found))
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:

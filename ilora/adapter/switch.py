@@ -225,11 +225,9 @@ def attach(model: Any, adapter: Adapter) -> None:
     """Puts an adapter into an injected model that has no active one."""
     injection = model.ilora
     injection.adapter, injection.dtype = adapter, dtype_of(model)
+    bring(model, adapter)
     for path, layer in adapter.wrappers.items():
         layer.gate_state = injection.state
-        for parameter in layer.factors:  # model.to() did not reach an adapter that was not active
-            dtype = injection.dtype if parameter.dtype == adapter.dtype else None
-            parameter.data = parameter.data.to(compute_device(layer.base_layer) or parameter.device, dtype)
         replace(model, path, layer.train(layer.base_layer.training))
     group(dict.fromkeys(adapter.layers.values()), injection.share_inputs)
     injection.originals = {path: model.get_submodule(path) for path in adapter.saved}
@@ -239,11 +237,22 @@ def attach(model: Any, adapter: Adapter) -> None:
     own = tuple(path + "." for path in (*adapter.saved, *adapter.wrappers))  # their weights are tied no longer
     for key in [key for key, other in tied.items() if key.startswith(own) or other.startswith(own)]:
         injection.tied[key] = tied.pop(key)
+    model.ilora_gate = adapter.gate
+    freeze_statistics(model)
+
+
+def bring(model: Any, adapter: Adapter) -> None:
+    """Moves an adapter's layers and gate network, which model.to() and model.train() have not reached, to where they
+    have brought the model. Its `dtype` stays what it was."""
+    now = dtype_of(model)
+    for layer in adapter.wrappers.values():
+        device = compute_device(layer.base_layer)
+        for parameter in layer.factors:
+            dtype = now if parameter.dtype == adapter.dtype else None
+            parameter.data = parameter.data.to(device or parameter.device, dtype)
     if adapter.gate is not None:
         _move_gate(model, adapter.gate)
         adapter.gate.train(model.training)
-    model.ilora_gate = adapter.gate
-    freeze_statistics(model)
 
 
 def detach(model: Any) -> None:
@@ -255,6 +264,8 @@ def detach(model: Any) -> None:
     injection.adapter.dtype = now = dtype_of(model)
     for path, original in injection.originals.items():
         replace(model, path, match_device_and_mode(original, injection.adapter.saved[path], injection.dtype, now))
+    while injection.watched:
+        injection.watched.popitem()[1].remove()
     if injection.tied:
         model.all_tied_weights_keys.update(injection.tied)
     injection.originals, injection.tied = {}, {}

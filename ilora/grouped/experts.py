@@ -186,7 +186,7 @@ class ILoRAExperts(nn.Module):
         Raises: RuntimeError without a gate, and where hooks on the base would be passed over; ValueError for a gate
         that the tokens do not fit.
         """
-        if not self.gate_state.enabled or self.merged:
+        if not self.gate_state.enabled or self.merged or self.gate_state.current.mixture is not None:
             return self.base_layer(hidden_states, top_k_index, top_k_weights)
         gate, segments = self.gate_state.gate_for(hidden_states, self.gate_index, self.name)
         if gate is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -73,13 +73,20 @@ def read_inputs(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str,
 
 
 def read_media(
-    model: Any, inputs: Inputs, N: int, rows: Any = None, generating: bool = False, packed: bool = False
+    model: Any,
+    inputs: Inputs,
+    N: int,
+    rows: Any = None,
+    generating: bool = False,
+    packed: bool = False,
+    layers: Iterable[str] | None = None,
 ) -> Media | None:
     """Which of the N instances the images, sounds and videos of a call belong to; None where it has none, or the model
     no place for them in its text, and where no adapted layer sees them.
 
     rows: what the caller says, `ilora_media_rows`. generating: it is a step of generate, with rows of the prompts.
-    packed: whether one row holds several instances. Raises ValueError, TypeError for rows that do not fit the media.
+    packed: whether one row holds several instances. layers: the adapted ones' paths, None for the active adapter's.
+    Raises ValueError, TypeError for rows that do not fit the media.
     """
     arguments = {
         name: value for name, value in inputs.values.items() if name not in _WORDS and _holds_media(name, value)
@@ -93,7 +100,7 @@ def read_media(
     if state.text_modules is None:
         state.text_modules = _text_modules(model)
     media = Media((), state.text_modules)
-    if not any(map(media.sees, model.ilora.adapter.layers)):
+    if not any(map(media.sees, model.ilora.adapter.layers if layers is None else layers)):
         return None
     call = _Call(model, inputs, arguments, placeholders, N, state.copies if generating else 1, packed)
     found = (call.medium(name, named.get(name))._replace(row_counts=call.row_counts(name)) for name in arguments)

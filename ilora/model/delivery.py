@@ -17,10 +17,11 @@ from ..current_gate import CurrentGate, capture_checkpoints, using
 from ..gates.pooling import generation_setting
 from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
+from .adapter_choice import choose
 from .batch import Inputs, read_inputs
-from .gate_choice import choose_gate, keep_gate_with_cache, warn_of_answer
+from .gate_choice import keep_gate_with_cache, warn_of_answer
 
-ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask", "ilora_media_rows")
+ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask", "ilora_media_rows", "ilora_adapters")
 
 
 class ILoRAModel:
@@ -40,6 +41,9 @@ class ILoRAModel:
         ilora_media_rows: for each image, sound or video the row of the batch that it belongs to, in the order in which
         the model is given them, for layers that see them; {argument: rows} where several arguments hold media. Needed
         where the placeholders in input_ids do not tell it.
+        ilora_adapters: the adapter of each instance, by name, None for the frozen model; or int64 [N] into
+        `ilora.adapters(model)`, -1 for the frozen model. Each adapter has its own gate: its network's, or its rows of
+        ilora_gate; that and ilora_z may be dicts, with the rows of each adapter under its name.
         A forward that another library puts on the model (TRL's fused head, accelerate's hooks) runs inside of this.
         """
         state = self.ilora.state
@@ -108,18 +112,20 @@ class ILoRAGenerator(ILoRAModel):
         ilora_z: Tensor | None = None,
         ilora_prompt_mask: Tensor | None = None,
         ilora_media_rows: Any = None,
+        ilora_adapters: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' generate under one gate row for each prompt [N, E], also with beams and return sequences.
         The gate network computes the gate once, from ilora_z or from the prompts, and it holds for all steps. The cache
         keeps it: a PromptGate's next call with that cache, as a chat's second turn, goes on under the same gate.
-        ilora_media_rows: as in the model's call."""
+        ilora_media_rows, ilora_adapters: as in the model's call."""
         main, state = getattr(self, "main_input_name", "input_ids"), self.ilora.state
         named = {main: kwargs["inputs"]} if kwargs.get("inputs") is not None else {}
         inputs = read_inputs((main,), args, {**kwargs, **named})
         with state.lock():
             with torch.no_grad():
-                current = choose_gate(self, inputs, ilora_gate, ilora_z, None, ilora_prompt_mask, ilora_media_rows)
+                given = (ilora_gate, ilora_z, None, ilora_prompt_mask, ilora_media_rows, ilora_adapters)
+                current = choose(self, inputs, *given)
             # Each step runs the prompts in their order, each of them `copies` times in a row; what generate calls by
             # itself (an encoder, a language model within) may find them before or after they are copied.
             settings = [generation_setting(self, kwargs, name) for name in ("num_beams", "num_return_sequences")]
@@ -133,7 +139,7 @@ class ILoRAGenerator(ILoRAModel):
             finally:
                 state.copies = before
         caches = (kwargs.get("past_key_values"), getattr(output, "past_key_values", None))
-        keep_gate_with_cache(self, current.gate, *caches)
+        keep_gate_with_cache(self, current, *caches)
         return output
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
@@ -172,25 +178,27 @@ def _with_rows(current: CurrentGate, rows: list[int]) -> CurrentGate:
     """The current gate of these rows of it alone."""
     assert current.gate is not None
     gate = current.gate.index_select(-2, torch.tensor(rows, device=current.gate.device))
-    return current._replace(gate=gate, rows=len(rows))
+    mixture = None if current.mixture is None else current.mixture.of_rows(rows)
+    return current._replace(gate=gate, rows=len(rows), mixture=mixture)
 
 
 def put_gate_in_force(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The forward pre-hook of an injected model. It takes the gate's arguments out of the call and puts the gate that
-    they mean in force. It is a hook so that FSDP's own, which gathers the gate network's parameters, runs first."""
+    """The forward pre-hook of an injected model. It takes our arguments out of the call and puts the gate they mean in
+    force. It is a hook so that FSDP's own, which gathers the gate network's parameters, runs first."""
     own = {name: value for name, value in kwargs.items() if name not in ARGUMENTS}
     state = model.ilora.state
     inputs = read_inputs(model._ilora_parameters, args, own)
-    current = choose_gate(model, inputs, *(kwargs.get(name) for name in ARGUMENTS))
+    current = choose(model, inputs, *(kwargs.get(name) for name in ARGUMENTS))
     if current.gate is not None and kwargs.get("ilora_gate") is None and not torch.compiler.is_compiling():
-        warn_of_answer(model, inputs, kwargs.get("ilora_prompt_mask"))
+        for adapter in (model.ilora.adapter,) if current.mixture is None else current.mixture.adapters:
+            warn_of_answer(model, adapter.gate, inputs, kwargs.get("ilora_prompt_mask"))
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         capture_checkpoints(model, state)
     state.begin_forward(current, model)
-    training = model.training and torch.is_grad_enabled()
-    state.balance_due = training and current.gate is not None and getattr(model.ilora_gate, "balance", 0.0) > 0.0
+    one = model.training and torch.is_grad_enabled() and current.gate is not None and current.mixture is None
+    state.balance_due = one and getattr(model.ilora_gate, "balance", 0.0) > 0.0
     return args, own
 
 

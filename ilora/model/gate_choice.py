@@ -6,9 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter.modules import embeddings as embeddings_of
+from ..adapter.record import Adapter
 from ..base_layers import compute_device
 from ..current_gate import CurrentGate
 from ..gates.networks import PromptGate, UniformGate
@@ -32,8 +33,7 @@ def choose_gate(
     does not fit."""
     check_argument_types(segments, mask)
     given, outer = [g is not None for g in (gate, z)], model.ilora.state.current
-    if getattr(model, "_is_replica", False):
-        raise RuntimeError("nn.DataParallel shares one gate among its threads; use DistributedDataParallel")
+    refuse_replica(model)
     if model.ilora.merged or not model.ilora.state.enabled:
         if model.ilora.merged and model.training and torch.is_grad_enabled():
             raise RuntimeError("a gate is merged into the weights, nothing would be trained: ilora.unmerge first")
@@ -60,6 +60,12 @@ def choose_gate(
     return CurrentGate(gate, segments, inputs.rows, inputs.lengths, generating=generating, media=media)
 
 
+def refuse_replica(model: Any) -> None:
+    """Raises RuntimeError inside of nn.DataParallel."""
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError("nn.DataParallel shares one gate among its threads; use DistributedDataParallel")
+
+
 def check_argument_types(segments: Tensor | None, mask: Tensor | None) -> None:
     """Raises TypeError for an ilora_segments that is no integer tensor and an ilora_prompt_mask that is no tensor."""
     if segments is not None and (not isinstance(segments, Tensor) or segments.is_floating_point()):
@@ -69,11 +75,21 @@ def check_argument_types(segments: Tensor | None, mask: Tensor | None) -> None:
         raise TypeError(f"ilora_prompt_mask: expected a bool tensor, got {type(mask).__name__}")
 
 
-def ask_network(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The gate that the model's gate network computes from these inputs. Raises ValueError for a missing input."""
-    network = model.ilora_gate
+def ask_network(
+    model: Any,
+    inputs: Inputs,
+    z: Tensor | None,
+    segments: Tensor | None,
+    mask: Tensor | None,
+    adapter: Adapter | None = None,
+) -> Tensor:
+    """The gate that the gate network of an adapter (None: the active one) computes from these inputs. Raises ValueError
+    for a missing input."""
+    kept_for = model.ilora.adapter.name if adapter is None else None  # among several adapters a cache keeps no gate
+    adapter = model.ilora.adapter if adapter is None else adapter
+    network: Any = adapter.gate
     if network is None:
-        wanted = f"ilora_gate [N, {model.ilora.config.num_experts}]"
+        wanted = f"ilora_gate [N, {adapter.config.num_experts}]"
         if z is not None:
             raise ValueError(
                 f"ilora_z was given to a model without a gate network; give {wanted}, or inject with gate="
@@ -88,7 +104,8 @@ def ask_network(model: Any, inputs: Inputs, z: Tensor | None, segments: Tensor |
             if segments is None and packed_by(inputs) is not None:  # it is everybody's
                 return network(1, compute_device(model))
             return network(segments.numel() - 1 if segments is not None else inputs.batch or 1, compute_device(model))
-        return _prompt_gate(model, network, inputs, segments, mask)
+        kept = _gate_of_cache(inputs, mask, kept_for)
+        return _prompt_gate(model, network, inputs, segments, mask) if kept is None else kept
     if mask is not None:
         raise ValueError(f"ilora_prompt_mask was given to a model whose {type(network).__name__} pools no prompt")
     if z is None:
@@ -100,9 +117,6 @@ def _prompt_gate(
     model: Any, network: PromptGate, inputs: Inputs, segments: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     values = inputs.values
-    kept = _gate_of_cache(model, inputs, mask)
-    if kept is not None:
-        return kept
     embeddings, has_row = values.get("inputs_embeds"), None
     if embeddings is None:
         if values.get("input_ids") is None:
@@ -135,21 +149,22 @@ def _prompt_gate(
     return network(embeddings, mask.bool() if has_row is None else mask.bool() & has_row, segments)
 
 
-def keep_gate_with_cache(model: Any, gate: Tensor | None, *caches: Any) -> None:
-    """Notes at the caches of a generate the gate that their tokens were computed under."""
+def keep_gate_with_cache(model: Any, current: CurrentGate, *caches: Any) -> None:
+    """Notes at the caches of a generate the gate that their tokens were computed under, if one adapter computed them."""
+    note = None if current.gate is None or current.mixture else (model.ilora.adapter.name, current.gate)
     for cache in caches:
-        if gate is not None and hasattr(cache, "get_seq_length"):
-            cache.ilora_gate = (model.ilora.adapter.name, gate)
+        if hasattr(cache, "get_seq_length"):
+            cache.ilora_gate = note
 
 
-def _gate_of_cache(model: Any, inputs: Inputs, mask: Tensor | None) -> Tensor | None:
+def _gate_of_cache(inputs: Inputs, mask: Tensor | None, adapter: str | None) -> Tensor | None:
     """The gate that the cache of this call was filled under, a row for each sequence, or None where it is empty.
-    Raises ValueError where the cache keeps no gate of the active adapter, or a prompt mask was given beside it."""
+    Raises ValueError where it keeps no gate of the adapter with this name, or a prompt mask was given beside it."""
     cache = inputs.values.get("past_key_values")
     if cache is None or (hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0):
         return None
-    name, gate = getattr(cache, "ilora_gate", (None, None))
-    if gate is None or name != model.ilora.adapter.name:
+    name, gate = getattr(cache, "ilora_gate", None) or (None, None)
+    if gate is None or name != adapter:
         raise ValueError(
             "past_key_values holds tokens that PromptGate does not see, and no gate of this adapter that generate kept "
             "with them: keep one gate for all steps and turns, "
@@ -178,9 +193,9 @@ def _refuse_answers(model: Any, values: dict[str, Any]) -> None:
         )
 
 
-def warn_of_answer(model: Any, inputs: Inputs, mask: Tensor | None) -> None:
+def warn_of_answer(model: Any, network: nn.Module | None, inputs: Inputs, mask: Tensor | None) -> None:
     """Warns once for a PromptGate that reads the whole input of a forward, since an answer may be in it."""
-    network, state = model.ilora_gate, model.ilora.state
+    state = model.ilora.state
     if not isinstance(network, PromptGate) or network.warned or mask is not None or state.current.gate is not None:
         return
     told = state.prompt_lengths is not None or inputs.values.get("labels") is not None
@@ -224,16 +239,25 @@ def check_gate(
     """Raises ValueError unless there is one gate row for each sequence, or one for all, or segments that say which row
     belongs to which instance; TypeError for a gate that is no float tensor. generating: it is a step of generate.
     shared: whether one gate row may be for several sequences packed in one row, as one made of a single z is not."""
-    E, layers = model.ilora.config.num_experts, len(model.ilora.adapter.blocks)
+    check_width(model.ilora.adapter, gate)
+    N = gate.shape[-2]
+    if segments is None:
+        check_rows(model, N, inputs, generating, shared)
+    elif segments.shape != (N + 1,):
+        raise ValueError(f"ilora_segments: expected [N+1={N + 1}] row offsets, got {list(segments.shape)}")
+
+
+def check_width(adapter: Adapter, gate: Tensor) -> None:
+    """Raises ValueError, TypeError unless the gate is a float tensor with the adapter's experts and blocks."""
+    E, layers = adapter.config.num_experts, len(adapter.blocks)
     expected = f"[N, {E}], or [{layers}, N, {E}] with one for each block"
     float_gate(gate, expected, num_experts=E)
     if gate.dim() not in (2, 3) or (gate.dim() == 3 and gate.shape[0] != layers):
         raise ValueError(f"gate: expected {expected}, got {list(gate.shape)}")
-    N = gate.shape[-2]
-    if segments is not None:
-        if segments.shape != (N + 1,):
-            raise ValueError(f"ilora_segments: expected [N+1={N + 1}] row offsets, got {list(segments.shape)}")
-        return
+
+
+def check_rows(model: Any, N: int, inputs: Inputs, generating: bool, shared: bool = True) -> None:
+    """Raises ValueError unless N gate rows, without segments, fit the sequences; the arguments are `check_gate`'s."""
     if inputs.rows is None or inputs.batch is None or N == 0 or (N == 1 and shared):
         return
     if generating:

@@ -1,0 +1,203 @@
+"""Several adapters in one batch: what a layer computes where each instance has an adapter of its own.
+
+The frozen product is one call for all rows. Of the updates, the rows of one adapter are a slot of the grouped
+operation; adapters that differ in rank, dropout or dtype take a call each. No rows are copied where instances of one
+adapter lie together and all of them fit one call.
+
+Names: N instances, L rows of each in a layer's input, E the columns of the widest gate, R a layer's ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..current_gate import GateState, own_gate
+from .functional import grouped_linear, grouped_update
+
+ALL = slice(None)
+
+
+@dataclass
+class Group:
+    """Adapters of one layer that a call of the grouped operation serves, a slot each.
+
+    layers: the ILoRALinear of each. counts: how many instances each has. rows: int64 [n], these instances. blocks:
+    int64 [n], which of a gate for each block is theirs. ranks: [n, E, R], what an instance's gate gives to each rank.
+    """
+
+    layers: list[Any]
+    dropout_p: float
+    counts: list[int]
+    rows: Tensor
+    blocks: Tensor
+    ranks: Tensor
+    factors: tuple[Tensor, Tensor] | None = None
+    places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def update(self, x: Tensor, frozen: Any, gate: Tensor, keep: bool) -> Tensor:
+        """The updates [n·L, d_out] of x [n·L, d_in], added to x Wᵀ + b where frozen gives (W, b). keep: whether the
+        adapters' tensors stay put together for the next call."""
+        A, B = self.factors or (torch.stack([layer.lora_A for layer in self.layers]),
+                                torch.stack([layer.lora_B for layer in self.layers]))  # fmt: skip
+        self.factors = (A, B) if keep else None
+        own = gate[self.blocks, self.rows] if gate.dim() == 3 else gate[self.rows]
+        weights = (own[..., None] * self.ranks).sum(1)
+        settings: Any = (A, B, weights, 1.0, *self._places(x), self.dropout_p, None, self.layers[0].backend)
+        return grouped_update(x, None, *settings) if frozen is None else grouped_linear(x, *frozen, *settings)
+
+    def _places(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """offsets and instances of the grouped operation, for this many rows of each instance."""
+        n = len(self.rows)
+        L = len(x) // n
+        if L not in self.places:
+            ends = torch.tensor([0, *self.counts], device=x.device).cumsum(0) * L
+            instances = torch.arange(n, dtype=torch.int32, device=x.device).repeat_interleave(L)
+            self.places[L] = ends.to(torch.int32), instances
+        return self.places[L]
+
+
+class Plan(NamedTuple):
+    """How a layer serves the batch. order: int64 [N], the instances sorted by group and slot, those without an update
+    last, None where they lie so; back: the reverse. frozen: how many have no update."""
+
+    groups: list[Group]
+    order: Tensor | None
+    back: Tensor | None
+    frozen: int
+
+
+class Mixture:
+    """Whose adapter the instances of a batch have.
+
+    adapters: the records (`ilora.adapter.record.Adapter`) in the order in which the batch has them. slots: for each
+    instance the place of its adapter among them, -1 for the frozen model. by_block: of each adapter, whether its gate
+    has a row for each block. The gate in force is [N, E], or [blocks, N, E] where one of them has; columns and blocks
+    that an instance's adapter lacks are zeros.
+    """
+
+    def __init__(self, adapters: Sequence[Any], slots: Sequence[int], by_block: Sequence[bool]) -> None:
+        self.adapters, self.slots, self.by_block = tuple(adapters), tuple(slots), tuple(by_block)
+        self._plans: dict[tuple[str, bool], Plan] = {}
+
+    def of_rows(self, rows: Sequence[int]) -> Mixture:
+        """The mixture of a batch of these instances."""
+        return Mixture(self.adapters, [self.slots[row] for row in rows], self.by_block)
+
+    def output(self, layer: Any, x: Tensor) -> Tensor:
+        """What the ILoRALinear that stands in the model gives for x [..., d_in]: [..., d_out].
+        Raises ValueError, TypeError naming the layer for an input that the batch's adapters do not fit."""
+        gate, _ = layer.gate_state.gate_for(x, ALL, layer.name)
+        plan, weight = self._plan(layer.name, layer.training, gate), layer.plain_weight()
+        if weight is None or plan.order is not None or plan.frozen or len(plan.groups) != 1:
+            return self.add(layer.gate_state, layer.name, x, layer.base_layer(x), layer.training)
+        flat = self._by_instance(layer.name, x).flatten(0, 1)
+        frozen = (weight, layer.base_layer.bias)
+        y = self._update(layer.gate_state, layer.name, plan.groups[0], flat, frozen, gate)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def add(self, state: GateState, name: str, x: Tensor, y: Tensor, training: bool) -> Tensor:
+        """y [..., d_out], a frozen layer's output for x, with the updates that the instances' adapters have for it."""
+        gate, _ = state.gate_for(x, ALL, name)
+        assert gate is not None
+        plan = self._plan(name, training, gate)
+        if not plan.groups:
+            return y
+        rows = self._by_instance(name, x)
+        rows = rows if plan.order is None else rows[plan.order]
+        parts = rows.split([*(len(group.rows) for group in plan.groups), plan.frozen])
+        updates = [
+            self._update(state, name, group, part.flatten(0, 1), None, gate).view(*part.shape[:-1], -1)
+            for group, part in zip(plan.groups, parts[:-1], strict=True)
+        ]
+        if plan.frozen:
+            updates.append(updates[0].new_zeros(plan.frozen, *updates[0].shape[1:]))
+        update = torch.cat(updates) if len(updates) > 1 else updates[0]
+        update = update if plan.back is None else update[plan.back]
+        return y + update.view(y.shape).to(y.dtype)
+
+    def _by_instance(self, name: str, x: Tensor) -> Tensor:
+        """x as [N, L, d_in]."""
+        N, M = len(self.slots), x.shape[:-1].numel()
+        if M % N:
+            raise ValueError(
+                f"{name}: its input {list(x.shape)} has {M} rows, which {N} instances do not divide evenly"
+            )
+        return x.reshape(N, M // N, x.shape[-1])
+
+    def _update(self, state: GateState, name: str, group: Group, x: Tensor, frozen: Any, gate: Any) -> Tensor:
+        try:
+            return group.update(x, frozen, gate, state.current.generating and not torch.is_grad_enabled())
+        except (TypeError, ValueError) as error:
+            error.args = (f"{name}: {error}",)
+            raise
+
+    def _plan(self, name: str, training: bool, gate: Tensor) -> Plan:
+        key = name, training
+        if key not in self._plans:
+            self._plans[key] = self._new_plan(name, training, gate)
+        return self._plans[key]
+
+    def _new_plan(self, name: str, training: bool, gate: Tensor) -> Plan:
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for slot, adapter in enumerate(self.adapters):
+            layer = adapter.layers.get(name)
+            if layer is not None:
+                p = layer.lora_dropout if training else 0.0
+                kinds.setdefault((layer.r, p, layer.lora_A.dtype, layer.backend), []).append(slot)
+        instances: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.slots):
+            instances.setdefault(slot, []).append(row)
+        order: list[int] = []
+        groups = []
+        for (_, p, *_), slots in kinds.items():
+            rows = [instances[slot] for slot in slots]
+            groups.append(self._group(name, slots, p, rows, gate))
+            order += [row for own in rows for row in own]
+        frozen = sorted(set(range(len(self.slots))).difference(order))
+        order += frozen
+        if order == list(range(len(order))):
+            return Plan(groups, None, None, len(frozen))
+        sorted_by_slot = torch.tensor(order, device=gate.device)
+        return Plan(groups, sorted_by_slot, sorted_by_slot.argsort(), len(frozen))
+
+    def _group(self, name: str, slots: list[int], p: float, rows: list[list[int]], gate: Tensor) -> Group:
+        layers = [self.adapters[slot].layers[name] for slot in slots]
+        counts = [len(own) for own in rows]
+        blocks = [layer.gate_index if self.by_block[slot] else 0 for layer, slot in zip(layers, slots, strict=True)]
+        ranks = torch.stack([weights_of_ranks(layer, gate.shape[-1]) for layer in layers]).to(gate)
+        each = torch.tensor(counts, device=gate.device)
+        return Group(
+            layers,
+            p,
+            counts,
+            torch.tensor([row for own in rows for row in own], device=gate.device),
+            torch.tensor(blocks, device=gate.device).repeat_interleave(each),
+            ranks.repeat_interleave(each, 0),
+        )
+
+
+def weights_of_ranks(layer: Any, E: int) -> Tensor:
+    """float64 [E, R]: a gate [1, E] times it is what multiplies each of the layer's ranks, the scaling included."""
+    own = own_gate(torch.eye(layer.gate_experts, dtype=torch.float64), layer.num_experts, layer.gate_experts)
+    ranks = layer.scaling * own.repeat_interleave(layer.r // layer.num_experts, 1)
+    return F.pad(ranks, (0, 0, 0, E - layer.gate_experts))
+
+
+class AddUpdates:
+    """The forward hook of a layer that the active adapter leaves frozen, for the adapters of a batch that do not."""
+
+    def __init__(self, state: GateState, name: str) -> None:
+        self.state, self.name = state, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        mixture = self.state.current.mixture
+        if mixture is None or not self.state.enabled:
+            return None
+        (x,) = (*args, *kwargs.values())
+        return mixture.add(self.state, self.name, x, y, module.training)
