@@ -82,7 +82,7 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y [M, d_out], xa [M, R]). A few rows are one call of C++, which halves what our part of the call takes."""
+    """(y [M, d_out], xa [M, R]). A few rows are one call of C++, which is quicker than two."""
     if weight is not None and seed is None and len(x) < FEW_ROWS and not through_float32(x, weight.t()):
         op = torch.ops.ilora_native.decode.default
         return op(x, weight, bias, None, A, B, dense_gate(gate, x), segments, scaling)
