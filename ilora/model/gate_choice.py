@@ -150,7 +150,7 @@ def _prompt_gate(
 
 
 def keep_gate_with_cache(model: Any, current: CurrentGate, *caches: Any) -> None:
-    """Notes at the caches of a generate the gate that their tokens were computed under, if one adapter computed them."""
+    """Notes at the caches of a generate the gate that one adapter computed their tokens under, if it did."""
     note = None if current.gate is None or current.mixture else (model.ilora.adapter.name, current.gate)
     for cache in caches:
         if hasattr(cache, "get_seq_length"):
