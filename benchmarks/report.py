@@ -89,7 +89,7 @@ def calls_table(rows: list[Row]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Markdown of one run: what a layer takes, what a call costs, whole training steps, generating text.
+    """Markdown of one run: what a layer takes, what a call costs, whole training steps, generating text, many adapters.
 
     Raises ValueError for a dry run of the GPU report, and for a file that has none of these.
     """
@@ -100,6 +100,8 @@ def markdown(results: dict[str, Any]) -> str:
         "calls": lambda rows: _markdown(_calls_frame(rows)),
         "steps": steps_markdown,
         "generation": generation_markdown,
+        "adapters": lambda rows: _markdown(many_frame(rows)),
+        "experts": lambda rows: _markdown(many_frame(rows)),
     }
     tables = [make(results[name]) for name, make in makers.items() if results.get(name)]
     if not tables:
@@ -202,6 +204,25 @@ def generation_markdown(rows: list[Row]) -> str:
         for name, own in _by_name(rows).items()
     }
     return _markdown(pd.DataFrame(lines).T)
+
+
+def many_frame(rows: list[Row]) -> pd.DataFrame:
+    """Many adapters in one batch, or adapted experts: forward plus backward over the baseline's (× 1.00), a row for each
+    peer and a column for each case, whose first line has the baseline's milliseconds."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        both = row["both"]
+        ms = f" ({both['ms']:.0f} ms)" if both["low"] == both["high"] == 1.0 else ""
+        cells.setdefault(row["case"], {})[row["peer"]] = f"{both['ratio']:.2f}{ms}"
+    return pd.DataFrame(cells).fillna(MISSING)
+
+
+def many_table(rows: list[Row]) -> str:
+    """The same of one case, for the terminal, with quartiles."""
+    lines = [
+        {"": row["peer"], "ms": f"{row['both']['ms']:.1f}", "×": _with_quartiles(row["both"], True)} for row in rows
+    ]
+    return f"\n{rows[0]['case']}, {rows[0]['rounds']} rounds\n{terminal_table(pd.DataFrame(lines))}"
 
 
 def _by_name(rows: list[Row]) -> dict[str, list[Row]]:

@@ -1,4 +1,4 @@
-"""Several adapters in one batch: each row is what its adapter alone would make of it, in forward, training and generate."""
+"""Several adapters in one batch: each row is what its adapter alone makes of it, in forward, training and generate."""
 
 import copy
 from functools import partial
@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from models import MAKE, E, injected, prompts, randomised
+from test_generated_rows import WINDOW, transcribe, whisper
 from torch import nn
 
 import ilora
@@ -27,7 +28,10 @@ def several(family="llama", dropout=0.0):
     a, b, c = FAMILIES[family]
     model = injected(MAKE[family], ilora.UniformGate(E), lora_dropout=dropout)
     ilora.add_adapter(
-        model, "prompt", ILoRAConfig(r=6, num_experts=2, target_modules=[a, b], lora_dropout=dropout), ilora.PromptGate(2)
+        model,
+        "prompt",
+        ILoRAConfig(r=6, num_experts=2, target_modules=[a, b], lora_dropout=dropout),
+        ilora.PromptGate(2),
     )
     randomised(model, 1)
     network = ilora.SequenceGate(5, 3, per_layer=True)
@@ -239,3 +243,156 @@ def test_eight_trained_together_equal_eight_trained_alone(tmp_path):
         saved = ilora.save_adapter(model, tmp_path / f"a{i}", name=f"a{i}")
         by_peft = peft.PeftModel.from_pretrained(small(), saved).eval()
         torch.testing.assert_close(by_peft(rows).logits, run().logits[2 * i : 2 * i + 2], rtol=0, atol=1e-6)
+
+
+def call(model, inputs=None, **more):
+    return model(**(inputs or batch()), **{"ilora_z": Z, "ilora_gate": {"given": GATE[5:]}, **more})
+
+
+BAD = {  # words of the error: (its type, arguments)
+    "there is no adapter 'other'; the model has 'plain', .*, None .* is the frozen": (ValueError, {5: "other"}),
+    "there is no adapter 4": (ValueError, torch.tensor([0, 1, 2, 3, 4, -1])),
+    "5 adapters for a batch of 6; give one for each": (ValueError, NAMES[1:]),
+    "expected a name or None for each instance, or integers .*, got 'plain'": (TypeError, "plain"),
+    "expected a name or None for each instance, .*, got \\[\\]": (TypeError, []),
+    r"expected integers \[N\], got torch.float32 \[6\]": (TypeError, torch.zeros(6)),
+    "adapter 'network': .* needs ilora_z": (ValueError, {"ilora_z": None}),
+    "adapter 'network': z: expected .*z_dim=5": (ValueError, {"ilora_z": torch.randn(6, 4)}),
+    "ilora_z: expected a row for each of 6 instances, got .5, 5.": (ValueError, {"ilora_z": Z[1:]}),
+    "ilora_z: expected a tensor, or a dict": (TypeError, {"ilora_z": 3}),
+    "adapter 'given': .* needs ilora_gate": (ValueError, {"ilora_gate": None}),
+    r"adapter 'given': gate: expected \[N, 2\], .* got \[1, 3\]": (
+        ValueError,
+        {"ilora_gate": {"given": torch.rand(1, 3)}},
+    ),
+    "adapter 'given': gate: it has 2 rows for 1 instances": (ValueError, {"ilora_gate": {"given": GATE[:2]}}),
+    "no instance has the adapter 'other'": (ValueError, {"ilora_gate": {"other": GATE}}),
+    "adapter 'network': ilora_gate decides": (ValueError, {"ilora_gate": {"network": torch.rand(1, 3)}}),
+    "a row holds several sequences": (ValueError, {"ilora_segments": torch.arange(7)}),
+    "no adapter of .* has a gate network that reads it": (
+        ValueError,
+        {"ilora_adapters": ["plain"] * 6, "ilora_gate": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_refused_and_changes_nothing(words):
+    model, (kind, given) = several(), BAD[words]
+    if isinstance(given, dict) and 5 in given:
+        given = [*NAMES[:5], given[5]]
+    given = given if isinstance(given, dict) else {"ilora_adapters": given}
+    before, hooks = dict(model.named_modules()), [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(kind, match=words):
+        call(model, **{"ilora_adapters": NAMES, **given})
+    assert dict(model.named_modules()) == before
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert model.ilora.state.current == ilora.current_gate.CurrentGate()
+
+
+def with_head(model):
+    ilora.add_adapter(model, "other", ILoRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
+def with_balance(model):
+    gate = ilora.PromptGate(4, balance=0.1)
+    ilora.add_adapter(model.train(), "other", ILoRAConfig(target_modules=["q_proj"]), gate)
+
+
+def disabled(model):
+    context = ilora.disable_adapter(model)
+    context.__enter__()
+    return context
+
+
+REFUSED = {
+    "'other' trains lm_head whole": with_head,
+    "gate network of 'other' has a balance term; set it to 0": with_balance,
+    "a gate is merged into the weights": lambda model: ilora.merge(model, torch.ones(E) / E),
+    "the adapter is disabled": disabled,
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_several_adapters_cannot_do_is_refused(words):
+    model = several()
+    kept = REFUSED[words](model)
+    names = [*NAMES[:5], "other"] if "'other'" in words else NAMES
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        call(model, ilora_adapters=names, ilora_gate=None if "'other'" in words else {"given": GATE[5:]})
+    del kept
+
+
+def test_fused_experts_are_refused_and_stay_frozen_for_others():
+    model = injected(MAKE["mixtral"], ilora.UniformGate(E))
+    ilora.add_adapter(model, "attention", ILoRAConfig(target_modules=["q_proj"], exclude_modules=["experts"]))
+    randomised(model)
+    ids = prompts((5, 5))[0]
+    want = model(ids[:1], ilora_gate=torch.ones(1, E)).logits
+    ilora.set_adapter(model, "default")
+    with pytest.raises(
+        ValueError, match="'default' adapts the fused experts .*experts, which have one adapter at a time"
+    ):
+        model(ids, ilora_adapters=["attention", "default"])
+    for update in model.ilora.adapter.expert_updates:
+        nn.init.normal_(update.lora_B_experts)
+    found = model(ids, ilora_adapters=["attention", None], ilora_gate={"attention": torch.ones(1, E)}).logits
+    torch.testing.assert_close(found[:1], want, **EXPECTED)
+
+
+def test_afterwards_the_model_is_as_before():
+    model, inputs = several(), batch()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    want, together = model(**inputs).logits, mixed(model, model, inputs).logits
+    assert torch.equal(model(**inputs).logits, want)
+    stop = model.model.norm.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mixed(model, model, inputs)
+    stop.remove()
+    assert torch.equal(model(**inputs).logits, want)
+    twin = copy.deepcopy(model)
+    assert torch.equal(mixed(twin, twin, inputs).logits, together)
+    ilora.set_adapter(model, "given")  # which adapts fewer layers
+    torch.testing.assert_close(mixed(model, model, inputs).logits, together, **EXPECTED)
+    model.double()  # reaches the others when they are next used
+    assert mixed(model, model, inputs).logits.dtype is torch.float64
+    ilora.set_adapter(model.float(), "plain")
+    assert torch.equal(model(**inputs).logits, want)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    torch.testing.assert_close(mixed(model, model, inputs).logits, together)
+    for name in ("prompt", "network", "given"):
+        ilora.delete_adapter(model, name)
+    assert not any(module._forward_hooks for module in ilora.eject(model).modules())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_recordings_that_end_early_keep_their_adapters():
+    model = whisper(ilora.UniformGate(E))
+    ilora.add_adapter(model, "other", ILoRAConfig(target_modules=["q_proj", "fc1"]), ilora.UniformGate(E))
+    randomised(model, 7)
+    sounds = torch.randn(3, 8, 2 * WINDOW, generator=torch.Generator().manual_seed(1))
+    names, windows = ["other", "default", None], (1, 2, 2)
+    used = []
+    handle = model.model.encoder.register_forward_pre_hook(lambda *_: used.append(model.ilora.state.current.mixture))
+    found = transcribe(model, sounds, windows, None, ilora_adapters=names)
+    handle.remove()
+    assert [mixture.slots for mixture in used][-2:] == [(0, 1, -1), (1, -1)]
+    for i, name in enumerate(names):
+        alone = transcribe(model, sounds[i : i + 1], windows[i : i + 1], None, ilora_adapters=[name])
+        assert found[i] == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "names"), [((2, 3, 5), (2, 4), 2), ((2, 3, 5), (2, 3), 3), ((2, 5), (2,), 2)]
+)
+def test_losses_of_other_shapes_are_refused(shape, labels, names):
+    with pytest.raises(ValueError, match=r"expected logits \[N, L, V\], labels \[N, L\] and N adapters"):
+        ilora.adapter_losses(torch.randn(shape), torch.ones(labels, dtype=torch.int64), ["a"] * names)
+
+
+def test_losses_of_one_label_an_instance_and_without_labels():
+    logits, labels = torch.randn(4, 5), torch.tensor([1, 4, 2, -100])
+    losses = ilora.adapter_losses(logits, labels, torch.tensor([1, 0, 1, 2]), shift=False)
+    assert list(losses) == [1, 0, 2]
+    assert losses[2] == 0
+    torch.testing.assert_close(losses[1], nn.functional.cross_entropy(logits[[0, 2]], labels[[0, 2]]))

@@ -144,15 +144,15 @@ class Mixture:
         return self._plans[key]
 
     def _new_plan(self, name: str, training: bool, gate: Tensor) -> Plan:
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for slot, adapter in enumerate(self.adapters):
-            layer = adapter.layers.get(name)
-            if layer is not None:
-                p = layer.lora_dropout if training else 0.0
-                kinds.setdefault((layer.r, p, layer.lora_A.dtype, layer.backend), []).append(slot)
         instances: dict[int, list[int]] = {}
         for row, slot in enumerate(self.slots):
             instances.setdefault(slot, []).append(row)
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for slot, adapter in enumerate(self.adapters):
+            layer = adapter.layers.get(name)
+            if layer is not None and slot in instances:
+                p = layer.lora_dropout if training else 0.0
+                kinds.setdefault((layer.r, p, layer.lora_A.dtype, layer.backend), []).append(slot)
         order: list[int] = []
         groups = []
         for (_, p, *_), slots in kinds.items():
@@ -168,17 +168,16 @@ class Mixture:
 
     def _group(self, name: str, slots: list[int], p: float, rows: list[list[int]], gate: Tensor) -> Group:
         layers = [self.adapters[slot].layers[name] for slot in slots]
-        counts = [len(own) for own in rows]
         blocks = [layer.gate_index if self.by_block[slot] else 0 for layer, slot in zip(layers, slots, strict=True)]
         ranks = torch.stack([weights_of_ranks(layer, gate.shape[-1]) for layer in layers]).to(gate)
-        each = torch.tensor(counts, device=gate.device)
+        places = [place for place, own in enumerate(rows) for _ in own]
         return Group(
             layers,
             p,
-            counts,
+            [len(own) for own in rows],
             torch.tensor([row for own in rows for row in own], device=gate.device),
-            torch.tensor(blocks, device=gate.device).repeat_interleave(each),
-            ranks.repeat_interleave(each, 0),
+            torch.tensor([blocks[place] for place in places], device=gate.device),
+            ranks[torch.tensor(places, device=gate.device)],
         )
 
 
