@@ -84,7 +84,7 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,  # the filter would log the mean of earlier losses in place of nan
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
-        save_total_limit=2,
+        save_total_limit=3,
         disable_tqdm=not settings.progress,
         remove_unused_columns=False,
         dataloader_drop_last=False,
