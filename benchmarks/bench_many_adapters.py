@@ -1,16 +1,15 @@
 """Times many adapters in one batch, and adapted experts of sparse mixtures: `python benchmarks/bench_many_adapters.py`.
 
 First a layer whose instances have an adapter each, beside one plain LoRA of the same rank on the same rows; PEFT takes
-`adapter_names`. Then fused experts of Qwen3-MoE whose tokens choose four of X, evenly or so that a few experts have most
-of the tokens, beside the frozen experts; PEFT takes `target_parameters`. `loop` is plain torch, adapter by adapter or
-expert by expert. Before anything is timed, all that are to compute the same are compared, forward and backward. Forward
-plus backward in float32; a factor (×) is taken within interleaved rounds. About two minutes on two CPU cores.
+`adapter_names`. Then fused experts of Qwen3-MoE whose tokens choose four of X, evenly or so that a few experts have
+most of the tokens, beside the frozen experts; PEFT takes `target_parameters`. `loop` is plain torch, adapter by adapter
+or expert by expert. Before anything is timed, all that are to compute the same are compared, forward and backward.
+Forward plus backward in float32; a factor (×) is taken within interleaved rounds. Two minutes or so on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -60,10 +59,10 @@ def layer_peers(X: int, N: int, x: Tensor, d: int, R: int) -> tuple[dict[str, Pe
     _fill(single.factors, [As[0], Bs[0]])
     peers = {
         FROZEN: Peer(linear, none),
-        ONE: Peer(lambda x: single(x, gate=everyone), none, {"": list(single.factors)}),
-        "ilora": Peer(lambda x: model(x, ilora_adapters=names, ilora_gate=everyone), none, {"": factors}),
+        ONE: Peer(lambda x: single(x, gate=everyone), none, {"": [*single.factors]}),
+        "ilora": Peer(lambda x: model(x, ilora_adapters=names, ilora_gate=everyone), none, {"": [*factors]}),
         "ilora, rows in any order": Peer(
-            lambda x: model(x, ilora_adapters=mixed, ilora_gate=everyone), none, {"": factors}
+            lambda x: model(x, ilora_adapters=mixed, ilora_gate=everyone), none, {"": [*factors]}
         ),
         "loop": Peer(loop, none, {"": leaves}),
     }
@@ -115,7 +114,7 @@ def expert_peers(X: int, skewed: bool, M: int, d_in: int, width: int, R: int) ->
     index = torch.multinomial(share.expand(M, X), K, generator=torch.Generator().manual_seed(0))
     weights, gate = torch.full((M, K), 1 / K), torch.ones(1, 1)
     frozen, model = Mixture(X, d_in, width), Mixture(X, d_in, width)
-    ilora.inject(model, ilora.ILoRAConfig(r=R, num_experts=1, lora_alpha=R, target_modules=["experts"]))
+    ilora.inject(model, ilora.ILoRAConfig(r=R, num_experts=1, lora_alpha=R, target_modules=("experts",)))
     up_A, up_B, down_A, down_B = factors = ilora.adapter_parameters(model)
     _fill([up_B, down_B], [torch.randn_like(up_B) / R, torch.randn_like(down_B) / R])
     leaves = [factor.detach().clone().requires_grad_() for factor in factors]
@@ -237,4 +236,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
