@@ -75,6 +75,13 @@ def test_options_that_cannot_be_meant_are_refused_at_once(command, arguments, ca
     assert REFUSED[command][arguments] in capsys.readouterr().err
 
 
+def test_a_comparison_under_a_launcher_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        parse([])
+    assert "a launcher started several processes" in capsys.readouterr().err
+
+
 def test_the_commands_of_the_results_are_still_accepted():
     texts = [path.read_text(encoding="utf-8") for path in (FOLDER / "README.md", *(FOLDER / "results").glob("*.md"))]
     commands = [found for text in texts for found in re.findall(r"recommendation/compare\.py([^`#\n]*)", text)]

@@ -55,6 +55,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     """The options. Ends the program with status 2 if any are wrong, contradict each other or would be ignored."""
     parser = made_parser(description)
     options = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("a launcher started several processes, which would do the same runs; start one, with --jobs")
     made_up = options.data in MADE_UP
     if (options.root is None) != made_up:
         parser.error("--root goes with --data, and --data of files needs it")
