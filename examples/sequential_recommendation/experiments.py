@@ -35,6 +35,7 @@ MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": 
 PROMPTS = dict.fromkeys((*MADE_UP, *READERS), "neutral")  # the kind of prompt of each data set
 PROMPTS |= {"ml-100k": "movies", "movielens": "movies", "lastfm": "artists", "steam": "games"}
 TINY, SMOLLM2 = "tiny", "smollm2"
+logging.disable_progress_bar()  # transformers' bars, for files that are read and written in a moment
 
 
 class OtherData(ValueError):
@@ -155,7 +156,6 @@ class Experiment:
 
     def language_model(self, dataset: Dataset) -> tuple[Any, Any]:
         """(model, tokenizer), newly loaded, on the GPU if there is one. Raises OSError if the model is missing."""
-        logging.disable_progress_bar()
         if self.model == TINY:
             if not self.lm_folder.is_dir():
                 raise FileNotFoundError(f"{self.lm_folder}: the tiny language model of this comparison is missing")
