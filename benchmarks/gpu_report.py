@@ -145,13 +145,13 @@ def model_jobs() -> Iterator[Job]:
 
 def _dry_jobs() -> list[Job]:
     """The same programs on tiny shapes, all peers but the compiled one."""
-    tiny = ("bench_moe_lora.py", "--full", "--shapes", "24x40", "--seconds", "0", "--ranks", "4", "--experts", "2",
+    tiny = ("bench_moe_lora.py", "--full", "--shapes", "24x40", "--repeats", "1", "--ranks", "4", "--experts", "2",
             "--dtypes", "float32", "--no-calls", "--peers")  # fmt: skip
     few = "peft,published,loop,eager,ilora[reference]"
     peers = f"{few},unsloth,axolotl,automodel,lorafusion,{OURS}"
     model = ("bench_model.py", "--model", "tiny", "--batch", "2", "--length", "8", "--rounds", "2", "--tokens", "2")
     return [
-        Job("layer-1", "layer", _python(*tiny, peers, "--length", "8"), 40),
+        Job("layer-1", "layer", _python(*tiny, peers, "--batch", "2", "--length", "8"), 40),
         Job("decode-24x40", "decode", _python(*tiny, few, "--inference", "--batch", "1,2", "--length", "1"), 40),
         Job("model-tiny", "model", _python(*model), 40),
     ]

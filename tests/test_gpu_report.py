@@ -9,6 +9,7 @@ import gpu_report
 import pytest
 import report
 import torch
+from bench_moe_lora import TRAINING_PEERS
 from gpu_report import Job
 from peers import Settings
 
@@ -175,12 +176,16 @@ def test_the_main_layers_make_one_table_and_the_gates_cost_another():
 
 def test_a_dry_run_of_a_benchmark(tmp_path, capsys):
     pytest.importorskip("peft")
-    assert gpu_report.main(["--device=cpu", f"--out={tmp_path}", "--only", "decode"]) == 0
+    pytest.importorskip("triton")
+    assert gpu_report.main(["--device=cpu", f"--out={tmp_path}", "--only", "layer"]) == 0
     results = json.loads((tmp_path / "dry-run" / "report.json").read_text())
     assert results["dry_run"]
     jobs = results["jobs"]
     assert [each["status"] for each in jobs.values()] == ["ok"]
-    assert {row["peer"] for row in jobs["decode-24x40"]["result"]["rows"]} >= {"frozen", "peft", "ilora[reference]"}
+    rows = jobs["layer-1"]["result"]["rows"]
+    assert {row["peer"] for row in rows} == TRAINING_PEERS.keys() - {"compile", "ilora[native]"}
+    assert {(row["peer"], row["dropout"]) for row in rows if "eager" not in row} == {("unsloth", 0.1)}
+    assert "| 24→40, 16 rows, R = 4 |" in (tmp_path / "dry-run" / "report.md").read_text()
     with pytest.raises(ValueError, match="dry run"):
         report.markdown(results)
 
