@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import arguments
 import torch
 from machine import heading, machine
-from report import gate_markdown, layer_markdown, load, write_json, write_text
+from report import gate_markdown, last_part, layer_markdown, load, write_json, write_text
 
 import ilora
 
@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("correct", "profile", "layer", "decode", "model", "sanitizer")
 CHECKS = ("correct", "sanitizer")  # these run even after a failure
 SAME = ("device", "torch", "triton", "git_commit", "git_changed")  # what all jobs of one report have in common
-SHORTEST = 20.0  # seconds; no job starts with less time left
 SQUARES = ("4096x4096,1024x1024", "2048x2048,8192x8192")  # a process for each pair
 OTHERS = "5120x5120,4096x1024,4096x14336,14336x4096"  # the last three are Llama-3-8B's
 OURS = "ilora[triton],ilora[ungated]"  # one over the other is what the gate costs
@@ -71,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", metavar="PART", choices=PARTS, default=PARTS, help=f"some of {', '.join(PARTS)}")
     add("--out", type=Path, default=ROOT / "benchmarks/results", help="where its folder goes (benchmarks/results)")
     add("--minutes", type=arguments.number, default=8.5, help="to end after; jobs are cut to it (default 8.5)")
-    add("--again", action="store_true", help="also run the jobs that are done already")
+    add("--again", action="store_true", help="also run jobs that are done, and say how far two runs differ")
     add("--force", action="store_true", help="time even after a failure in correct")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run")
     cores = min(os.cpu_count() or 1, 8)
@@ -145,13 +144,13 @@ def model_jobs() -> Iterator[Job]:
 
 def _dry_jobs() -> list[Job]:
     """The same programs on tiny shapes, all peers but the compiled one."""
-    tiny = ("bench_moe_lora.py", "--full", "--shapes", "24x40", "--seconds", "0", "--ranks", "4", "--experts", "2",
+    tiny = ("bench_moe_lora.py", "--full", "--shapes", "24x40", "--repeats", "1", "--ranks", "4", "--experts", "2",
             "--dtypes", "float32", "--no-calls", "--peers")  # fmt: skip
     few = "peft,published,loop,eager,ilora[reference]"
     peers = f"{few},unsloth,axolotl,automodel,lorafusion,{OURS}"
     model = ("bench_model.py", "--model", "tiny", "--batch", "2", "--length", "8", "--rounds", "2", "--tokens", "2")
     return [
-        Job("layer-1", "layer", _python(*tiny, peers, "--length", "8"), 40),
+        Job("layer-1", "layer", _python(*tiny, peers, "--batch", "2", "--length", "8"), 40),
         Job("decode-24x40", "decode", _python(*tiny, few, "--inference", "--batch", "1,2", "--length", "1"), 40),
         Job("model-tiny", "model", _python(*model), 40),
     ]
@@ -233,7 +232,8 @@ def report_markdown(results: dict[str, Any]) -> str:
     texts = [f"# GPU report: {known['device']}", heading(known), f"Commit {known['git_commit']}."]
     texts += ["**Changed since that commit.**"] * bool(known["git_changed"]) + [known.get("state") or ""]
     texts += ["**A dry run on a CPU: every part was gone through, no figure means anything.**"] * results["dry_run"]
-    texts.append("\n".join(f"- {name}: {job['status']}, {job['seconds']:.0f} s" for name, job in found.items()))
+    went = (f"- {name}: {job['status']}, {job['seconds']:.0f} s{job['spread']}" for name, job in found.items())
+    texts.append("\n".join(went))
     rows = {name: job.get("result", {}).get("rows", []) for name, job in found.items() if job["part"] == "layer"}
     main = [row for name in ("layer-1", "layer-2", "layer-3") for row in rows.get(name, [])]
     if any("graph" in row for row in main):
@@ -247,6 +247,17 @@ def report_markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(text for text in texts if text) + "\n"
 
 
+def spread(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """In words, how far the ratios of two runs of a job lie apart; "" where it has none."""
+    names = ("peer", "d_in", "d_out", "batch", "length", "rank", "experts", "dropout", "dtype")
+    one, two = (
+        {tuple(row[name] for name in names): last_part(row)["ratio"] for row in rows if "eager" in row}
+        for rows in (job.get("result", {}).get("rows", []) for job in (before, after))
+    )
+    apart = [abs(two[key] / one[key] - 1.0) for key in one.keys() & two.keys()]
+    return f", ratios at most {max(apart):.1%} off those of the run before" if apart else ""
+
+
 def run_jobs(todo: list[Job], options: argparse.Namespace, results: dict[str, Any], folder: Path) -> list[str]:
     """Runs the jobs and writes the report after each; names of those that were left out."""
     end, left, found = time.monotonic() + 60.0 * options.minutes, [], results["jobs"]
@@ -255,14 +266,16 @@ def run_jobs(todo: list[Job], options: argparse.Namespace, results: dict[str, An
             continue
         doubtful = job.part not in CHECKS and bool(failed(found, ("correct",))) and not options.force
         seconds = min(job.limit, end - time.monotonic())
-        if doubtful or seconds < SHORTEST:
+        if doubtful or seconds < job.seconds:
             reason = "a check failed; --force times it all the same" if doubtful else "no time; call again to go on"
             print(f"{job.name}: left out: {reason}", flush=True)
             left.append(job.name)
             continue
         print(f"{job.name} ...", end=" ", flush=True)
-        found[job.name] = run(job, options.device, seconds)
-        print(f"{found[job.name]['status']}, {found[job.name]['seconds']:.0f} s", flush=True)
+        before, now = found.get(job.name, {}), run(job, options.device, seconds)
+        now["spread"] = spread(before, now)
+        found[job.name] = now
+        print(f"{now['status']}, {now['seconds']:.0f} s{now['spread']}", flush=True)
         write_json(results, folder / "report.json")
         write_text(report_markdown(results), folder / "report.md")
     return left

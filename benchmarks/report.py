@@ -152,14 +152,14 @@ def _ratio(row: Row) -> str:
         if "NotImplementedError" in row["error"]:
             return MISSING
         return "wrong" if "WrongPeer" in row["error"] else "failed"
-    return _with_quartiles(_last_part(row), quartiles=False)
+    return _with_quartiles(last_part(row), quartiles=False)
 
 
 def _shape(row: Row) -> str:
     return f"{row['d_in']}→{row['d_out']}"
 
 
-def _last_part(row: Row, variant: str = "graph") -> Row:
+def last_part(row: Row, variant: str = "graph") -> Row:
     """Times of forward plus backward, or of forward where there is no backward."""
     times: Row = row[variant] if variant in row else row["eager"]
     last: Row = times["both" if "both" in times else "forward"]
@@ -172,7 +172,7 @@ def _calls_frame(rows: list[Row]) -> pd.DataFrame:
     for row in rows:
         times = MISSING
         if "error" not in row:
-            part = _last_part(row, "eager")
+            part = last_part(row, "eager")
             times = f"{1e3 * part['ms']:.1f} ({part['ratio']:.2f})"
         kind = "forward + backward" if "saved_bytes" in row else "inference"
         cells.setdefault(f"{row['length']} × {_shape(row)}, {kind}", {})[row["peer"]] = times
@@ -263,7 +263,7 @@ def plot(results: dict[str, Any], file: Path, peers: list[str] | None = None) ->
     rows = [row for row in rows if peers is None or row["peer"] in peers]
     if not rows:
         raise ValueError("no timed rows to plot")
-    frame = pd.DataFrame([{**row, "shape": _shape(row), "ratio": _last_part(row)["ratio"]} for row in rows])
+    frame = pd.DataFrame([{**row, "shape": _shape(row), "ratio": last_part(row)["ratio"]} for row in rows])
     panels = list(frame.groupby(["dtype", "batch", "length", "rank", "experts", "dropout"], sort=False))
     figure, axes = plt.subplots(len(panels), 1, figsize=(9, 3.2 * len(panels)), squeeze=False, layout="constrained")
     for axis, ((dtype, batch, length, rank, experts, dropout), panel) in zip(axes[:, 0], panels, strict=True):

@@ -9,6 +9,7 @@ import gpu_report
 import pytest
 import report
 import torch
+from bench_moe_lora import TRAINING_PEERS
 from gpu_report import Job
 from peers import Settings
 
@@ -83,16 +84,14 @@ def test_a_job_is_kept_with_its_result_its_words_and_its_variables(run, tmp_path
         ("sanitizer", "import sys; print('half'); sys.exit(3)", 0, "exit status 3"),  # this is advice
     ],
 )
-def test_a_job_that_fails_or_hangs_costs_itself_alone(part, code, status, words, run, monkeypatch):
-    monkeypatch.setattr(gpu_report, "SHORTEST", 0.0)
+def test_a_job_that_fails_or_hangs_costs_itself_alone(part, code, status, words, run):
     found, kept = run(job("bad", part, code, seconds=1.0), job("good"))
     assert found == status
     assert (kept["bad"]["status"], kept["good"]["status"]) == (words, "ok")
     assert kept["bad"]["printed"].startswith("half")
 
 
-def test_a_job_that_is_stopped_takes_its_children_along(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu_report, "SHORTEST", 0.0)
+def test_a_job_that_is_stopped_takes_its_children_along(run, tmp_path):
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
     run(job(code=f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", seconds=0.7))
@@ -130,6 +129,15 @@ def test_a_later_run_goes_on_and_tries_again_what_failed(tmp_path, monkeypatch):
         assert ran == wanted
 
 
+def test_two_runs_of_a_job_say_how_far_they_differ():
+    names = ("peer", "d_in", "d_out", "batch", "length", "rank", "experts", "dropout", "dtype")
+    rows = [dict.fromkeys(names, i) | {"eager": {}, "graph": {"both": {"ratio": 1.0 + i}}} for i in range(3)]
+    again = [row | {"graph": {"both": {"ratio": row["graph"]["both"]["ratio"] * 0.98}}} for row in rows[:2]]
+    job, repeated = ({"result": {"rows": each}} for each in (rows, [*again, {"peer": 3, "error": "WrongPeer"}]))
+    assert gpu_report.spread(job, repeated) == ", ratios at most 2.0% off those of the run before"
+    assert gpu_report.spread({}, job) == gpu_report.spread(job, {"status": "exit status 1"}) == ""
+
+
 def test_jobs_are_added_to_a_report_of_the_same_commit_only(tmp_path):
     file, known = tmp_path / "report.json", dict.fromkeys(gpu_report.SAME, "same")
     assert gpu_report.earlier_jobs(file, known) == {}
@@ -163,7 +171,7 @@ def test_the_main_layers_make_one_table_and_the_gates_cost_another():
     jobs, strategy = {}, {"ILORA_STRATEGY": "beta"}
     for name, d_out, environment in (("layer-1", 4096, {}), ("layer-3", 1024, {}), ("layer-beta", 512, strategy)):
         rows = [each | {"d_in": 4096, "d_out": d_out} for each in (row, ours, none)]
-        told = {"status": "ok", "part": "layer", "seconds": 1.0, "command": "", "printed": ""}
+        told = {"status": "ok", "part": "layer", "seconds": 1.0, "command": "", "printed": "", "spread": ""}
         jobs[name] = told | {"environment": environment, "result": {"rows": rows}}
     known = gpu_report.machine(CPU)
     text = gpu_report.report_markdown({"machine": known, "jobs": jobs, "dry_run": False})
@@ -175,12 +183,16 @@ def test_the_main_layers_make_one_table_and_the_gates_cost_another():
 
 def test_a_dry_run_of_a_benchmark(tmp_path, capsys):
     pytest.importorskip("peft")
-    assert gpu_report.main(["--device=cpu", f"--out={tmp_path}", "--only", "decode"]) == 0
+    pytest.importorskip("triton")
+    assert gpu_report.main(["--device=cpu", f"--out={tmp_path}", "--only", "layer"]) == 0
     results = json.loads((tmp_path / "dry-run" / "report.json").read_text())
     assert results["dry_run"]
     jobs = results["jobs"]
     assert [each["status"] for each in jobs.values()] == ["ok"]
-    assert {row["peer"] for row in jobs["decode-24x40"]["result"]["rows"]} >= {"frozen", "peft", "ilora[reference]"}
+    rows = jobs["layer-1"]["result"]["rows"]
+    assert {row["peer"] for row in rows} == TRAINING_PEERS.keys() - {"compile", "ilora[native]"}
+    assert {(row["peer"], row["dropout"]) for row in rows if "eager" not in row} == {("unsloth", 0.1)}
+    assert "| 24→40, 16 rows, R = 4 |" in (tmp_path / "dry-run" / "report.md").read_text()
     with pytest.raises(ValueError, match="dry run"):
         report.markdown(results)
 
