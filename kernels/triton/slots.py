@@ -113,7 +113,7 @@ NO_ROW_GATES = {"gate_ptr": None, "instances_ptr": None, "scaling": 1.0, **strid
 
 def add_slot_sums(plan: Plan, slots: Slots, parts: Tensor, out: Tensor, chunk: int) -> None:
     """Completes out [X, …] from the parts of slots with more than `chunk` rows."""
-    size, block = out[0].numel(), 256
+    size, block = out[0].numel(), 1024  # few programs: those of slots that are complete have nothing to do
     args = {
         "parts_ptr": parts, "out_ptr": out, "offsets_ptr": slots.offsets, "size": size, "chunk": chunk, "BLOCK": block,
     }  # fmt: skip
