@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapter.modules import embeddings as embeddings_of
@@ -100,6 +101,11 @@ def _prompt_gate(
     model: Any, network: PromptGate, inputs: Inputs, segments: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     values = inputs.values
+    if F.scaled_dot_product_attention.__module__.startswith("torch.distributed"):  # what context_parallel puts there
+        raise ValueError(
+            "PromptGate: context_parallel has cut the sequences, and each process would pool its own piece of a "
+            "prompt; make the gate before, gate = ilora.gate_of(model, **whole_batch), and give ilora_gate=gate"
+        )
     cache = values.get("past_key_values")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
         raise ValueError(
