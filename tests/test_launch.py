@@ -18,6 +18,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
+import estimate  # noqa: E402
 import launch_worker as worker  # noqa: E402
 import train  # noqa: E402
 from accelerate.commands import launch  # noqa: E402
@@ -137,6 +138,25 @@ def test_a_failing_process_ends_all_and_the_last_checkpoint_resumes(forked, tmp_
     for name, parameter in found["whole"].items():
         torch.testing.assert_close(found["resumed"][name], parameter, rtol=1e-4, atol=1e-5)
     assert found["whole"]["ilora_gate.weight"].abs().max() > 1e-3
+
+
+def test_the_page_has_the_table_of_the_script():
+    page = (ROOT / "docs" / "several-devices.md").read_text()
+    assert estimate.table() in page
+    for model, shape in estimate.MODELS.items():
+        assert f"{estimate.copies_of_dropout(shape) / 1e9:.1f} GB for {model}" in page
+    gates = [estimate.cost(shape, scheme, 512)[-1] for shape in estimate.MODELS.values() for scheme in estimate.SCHEMES]
+    assert max(gates) < 5e5
+
+
+def test_the_shapes_of_the_estimate_are_those_of_a_model():
+    shape = estimate.Shape(hidden=64, intermediate=96, blocks=2, kv=32, vocabulary=53)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 53}
+    model = train.LlamaForCausalLM(train.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.weights
+    gate = ilora.PromptGate(num_experts=estimate.E)
+    model = ilora.inject(model, ilora.ILoRAConfig(r=estimate.R, num_experts=estimate.E), gate=gate)
+    assert ilora.trainable_parameters(model)[0] == shape.adapter() + shape.gate
 
 
 @pytest.mark.parametrize("command", COMMANDS)
