@@ -72,7 +72,7 @@ def summed(count: float, over: int) -> float:
 
 
 def cost(shape: Shape, scheme: str, gpus: int) -> tuple[float, float, float, float, float, float]:
-    """For one GPU and step: memory of the weights, of adapter and gate, of the blocks' inputs; bytes sent for the frozen
+    """For one GPU and step: memory of weights, of adapter and gate, of the blocks' inputs; bytes sent for the frozen
     model, for adapter and gate, and for the gate alone."""
     split = GROUP if "TP" in scheme else 1
     stages = GROUP if scheme == "pipeline" else 1
