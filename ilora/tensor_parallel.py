@@ -85,10 +85,11 @@ def add_update(
     """
     A, B = A.to_local(), B.to_local()
     for name, tensor, width in (("input", x, A.shape[1]), ("output", base, B.shape[0])):
-        if hasattr(tensor, "device_mesh") or tensor.shape[-1] != width:
+        if hasattr(tensor, "device_mesh") or tensor.shape[-1] != width or x.shape[:-1] != base.shape[:-1]:
             raise ValueError(
-                f"its {name} is {type(tensor).__name__} {list(tensor.shape)}, expected a local tensor [..., {width}]: "
-                "a layer that gathers its output or splits its input cannot be adapted; name it in exclude_modules"
+                f"its {name} is {type(tensor).__name__} {list(tensor.shape)}, expected a local tensor [..., {width}] "
+                "and as many rows of input and output: a layer that gathers or splits them by itself, as under "
+                "sequence parallelism, cannot be adapted; name it in exclude_modules"
             )
     gate = check_tensors(x, None, None, base, A, B, gate, segments)
     check_segments(segments, rows(x))

@@ -1,6 +1,6 @@
-"""One rank of four, started by ranks.py: pipelines, sequences cut over ranks, checkpoints of sharded models.
+"""One rank of four, started by ranks.py: pipelines of two ranks, and sequences cut over two ranks.
 
-Ranks 0 and 1 compute in float64, ranks 2 and 3 the same in float32, but for the checkpoints, which are of all four.
+Ranks 0 and 1 compute in float64, ranks 2 and 3 the same in float32.
 """
 
 import torch
@@ -8,7 +8,9 @@ import torch.distributed as dist
 from ranks import write_results
 from tensor_parallel_worker import injected, trainable
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, SplitPoint, pipeline
+from torch.distributed.tensor.experimental import context_parallel
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,7 +123,7 @@ def loss_of(logits, ids):
 def batch(dtype):
     """Ids and z of eight sequences, two to a micro-batch."""
     torch.manual_seed(5)
-    return torch.randint(1, 53, (8, 7)), torch.randn(8, 6, dtype=dtype)
+    return torch.randint(1, 53, (8, 8)), torch.randn(8, 6, dtype=dtype)
 
 
 def trained(parameters, step):
@@ -181,15 +183,35 @@ def piped(case, dtype, group):
     return trained(parameters, lambda: run(schedule, rank, ids, ids, z))
 
 
+def cut_rows(dtype, group):
+    """The gradients of half of each sequence, summed over the two ranks that have the halves; then what is refused."""
+    model, (ids, z), rank = model_of("recomputed", dtype), batch(dtype), dist.get_rank(group)
+    model(ids.chunk(2, 1)[rank], ilora_z=z).square().sum().backward()
+    for parameter in trainable(model).values():
+        dist.all_reduce(parameter.grad, group=group)
+    return {name: parameter.grad for name, parameter in trainable(model).items()}
+
+
+def refused_under_context_parallel(group):
+    model, ids = injected(LlamaForCausalLM(LlamaConfig(**SIZES)), "prompt", 0.0), batch(torch.float32)[0]
+    mesh = DeviceMesh.from_group(group, "cpu")
+    try:
+        with context_parallel(mesh, buffers=[ids], buffer_seq_dims=[1]):
+            model(ids, labels=ids)
+    except ValueError as error:
+        return str(error)
+
+
 def main(folder):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     dtype, group = (torch.float64, torch.float32)[rank // 2], groups[rank // 2]
     found = {case: piped(case, dtype, group) for case in CASES}
+    found |= {"rows": cut_rows(dtype, group), "refused": refused_under_context_parallel(group)}
     results = [None] * 4
     dist.all_gather_object(results, found)
     if rank == 0:
-        write_results({"pipelines": results}, folder)
+        write_results(results, folder)
     dist.barrier()  # a rank that leaves early may abort the others
     dist.destroy_process_group()

@@ -12,7 +12,10 @@ import torch.distributed as dist
 from ranks import write_results
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import ilora
@@ -138,6 +141,54 @@ def refusal(function, model, **options):
         return str(error)
 
 
+class Sums(TorchDispatchMode):
+    """Counts the elements of each sum over processes in the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if function.namespace in ("c10d", "_c10d_functional") and "reduce" in function.__name__:
+            self.elements.append(sum(x.numel() for x in tree_leaves(args) if isinstance(x, torch.Tensor)))
+        return function(*args, **(kwargs or {}))
+
+
+def sums(module, width, **gate):
+    """[elements of each sum of the forward, those of the backward pass] for x [3, 7, width]."""
+    counted = []
+    with Sums() as mode:
+        y = module(torch.ones(3, 7, width, requires_grad=True), **gate)
+        counted.append(mode.elements)
+        mode.elements = []
+        y.sum().backward()
+    return [*counted, mode.elements]
+
+
+def sums_of_layers(model):
+    """{name: what the layer sums, and what its frozen base does} for a layer of each split, R = 8 and 3 gates."""
+    block, gate = model.model.layers[0], torch.rand(3, 4, requires_grad=True)
+    widths = {"columns": (block.mlp.up_proj, 32), "rows": (block.mlp.down_proj, 48 // dist.get_world_size())}
+    return {
+        name: (sums(layer, width, gate=gate), sums(layer.base_layer, width)) for name, (layer, width) in widths.items()
+    }
+
+
+def sequence_parallel(mesh):
+    """The words in which layers refuse inputs or outputs that are cut by rows between the blocks."""
+    plan = {"up_proj": ColwiseParallel(input_layouts=Shard(1)), "down_proj": RowwiseParallel(output_layouts=Shard(1))}
+    mlp, words = base("llama", "float32").model.layers[0].mlp, []
+    parallelize_module(mlp, mesh, plan)
+    for linear, shape in ((mlp.up_proj, (3, 4, 32)), (mlp.down_proj, (3, 8, 48 // dist.get_world_size()))):
+        try:
+            ilora.ILoRALinear(linear)(torch.ones(shape), gate=torch.ones(3, 4))
+        except ValueError as error:
+            words.append(str(error))
+    return words
+
+
 def with_fsdp(model, mesh):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh["data"])
@@ -158,6 +209,8 @@ def main(folder):
             results["generated"] = generated(model, gate)
             results["refused"] = [refusal(ilora.merge, model), refusal(ilora.to_peft, model, path=folder)]
             results["copied"] = logits(copy.deepcopy(model), gate), logits(model, gate)
+            results["sums"] = sums_of_layers(model.train())
+            results["sequence parallel"] = sequence_parallel(mesh)
             again = ilora.load_adapter(split(base(family, dtype), mesh), Path(folder) / "saved").train()
             results["continued"] = trained(again, gate)
     auto = AutoModelForCausalLM.from_pretrained(Path(folder) / "base", tp_plan="auto", dtype=torch.float64)

@@ -18,6 +18,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
+import estimate  # noqa: E402
 import launch_worker as worker  # noqa: E402
 import train  # noqa: E402
 from accelerate.commands import launch  # noqa: E402
@@ -81,28 +82,41 @@ def environment(command):
     return launch.prepare_multi_gpu_env(args)
 
 
+# The processes of each run and its arguments: two, and four of which two go on. All choose the same sequences.
+RUNS = [
+    "2 --dropout 0 --steps 4 --batch 4 --out runs/two",
+    "4 --dropout 0 --steps 2 --batch 2 --out runs/fewer --shard",
+    "2 --dropout 0 --steps 4 --batch 4 --out runs/fewer --shard --resume",
+]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(folder, losses) of FSDP2 × tensor parallel on four processes, undisturbed."""
+def forked(tmp_path_factory):
+    """(folder, losses of each run): the README's FSDP2 × tensor parallel on four processes, undisturbed, then RUNS."""
     folder = tmp_path_factory.mktemp("launch")
-    (folder / "arguments").write_text(" ".join(arguments(SPLIT)))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(SPLIT).items():
-            if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_")):
-                patch.setenv(name, value)
-        run_ranks(worker, folder, 4)
-    return folder, losses((folder / "log").read_text())
+    env = environment(SPLIT)
+    split = f"4 --shard --tp {env['PARALLELISM_CONFIG_TP_SIZE']} {' '.join(arguments(SPLIT))}"
+    assert env["ACCELERATE_USE_FSDP"] == "true"
+    (folder / "plan").write_text("\n".join([split, *RUNS]))
+    run_ranks(worker, folder, 4)
+    return folder, [losses(part) for part in re.split(r"run \d\n", (folder / "log").read_text())[1:]]
 
 
-def test_rank_0_alone_shows_progress(whole):
-    folder, found = whole
-    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+def test_rank_0_alone_shows_progress(forked):
+    folder, found = forked
+    assert sorted(found[0]) == [1, 2, 3, 4, 5, 6]
     assert "steps: 100%" in (folder / "log").read_text()
     for rank in (1, 2, 3):
         assert not re.search("step|Loading", (folder / f"quiet{rank}").read_text())
 
 
-def test_a_failing_process_ends_all_and_the_last_checkpoint_resumes(whole, tmp_path):
+def test_half_as_many_processes_go_on_to_the_same_losses(forked):
+    _, two, began, went_on = forked[1]
+    assert (sorted(began), sorted(went_on)) == ([1, 2], [3, 4])
+    assert began | went_on == pytest.approx(two, abs=2e-5)
+
+
+def test_a_failing_process_ends_all_and_the_last_checkpoint_resumes(forked, tmp_path):
     (tmp_path / "failing").mkdir()
     (tmp_path / "failing" / "sitecustomize.py").write_text(FAILING)
     stdout, stderr, status = run(FIRST, tmp_path, tmp_path / "failing")
@@ -116,14 +130,33 @@ def test_a_failing_process_ends_all_and_the_last_checkpoint_resumes(whole, tmp_p
     assert status == 0, stderr[-3000:]
     went_on = losses(stdout)
     assert sorted(went_on) == [3, 4, 5, 6]
-    assert began | went_on == pytest.approx(whole[1], abs=2e-5)
+    assert began | went_on == pytest.approx(forked[1][0], abs=2e-5)
     found = {}
-    for name, folder in (("resumed", tmp_path / "runs/first"), ("whole", whole[0] / "runs/split")):
+    for name, folder in (("resumed", tmp_path / "runs/first"), ("whole", forked[0] / "runs/split")):
         model = ilora.load_adapter(train.LlamaForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
         found[name] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in found["whole"].items():
         torch.testing.assert_close(found["resumed"][name], parameter, rtol=1e-4, atol=1e-5)
     assert found["whole"]["ilora_gate.weight"].abs().max() > 1e-3
+
+
+def test_the_page_has_the_table_of_the_script():
+    page = (ROOT / "docs" / "several-devices.md").read_text()
+    assert estimate.table() in page
+    for model, shape in estimate.MODELS.items():
+        assert f"{estimate.copies_of_dropout(shape) / 1e9:.1f} GB for {model}" in page
+    gates = [estimate.cost(shape, scheme, 512)[-1] for shape in estimate.MODELS.values() for scheme in estimate.SCHEMES]
+    assert max(gates) < 5e5
+
+
+def test_the_shapes_of_the_estimate_are_those_of_a_model():
+    shape = estimate.Shape(hidden=64, intermediate=96, blocks=2, kv=32, vocabulary=53)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 53}
+    model = train.LlamaForCausalLM(train.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    assert sum(parameter.numel() for parameter in model.parameters()) == shape.weights
+    gate = ilora.PromptGate(num_experts=estimate.E)
+    model = ilora.inject(model, ilora.ILoRAConfig(r=estimate.R, num_experts=estimate.E), gate=gate)
+    assert ilora.trainable_parameters(model)[0] == shape.adapter() + shape.gate
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -94,6 +94,24 @@ def test_a_copy_of_a_split_model_computes_the_same(split):
         assert torch.equal(copied, expected)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_update_sums_ranks_over_the_processes_and_no_activations(split, world):
+    M, R, N, E = 3 * 7, 8, 3, 4
+    sums = split[world][1]["sums"]
+    (forward, backward), frozen = sums["rows"]
+    assert (sorted(forward), backward) == (sorted([M * R, *frozen[0]]), frozen[1])
+    (forward, backward), frozen = sums["columns"]
+    assert (forward, sorted(backward)) == (frozen[0], sorted([M * R, N * E, *frozen[1]]))
+    assert sums["rows"][1] == [[M * 32], []]  # the frozen layer's own
+    assert sums["columns"][1] == [[], [M * 32]]
+
+
+def test_sequences_cut_between_the_blocks_are_refused(split):
+    for world in WORLDS:
+        assert all("name it in exclude_modules" in words for words in split[world][1]["sequence parallel"])
+        assert len(split[world][1]["sequence parallel"]) == 2
+
+
 class Weight:
     """What `split_of` reads of a DTensor."""
 

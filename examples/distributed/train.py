@@ -47,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=4, help="sequences a step, of each copy of the model")
     add("--length", type=int, default=64, help="tokens of a sequence; the first quarter is its prompt")
     add("--lr", type=float, default=1e-3)
+    add("--dropout", type=float, default=0.05)
     add("--save-steps", type=int, default=5)
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, on any number of processes")
     sharded = env("ACCELERATE_USE_FSDP", "false") == "true"
@@ -155,7 +156,7 @@ def train(options: argparse.Namespace, mesh: DeviceMesh) -> list[float]:
     """The losses of the steps that it did, each the mean over all processes."""
     model = base(options, mesh)
     torch.manual_seed(0)  # the same adapter everywhere
-    config = ilora.ILoRAConfig(r=8, num_experts=4, lora_dropout=0.05)
+    config = ilora.ILoRAConfig(r=8, num_experts=4, lora_dropout=options.dropout)
     model = ilora.inject(model, config, gate=ilora.PromptGate(num_experts=4)).train()
     called, data, losses = prepared(model, options, mesh), tokens(options), list[float]()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=options.lr)

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter.modules import embeddings as embeddings_of
@@ -17,6 +18,7 @@ from ..gates.pooling import attended_tokens, prompt_mask
 from ..op.checks import float_gate
 from .batch import Inputs, read_media
 
+_ATTENTION = F.scaled_dot_product_attention  # context_parallel replaces it
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx")
 
 
@@ -117,6 +119,12 @@ def _prompt_gate(
     model: Any, network: PromptGate, inputs: Inputs, segments: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     values = inputs.values
+    attention = F.scaled_dot_product_attention
+    if attention is not _ATTENTION and str(attention.__module__).startswith("torch.distributed"):
+        raise ValueError(
+            "PromptGate: context_parallel has cut the sequences, and each process would pool its own piece of a "
+            "prompt; make the gate before, gate = ilora.gate_of(model, **whole_batch), and give ilora_gate=gate"
+        )
     embeddings, has_row = values.get("inputs_embeds"), None
     if embeddings is None:
         if values.get("input_ids") is None:
