@@ -106,6 +106,7 @@ def test_sequence_models_can_be_compared_by_themselves(teas, tmp_path, capsys):
     assert compare.main([*brief(teas, tmp_path / "out"), "--seed", "0", "1", "--arms"]) == {}
     assert "| SASRec | | | 0." in (said := capsys.readouterr().out)
     assert " ± " in said.split("| SASRec")[1]
+    assert "tests, 2 seeds |" in said
     assert not list((tmp_path / "out").rglob("tiny-lm*"))
 
 

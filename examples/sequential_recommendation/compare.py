@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from .arms import attempt, one_thread, perform, with_rate
 from .data import Dataset, Example, Split
-from .experiments import TINY, Experiment, Run
+from .experiments import TINY, Experiment, OtherData, Run
 from .files import write_whole
 from .metrics import Ratio, described_ranks
 from .options import arms_of, experiment_of, parse, settings_of, table_name, watch_of
@@ -57,38 +57,36 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     They go to a folder of their own for each setting of the training, so that one comparison never replaces another.
     """
     options, start = parse(argv, __doc__), time.perf_counter()
-    try:
-        return compare(options, shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)]), start)
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(str(error))
-
-
-def compare(options: argparse.Namespace, command: str, start: float) -> dict[str, list[dict[str, Any]]]:
-    """From the data to the table. Raises OSError, ValueError or FloatingPointError with what a person can mend."""
     experiment, settings = experiment_of(options), settings_of(options)
     jobs = options.jobs or (2 if options.model == TINY and not torch.cuda.is_available() else 1)
     if jobs > 1:
         one_thread()  # in this process too: on a busy machine two threads are slower than one
     settings = replace(settings, progress=jobs == 1 and sys.stderr.isatty())
 
-    dataset = experiment.dataset()
-    parts, _, test = experiment.parts(dataset)
-    print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
-
-    if options.arms and experiment.model != TINY:
-        check_model(experiment, dataset, parts, settings.curriculum is not None)
     baselines: dict[str, list[dict[str, Any]]] = {}
-    for seed in options.seed:
-        for name, figures in prepare(replace(experiment, model_seed=seed), dataset, parts, test, options).items():
-            baselines.setdefault(name, []).append(figures)
+    try:
+        dataset = experiment.dataset()
+        parts, _, test = experiment.parts(dataset)
+        print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
+        if options.arms and experiment.model != TINY:
+            check_model(experiment, dataset, parts, settings.curriculum is not None)
+        for seed in options.seed:
+            for name, figures in prepare(replace(experiment, model_seed=seed), dataset, parts, test, options).items():
+                baselines.setdefault(name, []).append(figures)
+    except (OSError, ValueError) as error:  # what a person can mend: files, models and sizes
+        sys.exit(str(error))
 
     watch, fingerprint = watch_of(options, settings, len(parts.train)), experiment.fingerprint(dataset)
     runs = [Run(experiment, arm, settings, not options.no_texts, watch, fingerprint) for arm in arms_of(options)]
-    found = results_of(runs, options, jobs)
+    try:
+        found = results_of(runs, options, jobs)
+    except (OtherData, FloatingPointError) as error:
+        sys.exit(str(error))
 
     kinds = experiment.kinds_of_tests(dataset, test)
     lines = table(f"{dataset.name}, {experiment.model}", baselines, found, kinds)
     folder = experiment.folder / table_name(settings)
+    command = shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)])
     described = {"command": command, "torch": torch.__version__, "transformers": transformers.__version__}
     described |= {"data": str(dataset), "seconds": time.perf_counter() - start}
     write_whole(folder / "results.md", lines + "\n")

@@ -19,7 +19,7 @@ def table(name: str, baselines: Results, arms: Results, kinds: dict[str, list[bo
 
     baselines: from `compare.prepare`. arms: from `arms.perform`. kinds: from `Experiment.kinds_of_tests`.
     """
-    total, seeds = next(iter(baselines.values()))[0]["total"], max(map(len, arms.values()), default=0)
+    total, seeds = next(iter(baselines.values()))[0]["total"], max(map(len, [*baselines.values(), *arms.values()]))
     head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | adapters and gate | lr "
     head += f"| HitRatio@1 by likelihood{' ± between seeds' * (seeds > 1)} [95% of the tests] "
     head += "| HitRatio@5 | NDCG@5 | ValidRatio | HitRatio@1 of texts |"
