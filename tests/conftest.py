@@ -62,7 +62,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_nu
 
 
 def pytest_collection_finish():
-    gc.freeze()  # a collection then passes over the million objects that imports have made
+    gc.freeze()  # a collection then passes over the half million objects that imports have made
+    gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_unconfigure():

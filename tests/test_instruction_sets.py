@@ -12,16 +12,15 @@ import ilora
 if reason := ilora.op.backends.why_not("native", "cpu"):
     pytest.skip(reason, allow_module_level=True)
 TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 
 
 @pytest.mark.parametrize("most", ["baseline", "avx2", "avx512"])
 def test_every_edge_under_every_instruction_set(most):
     """Where the processor itself has less, that is what runs."""
-    command = [sys.executable, "-m", "pytest", str(TESTS / "test_backends.py"), "-k", "edges and native"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        env=os.environ | {"ILORA_ISA": most, "OMP_NUM_THREADS": "1"}, cwd=TESTS.parent, capture_output=True, text=True,
-    )  # fmt: skip
+    code = "from test_backends import EDGES, test_edges\nfor edge in EDGES: test_edges(('native', 'cpu'), edge)"
+    environment = {"ILORA_ISA": most, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, ROOT)))}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

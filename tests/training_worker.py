@@ -1,8 +1,7 @@
-"""A tiny model to train, in every way; and a run that can be killed: python training_worker.py FOLDER KILL_AT."""
+"""A tiny model to train, in every way; and a run that can be killed."""
 
 import os
 import signal
-import sys
 
 import torch
 import transformers as hf
@@ -104,6 +103,7 @@ def run(folder, kill_at=None, resume=False):
     return trainable(model)
 
 
-if __name__ == "__main__":
+def run_until_killed(folder, step):
+    """In a process of its own, with one thread: a fork has none of its parent's others."""
     torch.set_num_threads(1)
-    run(sys.argv[1], int(sys.argv[2]))
+    run(folder, kill_at=step)
