@@ -82,14 +82,15 @@ def test_the_examples_run(tmp_path):
     ilora.eject(model)
     ids, mask = prompts((5, 5))
     scope |= {"model": model, "batch": {"input_ids": ids, "attention_mask": mask, "labels": ids}, "folder": tmp_path}
-    whole, many = (block for block in BLOCKS if "ilora.inject" in block)
+    whole, many = (block for block in BLOCKS if "ilora.inject" in block or "ilora_adapters" in block)
     exec(whole, scope)
     assert all(layer.lora_B.grad.abs().sum() > 0 for layer in ilora.ilora_layers(model).values())
     assert (tmp_path / "ilora_config.json").exists()
 
-    scope |= {"model": llama(), "input_ids": ids}
+    scope |= {"model": llama().eval(), "input_ids": ids}
     exec(many, scope)
     assert scope["logits"].shape[:2] == ids.shape
+    assert ilora.adapters(scope["model"]) == ("bob", "anna")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
