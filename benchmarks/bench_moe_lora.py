@@ -20,6 +20,7 @@ from typing import Any
 import arguments
 import torch
 from checking import check, check_inference
+from lora_peers import LORA_PEERS
 from machine import busy, heading, machine
 from measure import BASELINE, Program, attempt, calls, input_sets, tidy, time_rows, training
 from memory import peak_bytes, saved_bytes
@@ -29,7 +30,8 @@ from tqdm import tqdm
 
 Build = Callable[[Case], Peer]
 Say = Callable[[str], None]
-ALL_PEERS: dict[str, Build] = PEERS | INFERENCE_PEERS
+TRAINING_PEERS: dict[str, Build] = PEERS | LORA_PEERS
+ALL_PEERS = TRAINING_PEERS | INFERENCE_PEERS
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # without such instructions most peers take minutes
 DEFAULTS = {  # by device, and whether --full was given: shapes, length, seconds, dtypes
@@ -58,7 +60,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"some of {', '.join(DTYPES)} (default float32, on cuda bfloat16)",
     )
     add("--dropout", type=arguments.probabilities, help="dropout probabilities (default 0,0.1)")
-    add("--peers", help=f"some of {', '.join(ALL_PEERS)}, besides frozen (default: all that run here)")
+    add("--peers", help=f"some of {', '.join(ALL_PEERS)}, besides frozen (default: all that run here; "
+        f"on a CPU without {', '.join(LORA_PEERS)})")  # fmt: skip
     add("--inference", action="store_true", help="time forward alone, without gradients and dropout")
     add("--seconds", type=arguments.number, help="how long to time each peer of a case (default 0.3; with --full 2)")
     add("--repeats", type=arguments.count, default=200, help="rounds at most (default 200)")
@@ -103,15 +106,15 @@ def _dtypes(text: str) -> list[torch.dtype]:
 
 
 def _peers(options: argparse.Namespace, dtype: torch.dtype) -> list[str]:
-    known = ALL_PEERS if options.inference else PEERS
+    known = PEERS | INFERENCE_PEERS if options.inference else TRAINING_PEERS
     asked = options.peers.split(",") if isinstance(options.peers, str) else None
     if unknown := [name for name in asked or () if name not in known]:
         raise ValueError(f"--peers {','.join(unknown)}: expected {', '.join(known)}")
-    names = []
+    names, default = [], PEERS if options.device.type == "cpu" and not options.inference else known
     for name in known:
-        if name != BASELINE and asked is not None and name not in asked:
+        if name not in (default if asked is None else (BASELINE, *asked)):
             continue
-        trouble = unavailable(name, options.device, dtype)
+        trouble = unavailable(name, options.device, dtype, asked is not None)
         if trouble is None:
             names.append(name)
         elif asked is not None:

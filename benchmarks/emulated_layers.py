@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs a layer's kernels in the PTX emulator and compares forward and backward with the definition in float64.
 
-    python benchmarks/emulated_layers.py [--plans beta,fused,primitives,decode] [--dtypes bf16,fp16,mixed,fp32]
+    python benchmarks/emulated_layers.py [--plans beta,fused,primitives,decode,grouped] [--dtypes bf16,fp16,mixed,fp32]
         [--gates runs,segments,rows] [--dropouts 0,0.1] [--ranks 8,16,32,64] [--shape M,d_in,d_out]
 
 No GPU is needed. The launches are the package's own, compiled for sm_90 by the Triton that is installed. For another
@@ -32,17 +32,19 @@ from launch_compile import compiled, job
 from torch import Tensor
 
 import ilora
+from ilora.grouped.reference import grouped_linear
 
 SCALING, SEED, EXPERTS = 2.0, 123456789012, 4
 SPANS = {1: 32, 2: 64, 3: 128}  # bytes of a swizzled row, by Triton's number for it
-PLANS = ("beta", "fused", "primitives", "decode")
+PLANS = ("beta", "fused", "primitives", "decode", "grouped")
 GATES = ("runs", "segments", "rows")  # instances of equal length, of any, of one row
 LIMITS = {"bf16": 0.06, "fp16": 0.01, "mixed": 1e-3, "fp32": 1e-4}  # the worst error, in root mean squares
 ROUNDED = ("y", "dx")  # in the dtype of the activations
 
 
 class Layer(NamedTuple):
-    """Random inputs, and the results in float64 by name."""
+    """Random inputs, and the results in float64 by name. With instances it is one of rows sorted by slot: weight, bias,
+    A and B have a first dimension for the slots, and segments says where these begin."""
 
     x: Tensor
     weight: Tensor
@@ -53,28 +55,37 @@ class Layer(NamedTuple):
     segments: Tensor | None
     seed: Tensor | None
     dy: Tensor
+    instances: Tensor | None
     expected: dict[str, Tensor]
 
 
-def make_layer(dtype: str, gates: str, p: float, M: int, d_in: int, d_out: int, R: int) -> Layer:
+def make_layer(grouped: bool, dtype: str, gates: str, p: float, M: int, d_in: int, d_out: int, R: int) -> Layer:
     torch.manual_seed(0)
     wide, narrow = DTYPES[dtype]
     N = {"runs": 4, "segments": 6, "rows": M}[gates]
     M -= 0 if gates == "segments" else M % N
-    segments = None
-    if gates == "segments":  # some of them empty
+    segments: Any = None
+    instances: Any = None
+    if grouped or gates == "segments":  # some of them empty
         segments = torch.tensor([0, 0, M // 19, M // 19, M // 19 + 1, M, M], dtype=torch.int32)
-    x, dy, bias = (torch.randn(*shape).to(wide) for shape in ((M, d_in), (M, d_out), (d_out,)))
-    weight, A = (torch.randn(rows, d_in) / d_in**0.5 for rows in (d_out, R))
-    weight, A, B, gate = weight.to(wide), A.to(narrow), (torch.randn(d_out, R) / 4).to(narrow), torch.rand(N, EXPERTS)
+    if grouped:
+        instances = torch.randint(N, (M,), dtype=torch.int32)
+    X = (6,) if grouped else ()
+    x, dy, bias = (torch.randn(*shape).to(wide) for shape in ((M, d_in), (M, d_out), (*X, d_out)))
+    weight, A = (torch.randn(*X, rows, d_in) / d_in**0.5 for rows in (d_out, R))
+    B, gate = (torch.randn(*X, d_out, R) / 4).to(narrow), torch.rand(N, EXPERTS)
+    weight, A = weight.to(wide), A.to(narrow)
     seed = torch.tensor([SEED]) if p else None
     leaves = [t.double().requires_grad_() for t in (x, A, B, gate)]
     x64, A64, B64, gate64 = leaves
-    ranks = A64, B64, gate64, SCALING, segments, p, seed
-    y = ilora.reference.ilora_linear(x64, weight.double(), bias.double(), *ranks)
+    inputs = x64, weight.double(), bias.double(), A64, B64, gate64, SCALING
+    if grouped:
+        y = grouped_linear(*inputs, segments, instances, p, seed)
+    else:
+        y = ilora.reference.ilora_linear(*inputs, segments, p, seed)
     grads = torch.autograd.grad(y, leaves, dy.double())
     expected = dict(zip(("y", "dx", "dA", "dB", "dgate"), (y.detach(), *grads), strict=True))
-    return Layer(x, weight, bias, A, B, gate, segments, seed, dy, expected)
+    return Layer(x, weight, bias, A, B, gate, segments, seed, dy, instances, expected)
 
 
 def layer_plans(name: str, this: Layer, p: float, sms: int) -> Iterator[tuple[Any, dict[str, Tensor]]]:
@@ -98,6 +109,9 @@ def layer_plans(name: str, this: Layer, p: float, sms: int) -> Iterator[tuple[An
         plan = made.backward_x(device, this.x, dxa, this.A, this.seed, p, True)
         yield plan, dict(zip(("dx", "dA"), plan.results, strict=True))
         return
+    if name == "grouped":
+        yield from grouped_layer_plans(package.grouped_plans, device, this, p, scaling)
+        return
     if name == "decode" and not package.decode.decodes(this.x, this.A, p):
         raise ValueError("decoding takes few rows, without dropout")
     strategy = "auto" if name == "decode" else name
@@ -107,6 +121,37 @@ def layer_plans(name: str, this: Layer, p: float, sms: int) -> Iterator[tuple[An
     yield plan, {"y": y}
     plan = made.backward(device, this.dy, this.x, xa, h, this.weight, *low, True, strategy)
     yield plan, dict(zip(("dx", "dA", "dB", "dgate"), plan.results, strict=True))
+
+
+def grouped_layer_plans(
+    made: Any, device: Any, this: Layer, p: float, scaling: float
+) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+    """The four primitives, each frozen product before the one that adds onto it."""
+    assert this.segments is not None
+    assert this.instances is not None
+    offsets, gating = this.segments, (this.segments, this.gate, this.instances, scaling)
+    first, product, back = (
+        made.shrink_x(device, this.x, this.A, offsets, this.seed, p),
+        made.frozen(device, this.x, this.weight, offsets),
+        made.frozen(device, this.dy, this.weight.mT, offsets),
+    )
+    for plan in (first, product, back):
+        yield plan, {}
+    (xa,), (base,), (dx,) = first.results, product.results, back.results
+    plan = made.expand_xa(device, this.x, xa, this.bias, base, this.B, *gating, True)
+    plan.has_product = True
+    yield plan, {"y": base}
+    plan = made.backward_dy(device, this.dy, xa, this.B, *gating)
+    dxa, dB, scores = plan.results
+    ordered, order = torch.sort(this.instances, stable=True)
+    segments = torch.searchsorted(ordered, torch.arange(len(this.gate) + 1, dtype=torch.int32), out_int32=True)
+    yield plan.returning(dxa, dB, scores, segments), {"dB": dB}
+    scores.copy_(scores[order])
+    plan = made.gate_sums(device, scores, segments, this.gate)
+    yield plan, {"dgate": plan.results[0]}
+    plan = made.backward_x(device, this.x, dxa, this.A, offsets, dx, this.seed, p, True)
+    plan.has_product = True
+    yield plan, {"dx": dx, "dA": plan.results[1]}
 
 
 def memory_of(tensor: Tensor) -> Memory:
@@ -189,7 +234,7 @@ def check_all(cases: list[tuple[str, str, str, float, int]], shape: tuple[int, i
         print(f"{name} {dtype} {gates} p={p:g} R={R}: ", end="", flush=True)
         start = time.perf_counter()
         try:
-            errors, wrong = check_layer(name, make_layer(dtype, gates, p, *shape, R), dtype, p, sms)
+            errors, wrong = check_layer(name, make_layer(name == "grouped", dtype, gates, p, *shape, R), dtype, p, sms)
         except ValueError as refusal:
             print(f"refused: {refusal}")
             continue

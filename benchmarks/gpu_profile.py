@@ -1,4 +1,4 @@
-"""Where the time of one layer goes, kernel by kernel: `python benchmarks/gpu_profile.py --strategy beta --width 4096`.
+"""Where the time of one layer goes, kernel by kernel: `python benchmarks/gpu_profile.py --strategy beta`.
 
 torch's profiler watches replays of the layer's CUDA graphs. Beside a kernel's time stand the bytes that it must move
 and its share of the roof: the least time that these bytes, or the FLOPs of the frozen product, would take at the speed
@@ -9,6 +9,7 @@ interpreter; its times mean nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--device", type=arguments.device, default="cuda")
     add("--strategy", choices=STRATEGIES, default="auto")
-    add("--width", type=arguments.count, default=1024, help="d_in and d_out of the layer (default 1024)")
+    add("--widths", type=arguments.counts, default="1024,4096", help="d_in and d_out of layers (default 1024,4096)")
     add("--json", type=arguments.new_file, help="write machine and rows to this file")
     options = parser.parse_args(argv)
     os.environ["ILORA_STRATEGY"] = options.strategy
@@ -170,9 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     roofs = measure_roofs(options.device)
     print(f"a copy moves {roofs['copy_bytes'] / 1e9:.0f} GB/s, a product runs at {roofs['flops'] / 1e12:.3g} TFLOP/s")
     results: dict[str, Any] = {"machine": machine(options.device), "roofs": roofs, "rows": []}
-    for p in (0.0, 0.1):
-        width, length = options.width, 9 if dry else 512
-        settings = Settings(width, width, 8, length, 16, 4, p, dtype, options.device)
+    for width, p in itertools.product(options.widths, (0.0, 0.1)):
+        settings = Settings(width, width, 8, 9 if dry else 512, 16, 4, p, dtype, options.device)
         rows = profile_layer(settings, options.strategy, roofs)
         results["rows"] += rows
         print(*map(kernels_table, rows), sep="\n", flush=True)

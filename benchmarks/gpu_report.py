@@ -7,6 +7,7 @@ of this folder), *sanitizer* (NVIDIA's memory checker, whose findings are advice
 process of its own with a time limit, so a hang or a lost device costs one job. The report is written whole after every
 job: its numbers to report.json, what the jobs print to report.md. A later call goes on where this one stopped and tries
 again what failed; --only names the parts to run. After a failure in *correct* nothing is timed without --force.
+By estimate no part takes more than 8 minutes, and three calls of 8.5 minutes, one after another, do everything.
 
 Install the checkout first, as README.md says. `--device cpu` is a dry run on tiny tensors, whose figures mean nothing.
 Exit status: 0; 1 if something was wrong or there was no time for it; 2 for arguments that cannot be.
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 import arguments
 import torch
 from machine import heading, machine
-from report import layer_markdown, load, write_json, write_text
+from report import gate_markdown, layer_markdown, load, write_json, write_text
 
 import ilora
 
@@ -40,19 +41,24 @@ PARTS = ("correct", "profile", "layer", "decode", "model", "sanitizer")
 CHECKS = ("correct", "sanitizer")  # these run even after a failure
 SAME = ("device", "torch", "triton", "git_commit", "git_changed")  # what all jobs of one report have in common
 SHORTEST = 20.0  # seconds; no job starts with less time left
-SQUARES = ("4096x4096", "1024x1024", "2048x2048", "8192x8192", "5120x5120")
-LLAMA = ("4096x1024", "4096x14336", "14336x4096")  # Llama-3-8B's
+SQUARES = ("4096x4096,1024x1024", "2048x2048,8192x8192")  # a process for each pair
+OTHERS = "5120x5120,4096x1024,4096x14336,14336x4096"  # the last three are Llama-3-8B's
+OURS = "ilora[triton],ilora[ungated]"  # one over the other is what the gate costs
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
 class Job(NamedTuple):
-    """A command of one part. limit: seconds that it may take. environment: variables to set for it."""
+    """A command of one part. seconds: what it should take on an H100, by estimate. environment: variables to set."""
 
     name: str
     part: str
     command: list[str]
-    limit: float
+    seconds: float
     environment: dict[str, str] = {}
+
+    @property
+    def limit(self) -> float:
+        return 3.0 * self.seconds
 
     @property
     def writes_json(self) -> bool:
@@ -79,7 +85,7 @@ def jobs(device: str, processes: int) -> list[Job]:
     strategies = ("beta", "fused") if fused else ("beta",)
     repeats = [*PYTEST, "tests/test_kernel_repeats.py"]
     if device == "cpu":
-        timed = [*_dry_jobs(), *profile_jobs(strategies, widths=(64,))]
+        timed = [*_dry_jobs(), *profile_jobs(strategies, widths="64")]
         tests = [*PYTEST, "--collect-only", "-qq", "tests/test_decode.py"]
     else:
         timed = [*profile_jobs(strategies), *layer_jobs(strategies), *decode_jobs(), *model_jobs()]
@@ -88,64 +94,66 @@ def jobs(device: str, processes: int) -> list[Job]:
     # torch's memory pool would hide writes beyond a tensor's end
     watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "ILORA_TEST_REPEATS": "2"}
     return [
-        Job("repeats", "correct", repeats, 200),
-        Job("tests", "correct", tests, 400),
+        Job("repeats", "correct", repeats, 80),
+        Job("tests", "correct", tests, 200),
         *sorted(timed, key=lambda job: PARTS.index(job.part)),
-        Job("memcheck", "sanitizer", [*checker, "memcheck", *repeats, "-k", "small"], 200, watched),
-        Job("racecheck", "sanitizer", [*checker, "racecheck", *repeats, "-k", "small"], 200, watched),
+        Job("memcheck", "sanitizer", [*checker, "memcheck", *repeats, "-k", "small"], 80, watched),
+        Job("racecheck", "sanitizer", [*checker, "racecheck", *repeats, "-k", "small"], 80, watched),
     ]
 
 
-def profile_jobs(strategies: tuple[str, ...], widths: tuple[int, ...] = (1024, 4096)) -> Iterator[Job]:
-    for width in widths:
-        for each in strategies:
-            command = _python("gpu_profile.py", "--strategy", each, "--width", str(width))
-            yield Job(f"profile-{width}-{each}", "profile", command, 100)
-            yield Job(f"profile-{width}-{each}-no-early-start", "profile", command, 100, {"ILORA_EARLY_START": "0"})
+def profile_jobs(strategies: tuple[str, ...], widths: str = "1024,4096") -> Iterator[Job]:
+    for each in strategies:
+        command = _python("gpu_profile.py", "--strategy", each, "--widths", widths)
+        yield Job(f"profile-{each}", "profile", command, 35)
+        yield Job(f"profile-{each}-no-early-start", "profile", command, 35, {"ILORA_EARLY_START": "0"})
 
 
 def layer_jobs(strategies: tuple[str, ...]) -> Iterator[Job]:
-    """M = 4096 and R = 16 against all peers; then each strategy, with a gate and without (E = 4, and E = 1, which is
-    plain LoRA of the same rank); then other M and R against PEFT."""
-    common = ("bench_moe_lora.py", "--full", "--dtypes", "bfloat16", "--seconds", "0.15", "--shapes")
-    main = ("--ranks", "16", "--length", "512", "--no-calls")
-    for shape in (*SQUARES, *LLAMA):
-        yield Job(f"layer-{shape}", "layer", _python(*common, shape, *main), 200)
-    for shape in SQUARES[:3]:
-        for each in strategies:
-            command = _python(*common, shape, *main, "--experts", "1,4", "--peers", "ilora[triton]")
-            yield Job(f"layer-{shape}-{each}", "layer", command, 60, {"ILORA_STRATEGY": each})
-    yield Job("calls", "layer", _python(*common, "64x64", "--length", "16", "--peers", "ilora[triton]"), 60)
-    for shape in (*SQUARES, *LLAMA):
-        more = ("--ranks", "16,64", "--length", "256,512,1024", "--peers", "peft,ilora[triton]", "--no-calls")
-        yield Job(f"layer-{shape}-more", "layer", _python(*common, shape, *more), 120)
+    """M = 4096 and R = 16 against all peers, then against the quick ones at other shapes; then each strategy for small
+    layers; then other M and R against PEFT."""
+    common = ("bench_moe_lora.py", "--full", "--dtypes", "bfloat16", "--seconds", "0.1")
+    main = (*common, "--no-calls", "--ranks", "16", "--length", "512")
+    quick = f"peft,eager,unsloth,axolotl,automodel,lorafusion,{OURS}"
+    for number, shapes in enumerate(SQUARES, 1):
+        yield Job(f"layer-{number}", "layer", _python(*main, "--shapes", shapes), 95)
+    yield Job("layer-3", "layer", _python(*main, "--shapes", OTHERS, "--peers", quick), 70)
+    for each in strategies:
+        command = _python(*main, "--shapes", "1024x1024,2048x2048", "--peers", OURS)
+        yield Job(f"layer-{each}", "layer", command, 30, {"ILORA_STRATEGY": each})
+    for rank, lengths in (("16", "256,1024"), ("64", "512")):
+        more = ("--ranks", rank, "--length", lengths, "--peers", f"peft,{OURS}", "--no-calls")
+        shapes = "1024x1024,4096x4096,8192x8192,4096x1024,4096x14336"
+        yield Job(f"layer-rank-{rank}", "layer", _python(*common, "--shapes", shapes, *more), 60)
+    yield Job("calls", "layer", _python(*common, "--shapes", "64x64", "--length", "16", "--peers", "ilora[triton]"), 25)
 
 
 def decode_jobs() -> Iterator[Job]:
     few = ("--ranks", "16", "--batch", "1,8,16,64", "--length", "1", "--seconds", "0.05")
     for shape in ("4096x4096", "1024x1024", "4096x14336", "14336x4096"):
         command = _python("bench_moe_lora.py", "--full", "--inference", "--shapes", shape, *few)
-        yield Job(f"decode-{shape}", "decode", command, 90)
+        yield Job(f"decode-{shape}", "decode", command, 30)
 
 
 def model_jobs() -> Iterator[Job]:
     common = ("bench_model.py", "--dtype", "bfloat16", "--rank", "16", "--model")
     llama = (*common, "llama3-8b", "--batch", "1", "--length", "4096", "--rounds", "5", "--only", "steps")
-    yield Job("model-llama3-8b-checkpointing", "model", _python(*llama, "--checkpointing"), 240)
-    yield Job("model-llama3-8b", "model", _python(*llama), 240)
-    yield Job("model-smollm2", "model", _python(*common, "smollm2", "--length", "512"), 180)
+    yield Job("model-llama3-8b-checkpointing", "model", _python(*llama, "--checkpointing"), 80)
+    yield Job("model-llama3-8b", "model", _python(*llama), 80)
+    yield Job("model-smollm2", "model", _python(*common, "smollm2", "--length", "512"), 60)
 
 
 def _dry_jobs() -> list[Job]:
-    """The same programs on tiny shapes."""
-    sizes = ("--shapes", "24x40", "--seconds", "0", "--ranks", "4", "--experts", "2", "--dtypes", "float32")
-    peers = ("--no-calls", "--peers", "peft,published,loop,eager,ilora[reference]")
-    tiny = ("bench_moe_lora.py", "--full", *sizes, *peers)
+    """The same programs on tiny shapes, all peers but the compiled one."""
+    tiny = ("bench_moe_lora.py", "--full", "--shapes", "24x40", "--seconds", "0", "--ranks", "4", "--experts", "2",
+            "--dtypes", "float32", "--no-calls", "--peers")  # fmt: skip
+    few = "peft,published,loop,eager,ilora[reference]"
+    peers = f"{few},unsloth,axolotl,automodel,lorafusion,{OURS}"
     model = ("bench_model.py", "--model", "tiny", "--batch", "2", "--length", "8", "--rounds", "2", "--tokens", "2")
     return [
-        Job("layer-24x40", "layer", _python(*tiny, "--length", "8"), 100),
-        Job("decode-24x40", "decode", _python(*tiny, "--inference", "--batch", "1,2", "--length", "1"), 100),
-        Job("model-tiny", "model", _python(*model), 100),
+        Job("layer-1", "layer", _python(*tiny, peers, "--length", "8"), 40),
+        Job("decode-24x40", "decode", _python(*tiny, few, "--inference", "--batch", "1,2", "--length", "1"), 40),
+        Job("model-tiny", "model", _python(*model), 40),
     ]
 
 
@@ -160,7 +168,7 @@ def run(job: Job, device: str, seconds: float) -> dict[str, Any]:
     if shutil.which(job.command[0]) is None:
         return {**found, "status": f"not run: {job.command[0]} is not on the PATH", "seconds": 0.0, "printed": ""}
     environment = {**os.environ, "KINETO_LOG_LEVEL": "99", **job.environment}
-    if device == "cpu" and job.part == "profile":
+    if device == "cpu" and job.part in ("profile", "layer"):
         environment["TRITON_INTERPRET"] = "1"  # the tests see to it themselves
     with tempfile.TemporaryDirectory() as folder:
         file, printed, errors = (Path(folder) / name for name in ("result.json", "printed", "errors"))
@@ -226,10 +234,14 @@ def report_markdown(results: dict[str, Any]) -> str:
     texts += ["**Changed since that commit.**"] * bool(known["git_changed"]) + [known.get("state") or ""]
     texts += ["**A dry run on a CPU: every part was gone through, no figure means anything.**"] * results["dry_run"]
     texts.append("\n".join(f"- {name}: {job['status']}, {job['seconds']:.0f} s" for name, job in found.items()))
-    main = [found[name] for name in (f"layer-{shape}" for shape in (*SQUARES, *LLAMA)) if name in found]
-    rows = [row for job in main if "result" in job for row in job["result"]["rows"]]
-    if timed := [row for row in rows if "graph" in row or "error" in row]:
+    rows = {name: job.get("result", {}).get("rows", []) for name, job in found.items() if job["part"] == "layer"}
+    main = [row for name in ("layer-1", "layer-2", "layer-3") for row in rows.get(name, [])]
+    if any("graph" in row for row in main):
+        timed = [row for row in main if "graph" in row or "error" in row]
         texts += ["Forward plus backward, CUDA graphs, dropout 0 / 0.1:", layer_markdown(timed)]
+    every = [row for name in rows if not found[name]["environment"] for row in rows[name]]
+    if cost := gate_markdown(every):
+        texts += ["What the gate costs, over our layer without one (the goal is 2%):", cost]
     for name, job in found.items():
         texts += [f"## {name}", f"`{job['command']}` {job['environment'] or ''}", f"```\n{job['printed']}\n```"]
     return "\n\n".join(text for text in texts if text) + "\n"

@@ -3,11 +3,11 @@
 
     python benchmarks/kernel_report.py [--targets sm_80,sm_90,sm_100,gfx942] [--ranks 8,16,64,128,256] [--json FILE]
 
-The launches are those of the backend's own plans (kernels/triton/plans.py) on meta tensors, so the report cannot drift
-from what runs. Exit status 1 if a kernel spills registers or needs more shared memory than its target has, if it
-writes registers that a running wgmma uses (register_check.py), or if fused_layer does not load by tensor descriptor and
-multiply on the tensor cores where the target has both. emulated_layers.py runs the kernels. For another Triton,
-`pip install --target DIR triton==3.6.0`, and set PYTHONPATH=DIR.
+The launches are those of the backend's own plans (kernels/triton/plans.py and grouped_plans.py) on meta tensors, so the
+report cannot drift from what runs. Exit status 1 if a kernel spills registers or needs more shared memory than its
+target has, if it writes registers that a running wgmma uses (register_check.py), or if fused_layer does not load by
+tensor descriptor and multiply on the tensor cores where the target has both. emulated_layers.py runs the kernels. For
+another Triton, `pip install --target DIR triton==3.6.0`, and set PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from launch_bytes import least, moved, size, tensors
 from launch_cases import DTYPES, KIB, TARGETS, Case, cases, launches
 from launch_compile import compile_all, job, title
 
-KERNEL_NAMES = ("shrink", "gate_ranks", "expand", "grad_dy", "grad_weights", "sums", "fused_layer", "decode")
+KERNEL_NAMES = (
+    "shrink", "gate_ranks", "expand", "grad_dy", "grad_weights", "sums", "fused_layer", "decode",
+    "grouped_shrink", "grouped_expand", "grouped_grad_weights", "slot_sums",
+)  # fmt: skip
 
 
 def bytes_report(case: Case, target: str) -> dict[str, Any]:
@@ -60,7 +63,8 @@ def report(every: list[Case], targets: list[str], names: list[str], processes: i
     heading = "MB moved, without cuBLAS's frozen product: the fewest"
     print(f"\n{heading}; × if launches read operands once; × as programs read them from L2")
     for t in traffic:
-        case = " ".join(f"{k}={v}" for k, v in t["case"].items() if v is not False and v != "beta")
+        usual = (("token", False), ("strategy", "beta"), ("slots", 0))
+        case = " ".join(f"{k}={v}" for k, v in t["case"].items() if (k, v) not in usual)
         line = f"{t['target']:8}{case:62}"
         for part in (part for part in ("forward", "backward") if t[part]["launches"]):
             count, least_bytes, once, asked = (t[part][key] for key in ("launches", "least", "unique", "asked"))

@@ -43,6 +43,13 @@ def moved(launch: Any) -> int:
     elif name == "decode":
         across, down = launch.grid
         times = {"x_ptr": across, "a_ptr": across * down, "b_ptr": down, "bias_ptr": down}
+    elif name == "grouped_shrink":  # each block of rows reads its slot's matrix
+        times = {"a_ptr": max(launch.grid[0] / args["X"], 1)}
+    elif name == "grouped_expand":
+        across = blocks("D", "BLOCK_N")
+        times = {"h_ptr": across, "b_ptr": max(launch.grid[0] / across / args["X"], 1)}
+    elif name == "grouped_grad_weights":
+        times = {"h_ptr": blocks("D", "BLOCK_N")}
     elif name == "gate_ranks":  # a gate row for each row, however few there are
         times = {"gate_ptr": args["M"] / args["N"]}
     return sum(round(size(t) * times.get(key, 1)) for key, t in tensors(launch).items())
@@ -51,18 +58,19 @@ def moved(launch: Any) -> int:
 def least(case: Any, x: int, a: int) -> tuple[int, int]:
     """The fewest bytes that can move in forward and in backward: x, dy and x again, y and dx once, small tensors once.
 
-    x, a: bytes of an element of the activations, and of A and B. In "fused" the frozen product is among the launches,
-    which reads the weight, and x or dy once more; except that without dropout forward needs x just once.
+    x, a: bytes of an element of the activations, and of A and B. In "fused" and "grouped" the frozen product is among
+    the launches, which reads the weight, and x or dy once more; except that without dropout "fused" needs x just once.
     """
+    X = max(case.slots, 1)
     gate = (case.M if case.token else 32) * 4 * 4
-    factors, ranks = case.R * (case.d_in + case.d_out) * a, case.M * case.R * max(x, a)
+    factors, ranks = X * case.R * (case.d_in + case.d_out) * a, case.M * case.R * max(x, a)
     activations = case.M * (case.d_in + case.d_out) * x
-    forward = activations + factors + gate + ranks + case.d_out * x
+    forward = activations + factors + gate + ranks + X * case.d_out * x
     backward = activations + case.M * case.d_in * x + 2 * factors + 2 * gate + ranks
-    weight = case.d_in * case.d_out * x
+    weight = X * case.d_in * case.d_out * x
     if case.strategy == "beta":
         return forward, backward
     if case.strategy == "decode":
         return forward + (weight if case.M <= 16 else 0), 0
-    again = case.M * case.d_in * x if case.p else 0
+    again = case.M * case.d_in * x if case.p or case.slots else 0
     return forward + weight + again, backward + weight + case.M * case.d_out * x

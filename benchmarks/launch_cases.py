@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = {"M": 100, "d_in": 1000, "d_out": 776}  # no block divid
 
 class Case(NamedTuple):
     """One layer and its input. token: a gate row for every row, else 32 instances in segments. strategy: "beta",
-    "fused", or "decode" for the one launch of a few rows."""
+    "fused", "decode" for the one launch of a few rows, or "grouped" for rows sorted by slot, of `slots` slots."""
 
     dtypes: str
     R: int
@@ -41,6 +41,7 @@ class Case(NamedTuple):
     d_out: int = 4096
     token: bool = False
     strategy: str = "beta"
+    slots: int = 0
 
 
 def cases(ranks: list[int], dtypes: list[str]) -> list[Case]:
@@ -54,6 +55,9 @@ def cases(ranks: list[int], dtypes: list[str]) -> list[Case]:
     every += [Case(dtype, R, 0.0, M, token=True, strategy="decode") for dtype in dtypes for R in ranks for M in (1, 64)]
     every += [Case(main, first, 0.0, 16, d_out=14336, token=True, strategy="decode")]
     every += [Case(main, first, 0.0, 16, 1001, 777, token=True, strategy="decode")]
+    every += [Case(dtype, R, p, strategy="grouped", slots=64) for dtype in dtypes for R in ranks for p in (0.0, 0.1)]
+    every += [Case(main, first, 0.1, strategy="grouped", slots=1)]
+    every += [Case(main, first, 0.1, **SMALL, strategy="grouped", slots=8)]  # few rows a slot
     few = [R for R in ranks if R <= 32 and R % 8 == 0]
     if "bf16" in dtypes and few:
         shapes: list[tuple[int, dict[str, Any]]] = [(R, {}) for R in few] + [(few[-1], SQUARE), (few[-1], SMALL)]
@@ -70,6 +74,7 @@ def kernels() -> Any:
         assert spec.loader is not None
         sys.modules["ilora_kernels"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["ilora_kernels"])
+        importlib.import_module("ilora_kernels.grouped")
     return sys.modules["ilora_kernels"]
 
 
@@ -90,6 +95,8 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
     A, B = empty(case.R, case.d_in, dtype=a_type), empty(case.d_out, case.R, dtype=a_type)
     gate, seed = empty(N, E, dtype=torch.float32), empty(1, dtype=torch.int64) if case.p else None
     x, dy, weight = empty(case.M, case.d_in), empty(case.M, case.d_out), empty(case.d_out, case.d_in)
+    if case.strategy == "grouped":
+        return grouped_launches(case, device, x, dy, weight, A, B, gate, seed)
     low = (A, B, gate, segments, seed, 2.0, case.p)
     decoding = case.strategy == "decode"
     if (decoding and not package.decode.decodes(x, A, case.p)) or (case.strategy == "fused" and not device.tma):
@@ -100,3 +107,25 @@ def launches(case: Case, target: str) -> tuple[list[Any], list[Any]]:
         return forward.launches, []
     xa, h = forward.results[1]
     return forward.launches, package.plans.backward(device, dy, x, xa, h, weight, *low, True, strategy).launches
+
+
+def grouped_launches(case: Case, device: Any, *tensors: Any) -> tuple[list[Any], list[Any]]:
+    """As `launches`, for the four primitives of the grouped operation, and for the frozen products where torch has no
+    grouped product without a wait for the GPU."""
+    x, dy, weight, A, B, gate, seed = tensors
+    plans, X = kernels().grouped_plans, case.slots
+    A, B, weight = (t.expand(X, *t.shape).contiguous() for t in (A, B, weight))
+    bias = weight.new_empty(X, case.d_out)
+    offsets, instances = (torch.empty(n, dtype=torch.int32, device="meta") for n in (X + 1, case.M))
+    gating = (offsets, gate, instances, 2.0)
+    first = plans.shrink_x(device, x, A, offsets, seed, case.p)
+    product = plans.frozen(device, x, weight, offsets)
+    second = plans.expand_xa(device, x, first.results[0], bias, product.results[0], B, *gating, True)
+    third = plans.backward_dy(device, dy, first.results[0], B, *gating)
+    back = plans.frozen(device, dy, weight.mT, offsets)
+    inputs = (x, third.results[0], A, offsets, back.results[0], seed)
+    fourth = plans.backward_x(device, *inputs, case.p, True)
+    sums = plans.gate_sums(device, third.results[2], torch.empty_like(offsets), gate)
+    return [each for plan in (first, product, second) for each in plan.launches], [
+        each for plan in (third, sums, back, fourth) for each in plan.launches
+    ]

@@ -146,7 +146,7 @@ def title(job: Job) -> str:
         ("dropout", constants.get("DROPOUT")),
         ("w by rows", constants.get("W_BY_ROWS")),
         ("and dB", job.kernel == "grad_weights" and constants.get("dy_ptr", "given") is not None),
-        ("gates", job.kernel in ("shrink", "grad_dy") and kinds["gate_ptr"] != "constexpr"),
+        ("gates", job.kernel.endswith(("shrink", "grad_dy", "grouped_expand")) and kinds["gate_ptr"] != "constexpr"),
         ("with W", kinds.get("weight_ptr", "constexpr") != "constexpr"),
     )
     flags = [name for name, on in marks if on]

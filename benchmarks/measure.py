@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 Rows = dict[str, dict[str, Any]]
 PARTS = ("forward", "backward", "both")
 BASELINE = "frozen"  # the program that the ratios are taken to
+GATED, UNGATED = "ilora[triton]", "ilora[ungated]"  # one over the other is what the gate costs
 WAIT_CYCLES = 400_000  # the device waits so long (0.2 ms) while graphs are queued; launching one takes about 10 µs
 MAX_SETS = 96
 
@@ -137,6 +138,7 @@ def time_rows(
     """Times all programs and writes their times into their rows: under "eager" and, on CUDA, also under "graph".
 
     A program whose graph cannot be captured gets "graph_error" instead. Without the frozen program nothing is timed.
+    "gate" beside our times: the same with ratios to our layer without a gate.
     graphs: False leaves graphs out, for what waits for the device in between, as generating text does.
     """
     for variant in ("eager", "graph") if graphs and device.type == "cuda" else ("eager",):
@@ -153,6 +155,8 @@ def time_rows(
         times = interleave(programs, device, seconds, repeats)
         for name, series in times.items():
             rows[name][variant] = {"rounds": len(series), **summarise(series, times[BASELINE])}
+        if GATED in times and UNGATED in times:
+            rows[GATED][variant]["gate"] = summarise(times[GATED], times[UNGATED])
 
 
 def _raise_clocks(device: torch.device, seconds: float = 0.05) -> None:

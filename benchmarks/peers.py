@@ -130,13 +130,13 @@ def peft_lora(case: Case) -> Peer:
         A.copy_(case.A)
         B.copy_(case.B)
     gate = torch.full_like(case.gate, 1.0 / s.experts)
-    return Peer(layer.train(), gate, {"A": [A], "B": [B]}, _torch_mask(case))
+    return Peer(layer.train(), gate, {"A": [A], "B": [B]}, torch_mask(case))
 
 
 def published(case: Case) -> Peer:
     """The arithmetic of the published iLoRA code: it materialises every expert's output, [batch, length, E, d_out]."""
     s = case.settings
-    A, B, gate = _leaves(case.A, case.B, case.gate)
+    A, B, gate = leaves(case.A, case.B, case.gate)
 
     def call(x: Tensor) -> Tensor:
         xa = F.linear(F.dropout(x, s.dropout), A).unflatten(-1, (s.experts, -1))
@@ -144,14 +144,14 @@ def published(case: Case) -> Peer:
         update = (outputs * gate.to(x.dtype)[:, None, :, None]).sum(2)
         return F.linear(x, case.weight, case.bias) + update * case.scaling
 
-    return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, _torch_mask(case))
+    return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, torch_mask(case))
 
 
 def expert_loop(case: Case) -> Peer:
     """A Python loop over experts, each with an A and B of its own; they share the dropped-out x."""
     s = case.settings
-    A, B = _leaves(*case.A.chunk(s.experts)), _leaves(*case.B.chunk(s.experts, dim=1))
-    (gate,) = _leaves(case.gate)
+    A, B = leaves(*case.A.chunk(s.experts)), leaves(*case.B.chunk(s.experts, dim=1))
+    (gate,) = leaves(case.gate)
 
     def call(x: Tensor) -> Tensor:
         y, dropped = F.linear(x, case.weight, case.bias), F.dropout(x, s.dropout)
@@ -160,7 +160,7 @@ def expert_loop(case: Case) -> Peer:
             y = y + F.linear(F.linear(dropped, A[e]), B[e]) * weights[:, e, None, None] * case.scaling
         return y
 
-    return Peer(call, case.gate, {"A": A, "B": B, "gate": [gate]}, _torch_mask(case))
+    return Peer(call, case.gate, {"A": A, "B": B, "gate": [gate]}, torch_mask(case))
 
 
 def _algebraic(
@@ -172,13 +172,13 @@ def _algebraic(
 
 def eager(case: Case, function: Callable[..., Tensor] = _algebraic) -> Peer:
     """The algebraic form, (x̃ Aᵀ ⊙ γ) Bᵀ, in eager torch: what a careful user writes without our kernels."""
-    A, B, gate = _leaves(case.A, case.B, case.gate)
+    A, B, gate = leaves(case.A, case.B, case.gate)
     s, p = case.scaling, case.settings.dropout
 
     def call(x: Tensor) -> Tensor:
         return function(x, case.weight, case.bias, A, B, gate, s, p)
 
-    return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, _torch_mask(case))
+    return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, torch_mask(case))
 
 
 @cache
@@ -197,16 +197,12 @@ def compiled(case: Case) -> Peer:
 def ours(case: Case, backend: str) -> Peer:
     """ilora.ilora_linear on one backend; each call draws its dropout seed from torch's generator."""
     s, p = case.scaling, case.settings.dropout
-    A, B, gate = _leaves(case.A, case.B, case.gate)
+    A, B, gate = leaves(case.A, case.B, case.gate)
 
     def call(x: Tensor) -> Tensor:
         return ilora.ilora_linear(x, case.weight, case.bias, A, B, gate, s, dropout_p=p, backend=backend)
 
-    def mask() -> Tensor:
-        seed = as_seed(None, case.x.device)
-        return keep_mask(seed, case.x[..., 0].numel(), case.x.shape[-1], p).view_as(case.x) / (1.0 - p)
-
-    return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, mask if p else None)
+    return Peer(call, case.gate, {"A": [A], "B": [B], "gate": [gate]}, seeded_mask(case))
 
 
 def module(case: Case) -> Peer:
@@ -216,7 +212,7 @@ def module(case: Case) -> Peer:
     with torch.no_grad():
         layer.lora_A.copy_(case.A)
         layer.lora_B.copy_(case.B)
-    (gate,) = _leaves(case.gate)
+    (gate,) = leaves(case.gate)
     trained: dict[str, list[Tensor]] = {"A": [layer.lora_A], "B": [layer.lora_B], "gate": [gate]}
     return Peer(lambda x: layer(x, gate=gate), case.gate, trained)
 
@@ -247,14 +243,25 @@ def _linear(case: Case) -> nn.Linear:
     return linear
 
 
-def _leaves(*tensors: Tensor) -> list[Tensor]:
+def leaves(*tensors: Tensor) -> list[Tensor]:
     """A copy of each tensor, for training."""
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def _torch_mask(case: Case) -> Callable[[], Tensor] | None:
+def torch_mask(case: Case) -> Callable[[], Tensor] | None:
+    """The mask of torch's dropout."""
     p = case.settings.dropout
     return (lambda: F.dropout(torch.ones_like(case.x, requires_grad=False), p)) if p else None
+
+
+def seeded_mask(case: Case) -> Callable[[], Tensor] | None:
+    """The mask of our dropout, whose seed is drawn from torch's generator."""
+    p, rows = case.settings.dropout, case.x[..., 0].numel()
+
+    def mask() -> Tensor:
+        return keep_mask(as_seed(None, case.x.device), rows, case.x.shape[-1], p).view_as(case.x) / (1.0 - p)
+
+    return mask if p else None
 
 
 PEERS: dict[str, Callable[[Case], Peer]] = {
@@ -270,6 +277,7 @@ PEERS: dict[str, Callable[[Case], Peer]] = {
 }
 
 
+OF_TRITON = ("automodel", "lorafusion", "ilora[triton]", "ilora[ungated]")
 INFERENCE_PEERS = {"ilora[cuda]": cuda_decode}  # these have no backward
 MODULES: dict[str, Callable[[Case], Peer]] = {  # what one call costs in a model
     "frozen": lambda case: Peer(_linear(case), torch.zeros_like(case.gate)),
@@ -278,12 +286,14 @@ MODULES: dict[str, Callable[[Case], Peer]] = {  # what one call costs in a model
 }
 
 
-def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this peer cannot run here, or None if it can."""
+def unavailable(name: str, device: torch.device, dtype: torch.dtype, asked: bool = False) -> str | None:
+    """Why this peer cannot run here, or None if it can. asked: by name; then Triton's interpreter will do."""
     if name == "ilora[cuda]":
         return "the CUDA library needs a GPU" if device.type == "cpu" else native.cuda_unavailable()
-    if name == "ilora[triton]" and device.type == "cpu":
-        return "Triton needs a GPU; its interpreter is not for timing"
+    if name in OF_TRITON:
+        if device.type == "cpu" and not asked:
+            return "Triton needs a GPU; its interpreter is not for timing"
+        return backends.why_not("triton", device.type, dtype)
     if name.startswith("ilora["):
         return backends.why_not(name[6:-1], device.type, dtype)
     return "peft is not installed" if name == "peft" and importlib.util.find_spec("peft") is None else None

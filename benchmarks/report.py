@@ -49,7 +49,26 @@ def _case_line(row: Row, variant: str) -> Row:
         line |= {f"{part} ms": f"{times['ms']:.3f}", f"{part} ×": _with_quartiles(times, part == parts[-1])}
     if "peak_bytes" in row:
         line |= {"peak MB": f"{row['peak_bytes'] / 1e6:.1f}", "saved MB": f"{row['saved_bytes'] / 1e6:.1f}"}
+    if "gate" in row[variant]:
+        line["gate"] = _gate_cost(row, variant)
     return line | {"error": f"{row['error_of_check']:.0e}"}
+
+
+def _gate_cost(row: Row, variant: str = "graph") -> str:
+    """What the gate adds to the time of our layer without one, with quartiles."""
+    times = row[variant if variant in row else "eager"]["gate"]["both"]
+    return "{:+.1%} ({:+.1%} to {:+.1%})".format(*(times[name] - 1.0 for name in ("ratio", "low", "high")))
+
+
+def gate_markdown(rows: list[Row]) -> str:
+    """What the gate costs; a row for each layer, with a figure for each dropout probability, or "" where no row has
+    it."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        if any("gate" in row.get(variant, ()) for variant in ("graph", "eager")):
+            layer = f"{_shape(row)}, {row['batch'] * row['length']} rows, R = {row['rank']}"
+            lines.setdefault(layer, {})[f"p = {row['dropout']:g}"] = _gate_cost(row)
+    return _markdown(pd.DataFrame(lines).T.fillna(MISSING)) if lines else ""
 
 
 def _with_quartiles(times: Row, quartiles: bool = True) -> str:
@@ -95,8 +114,8 @@ def layer_markdown(rows: list[Row]) -> str:
     each shape.
 
     A cell holds one figure for each dropout probability, in order: "wrong" where the check refused the peer, "failed"
-    where it did not run. There is a table for each dtype, number of rows, R and E, with a title where there are
-    several. On a GPU the times are those of graphs.
+    where it did not run, a dash where it has no such case. There is a table for each dtype, number of rows, R and E,
+    with a title where there are several. On a GPU the times are those of graphs.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -130,6 +149,8 @@ def _layer_frame(rows: list[Row]) -> pd.DataFrame:
 
 def _ratio(row: Row) -> str:
     if "error" in row:
+        if "NotImplementedError" in row["error"]:
+            return MISSING
         return "wrong" if "WrongPeer" in row["error"] else "failed"
     return _with_quartiles(_last_part(row), quartiles=False)
 

@@ -1,15 +1,14 @@
-"""One rank of two: python distributed_worker.py FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""One rank of two, started by ranks.py.
 
 Trains the tiny model in every way of VARIANTS on this rank's half of the batch; rank 0 writes what came out.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import training_worker
+from ranks import write_results
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -86,16 +85,10 @@ def trainer(model, folder, batch_size):
 
 
 def main(folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     results = {variant: run(variant, folder, rank, world) for variant in VARIANTS}
     if rank == 0:
-        torch.save(results, Path(folder) / "results.pt.part")
-        os.replace(Path(folder) / "results.pt.part", Path(folder) / "results.pt")
+        write_results(results, folder)
     dist.barrier()  # a rank that leaves early may abort the other
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

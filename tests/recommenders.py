@@ -4,9 +4,8 @@ import torch
 from sequential_recommendation import sequence_models
 from sequential_recommendation.data import Dataset, Example
 from sequential_recommendation.prompts import Prompts
-from sequential_recommendation.recommender import Recommender
+from sequential_recommendation.recommender import Recommender, RecommenderConfig
 from sequential_recommendation.scoring import STANDARD
-from sequential_recommendation.settings import RecommenderConfig
 from sequential_recommendation.tiny_model import tiny_lm, tiny_tokenizer
 
 # Titles of several lengths; one contains another, and the tokenizer writes spaces around a slash.

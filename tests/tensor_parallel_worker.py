@@ -1,16 +1,15 @@
-"""One rank of several: python tensor_parallel_worker.py FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+"""One rank of several, started by ranks.py.
 
 Trains tiny models whose layers are split over the ranks in every way of VARIANTS; rank 0 writes what came out.
 """
 
 import copy
 import itertools
-import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ranks import write_results
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -147,7 +146,6 @@ def with_fsdp(model, mesh):
 
 
 def main(folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh, results = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)), {}
@@ -170,11 +168,6 @@ def main(folder):
         model = injected(split(base("llama", "float64"), both["tp"]), "sequence", 0.0)
         results["fsdp"] = trained(with_fsdp(model, both), "sequence")
     if rank == 0:
-        torch.save(results, Path(folder) / "results.pt.part")
-        os.replace(Path(folder) / "results.pt.part", Path(folder) / "results.pt")
+        write_results(results, folder)
     dist.barrier()  # a rank that leaves early may abort the others
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

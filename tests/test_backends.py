@@ -28,6 +28,9 @@ EDGES = {
     "segments with no rows": Case(lengths=(0, 0)),
     "features of one": Case(d_in=1, d_out=1),
     "odd features": Case(M=67, N=1, d_in=131, d_out=97),
+    "a narrow sum beside a larger update": Case(
+        M=15, N=3, E=3, R=9, d_in=4, d_out=75, lengths=(0, 2, 18), strided=True, dropout_p=0.6, seed=0
+    ),
     "wide": Case(M=9, d_in=1030, d_out=517),
     "tall": Case(M=1100, N=2, d_in=9, d_out=7),
     "one long instance": Case(M=1100, N=1, d_in=9, d_out=7),

@@ -10,13 +10,14 @@ from kept_runs import movielens_files
 from safetensors.torch import load_file
 from sequential_recommendation import arms, compare, options, sequence_models
 from sequential_recommendation.arms import Curve, perform
+from sequential_recommendation.data import split
 from sequential_recommendation.experiments import Arm, Experiment, OtherData, Run
 from sequential_recommendation.options import experiment_of, parse, settings_of, watch_of
-from sequential_recommendation.recommender import Recommender
-from sequential_recommendation.settings import RecommenderConfig, TrainingSettings
+from sequential_recommendation.recommender import Recommender, RecommenderConfig
 from sequential_recommendation.shared import MARK, tiny_model, train_sequence
 from sequential_recommendation.tables import paired_lines
-from sequential_recommendation.tiny_model import tiny_lm
+from sequential_recommendation.tiny_model import tiny_lm, tiny_tokenizer
+from sequential_recommendation.training import TrainingSettings
 
 
 def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
@@ -50,7 +51,7 @@ def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
     result.write_text(result.read_text().replace(mark, "0" * 16))
     with pytest.raises(SystemExit, match=f"{result.name}: it was made from other data"):
         compare.main(brief)
-    with pytest.raises(SystemExit, match="--data lastfm: .*nowhere"):
+    with pytest.raises(SystemExit, match="files of lastfm are to be in --root, .*nowhere"):
         compare.main(["--data", "lastfm", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
 
 
@@ -59,7 +60,7 @@ def run_in(folder, steps=0, **more):
     experiment = Experiment(folder, users=8, **more)
     dataset = experiment.dataset()
     sequence_models.save(sequence_models.build("sasrec", dataset.num_items), experiment.sequence_file("sasrec"))
-    tiny_lm(experiment.tokenizer(dataset), 16, 1, 2).save_pretrained(experiment.lm_folder)
+    tiny_lm(tiny_tokenizer(dataset), 16, 1, 2).save_pretrained(experiment.lm_folder)
     sizes = {"batch_size": 2, "effective_batch": 8, "lr": 1e-2, "save_steps": 2, "progress": False}
     settings = TrainingSettings(epochs=2, steps=steps, **sizes)
     return Run(experiment, Arm("ours", "sequence", 4), settings, texts=False, watch=1)
@@ -95,16 +96,37 @@ def test_a_killed_run_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     assert perform(first) == whole
 
 
+def test_every_user_is_tested_and_kinds_of_tests_are_told_apart(tmp_path, capsys):
+    root = movielens_files(tmp_path / "data")
+    file = root / "u.data"
+    file.write_text(file.read_text().replace("\t880000009\n", "\t880000008\n", 12))  # as the item before
+    brief = f"--data ml-100k --root {root} --out {tmp_path / 'out'} --protocol every-user --precision bf16-frozen "
+    brief += "--pretrain-steps 1 --steps 1 --seed 0 --jobs 1 --batch-size 4 --sequence-models sasrec --arms sequence"
+    found = compare.main(brief.split())["iLoRA, E=4, sequence gate"]
+    table, ranks = capsys.readouterr().out, found[0]["ranks"]
+    assert len(ranks) == 25
+    users = [line.split("\t")[0] for line in next(tmp_path.rglob("predictions.tsv")).read_text().splitlines()[1:]]
+    new = {window.user for window in split(Experiment(tmp_path, root, "ml-100k").dataset(), protocol="paper").test}
+    later = set(users) - {str(user) for user in range(12)}
+    kinds = {"of the paper's test users, who are new": new, "whose target is later than the history": later}
+    for kind, those in kinds.items():
+        rank = [rank for user, rank in zip(users, ranks, strict=True) if user in those]
+        (line,) = (line for line in table.splitlines() if kind in line)
+        assert line.startswith(f"| {kind} | {len(those)} |")
+        assert line.endswith(f"| {rank.count(1) / len(rank):.4f} |")
+    assert "| among all items | HitRatio@10 | NDCG@10 |" in table
+
+
 def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    experiment = Experiment(tmp_path / "out", "ml-100k", tmp_path / "data")
+    experiment = Experiment(tmp_path / "out", tmp_path / "data", "ml-100k")
     run = Run(experiment, Arm("ours", "sequence", 4), TrainingSettings(), watch=0)
 
     def other(**settings):
         return run._replace(settings=replace(run.settings, **settings))
 
     elsewhere = replace(experiment, folder=Path("out"), root=Path("data"))
-    same = [run._replace(experiment=elsewhere), other(workers=2, save_steps=5, logging_steps=1, progress=False)]
+    same = [run._replace(experiment=elsewhere), other(save_steps=5, logging_steps=1, progress=False)]
     names = {options.table_name(other(**each).settings) for each in ({}, {"seed": 3}, {"lr": 1.0}, {"save_steps": 5})}
     assert len(names) == 1
     assert options.table_name(other(patience=2).settings) not in names
@@ -179,8 +201,8 @@ def changed(folder):
     return folder
 
 
-def test_what_was_trained_on_other_data_is_refused(tmp_path, capsys):
-    films = Experiment(tmp_path / "out", "ml-100k", movielens_files(tmp_path / "data"))
+def test_what_was_trained_on_other_data_is_refused(tmp_path):
+    films = Experiment(tmp_path / "out", movielens_files(tmp_path / "data"), "ml-100k")
     same = replace(films, root=movielens_files(tmp_path / "copy"))
     other = replace(films, root=changed(movielens_files(tmp_path / "other")))
     now = other.dataset()
@@ -188,16 +210,9 @@ def test_what_was_trained_on_other_data_is_refused(tmp_path, capsys):
     for experiment in (films, same):
         train_sequence(experiment, experiment.dataset(), "caser")
         tiny_model(experiment, experiment.dataset(), 1)
-    assert "does not say" not in capsys.readouterr().err
     for make in (lambda: train_sequence(other, now, "caser"), lambda: tiny_model(other, now, 1)):
         with pytest.raises(OtherData, match="made from other data .* give another --out"):
             make()
-    (films.lm_folder / MARK).unlink()  # as in a folder of an older version
-    tiny_model(other, now, 1)
-    assert "tiny-lm-seed0: does not say of which data it is" in capsys.readouterr().err
-    sequence_models.save(sequence_models.build("sasrec", 7), films.sequence_file("sasrec"))
-    with pytest.raises(ValueError, match="trained on 7 items, MovieLens-100K has 40"):
-        train_sequence(films, films.dataset(), "sasrec")
     run = run_in(tmp_path)._replace(fingerprint="0" * 16)
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text(json.dumps(run.described()))
@@ -206,14 +221,14 @@ def test_what_was_trained_on_other_data_is_refused(tmp_path, capsys):
 
 
 def test_the_fingerprint_is_of_titles_users_and_split(tmp_path):
-    films = Experiment(tmp_path, "ml-100k", movielens_files(tmp_path / "data"))
+    films = Experiment(tmp_path, movielens_files(tmp_path / "data"), "ml-100k")
     dataset = films.dataset()
     turned = replace(dataset, users=dict(reversed(dataset.users.items())), name="films")
     assert films.fingerprint(turned) == films.fingerprint(dataset)
     titles = replace(dataset, titles=[*dataset.titles[:-1], "another"])
     users = replace(dataset, users=dataset.users | {"0": dataset.users["0"][::-1]})
     found = [films.fingerprint(each) for each in (dataset, titles, users)]
-    for field, value in (("protocol", "paper"), ("evaluate", "random"), ("tests", 9), ("data_seed", 1)):
+    for field, value in (("protocol", "paper"), ("candidates", 9), ("tests", 9), ("data_seed", 1)):
         found.append(replace(films, **{field: value}).fingerprint(dataset))
     assert len(set(found)) == 7
 
@@ -238,8 +253,8 @@ def test_epochs_and_rates_are_those_that_were_asked_for():
 
 
 def test_folders_say_what_decides_the_models_and_are_of_use_from_everywhere(tmp_path, monkeypatch):
-    made_up = experiment_of(asked("--users 60 --evaluate random --tests 9 --pretrain-steps 5 --out out"))
-    assert made_up.folder == Path("out/synthetic-leave-one-out-tiny-60-users-random-9-tests-5-pretrained")
+    made_up = experiment_of(asked("--users 60 --tests 9 --pretrain-steps 5 --out out"))
+    assert made_up.folder == Path("out/synthetic-leave-one-out-tiny-60-users-9-tests-5-pretrained")
     films = experiment_of(asked("--data ml-100k --root . --model smollm2 --plain --min-users 20 --out out"))
     assert films.folder == Path("out/ml-100k-paper-smollm2-min-20-plain")
     (tmp_path / "model").mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import smollm2_text
-from sequential_recommendation import compare, kept, page, real_runs, recommend
+from sequential_recommendation import compare, kept, page, recommend
 from sequential_recommendation.experiments import MADE_UP, PROMPTS
 from sequential_recommendation.options import experiment_of, parse
 from sequential_recommendation.readers import READERS
@@ -24,11 +24,11 @@ REFUSED = {  # arguments: words, by command
     parse: {
         "--experts 4 3": "--experts 3: the rank is 8",
         "--experts 0": "--experts: expected a whole number of 1 or more, got '0'",
-        "--experts 4 4": "--experts 4: given more than once",
-        "--seed 0 0": "--seed 0: given more than once",
+        "--experts 4 4": "--experts: given more than once: 4 4",
+        "--seed 0 0": "--seed: given more than once: 0 0",
         "--seed -1": "--seed: expected a whole number from 0 to 4294967295, got '-1'",
-        "--arms lora lora": "--arms lora: given more than once",
-        "--lr 0.1 1e-1": "--lr 0.1: given more than once",
+        "--arms lora lora": "--arms: given more than once: lora lora",
+        "--lr 0.1 1e-1": "--lr: given more than once: 0.1 0.1",
         "--lr -1": "--lr: expected a number above 0, got '-1'",
         "--lr nan": "--lr: expected a number above 0, got 'nan'",
         "--batch-size 5 --effective-batch 12": "a multiple of --batch-size, got 12 and 5",
@@ -47,11 +47,16 @@ REFUSED = {  # arguments: words, by command
         "--steps 0": "--steps: expected a whole number of 1 or more, got '0'",
         "--epochs 0": "--epochs: expected a number above 0, got '0'",
         "--epochs 1 --steps 3": "--steps: not allowed with argument --epochs",
-        "--min-users 20": "--min-users 20: means nothing with --data synthetic",
+        "--min-users 20": "--min-users: means nothing with --data synthetic",
         "--plain": "--plain: means nothing with --data synthetic",
-        FILMS + "--users 9": "--users 9: means nothing with --data ml-100k",
-        "--model smollm2 --pretrain-steps 9": "--pretrain-steps 9: means nothing with --model smollm2",
-        "--model /no/where": "--model /no/where: expected the folder of a causal language model",
+        FILMS + "--users 9": "--users: means nothing with --data ml-100k",
+        "--model smollm2 --pretrain-steps 9": "--pretrain-steps: means nothing with --model smollm2",
+        "--protocol all": "--protocol: invalid choice: 'all'",
+    },
+    recommend.main: {
+        "--top=0 Heat": "--top: expected a whole number of 1 or more, got '0'",
+        "--shortlist=1 Heat": "--shortlist: expected a whole number of 2 or more, got '1'",
+        "": "give one TITLE or more, or --list",
     },
     smollm2_text.main: {
         "--steps 0": "--steps: expected 1 or more, got 0",
@@ -70,6 +75,13 @@ def test_options_that_cannot_be_meant_are_refused_at_once(command, arguments, ca
     assert REFUSED[command][arguments] in capsys.readouterr().err
 
 
+def test_a_comparison_under_a_launcher_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        parse([])
+    assert "a launcher started several processes" in capsys.readouterr().err
+
+
 def test_the_commands_of_the_results_are_still_accepted():
     texts = [path.read_text(encoding="utf-8") for path in (FOLDER / "README.md", *(FOLDER / "results").glob("*.md"))]
     commands = [found for text in texts for found in re.findall(r"recommendation/compare\.py([^`#\n]*)", text)]
@@ -85,7 +97,6 @@ def test_the_commands_of_the_pages(page_of_commands):
     commands = [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
     parsers = {"compare.py": compare.parse, "recommend.py": recommend.parser().parse_args, "page.py": page.parse}
     assert {script for script, *_ in commands} >= set(parsers)
-    parsers["real_runs.py"] = real_runs.parse
     made_up = Titles(synthetic())
     for script, *arguments in commands:
         options = parsers[script](arguments)

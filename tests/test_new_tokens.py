@@ -81,6 +81,28 @@ def test_save_resize_load_and_merge_keep_every_bit(tmp_path, bases, kind, way):
     assert torch.equal(logits(type(final).from_pretrained(tmp_path / "whole").eval()), merged[0])
 
 
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_new_rows_alone_are_trained_and_saved(tmp_path, bases, kind):
+    """The how-to's way: gradients of the old rows are set to zero, and AdamW decays nothing."""
+    model = adapted(resized(bases, kind)).train()
+    weights = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True).register_hook(lambda grad: torch.cat([torch.zeros_like(grad[:OLD]), grad[OLD:]]))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1, weight_decay=0.0)
+    ids = torch.tensor([[3, OLD, OLD + 4, 5, NEW - 1], [6, 7, 8, 9, OLD + 1]])
+    for _ in range(3):
+        model(input_ids=ids, labels=ids, ilora_gate=gates(2)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for weight, old in zip(weights, before, strict=True):
+        assert torch.equal(weight[:OLD], old[:OLD])
+        assert not torch.equal(weight[OLD:], old[OLD:])
+    path = ilora.save_adapter(model.eval(), tmp_path / "a")
+    again = ilora.load_adapter(resized(bases, kind, seed=2), path).eval()
+    assert torch.equal(logits(again, ilora_gate=gates(2)), logits(model, ilora_gate=gates(2)))
+
+
 @pytest.mark.parametrize("rows", [NEW, 64, 50])
 def test_more_and_fewer_rows_are_resized_ones(tmp_path, bases, rows):
     model = adapted(resized(bases, rows=rows))

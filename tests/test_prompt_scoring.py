@@ -8,6 +8,7 @@ import torch
 from models import PAD, VOCABULARY, E, injected, llama, prompts, t5
 
 import ilora
+from ilora import ILoRAConfig
 
 hf = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -160,18 +161,47 @@ def test_a_forward_that_cannot_tell_the_answer_warns_once():
     assert not warned(scorer(t5), ids, labels=ids)
 
 
-def test_a_second_turn_with_a_kept_cache_says_what_to_do():
-    model, ids = scorer(), prompts((6,))[0]
-    options = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
-    first = model.generate(ids, return_dict_in_generate=True, **options)
-    second = torch.cat([first.sequences, ids[:, :4]], 1)
+SHORT = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+
+
+def turns(model, ids, **more):
+    """The first turn of a chat, and the prompts of its second: all that was said, and more."""
+    first = model.generate(ids, return_dict_in_generate=True, **{**SHORT, **more})
+    more_words = ids[:, :4].repeat_interleave(len(first.sequences) // len(ids), 0)
+    return first, torch.cat([first.sequences, more_words], 1)
+
+
+@pytest.mark.parametrize("case", ["returned", "given", "two return sequences", "the first of two"])
+def test_a_second_turn_goes_on_under_the_gate_of_its_cache(case):
+    model, ids = scorer(), prompts((6, 6))[0]
+    more = {"past_key_values": hf.DynamicCache(config=model.config)} if case == "given" else {}
+    if "two" in case:
+        more = {"do_sample": True, "num_return_sequences": 2}
+    first, second = turns(model, ids, **more)
+    cache, gate = more.get("past_key_values", first.past_key_values), ilora.gate_of(model, input_ids=ids)
+    if case == "the first of two":
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        second = second[::2]
+    gate = gate.repeat_interleave(len(second) // 2, 0)
+    assert not torch.allclose(gate, ilora.gate_of(model, input_ids=second), atol=1e-4)
+    for kept in (copy.deepcopy(cache), cache):
+        assert kept.get_seq_length() > 0
+        sequences = model.generate(second, past_key_values=kept, **SHORT)
+        scores = model(second[:, -1:], past_key_values=kept).logits
+        assert torch.equal(sequences, model.generate(second, ilora_gate=gate, **SHORT))
+        whole = model(torch.cat([sequences[:, :-1], second[:, -1:]], 1), ilora_gate=gate).logits[:, -1:]
+        torch.testing.assert_close(scores, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_keeps_no_gate_of_this_adapter_says_what_to_do():
+    model, ids = scorer(), prompts((6, 6))[0]
+    first, second = turns(model, ids)
+    more = {"past_key_values": first.past_key_values, **SHORT}
+    with pytest.raises(ValueError, match="ilora_prompt_mask was given with past_key_values"):
+        model.generate(second, ilora_prompt_mask=torch.ones_like(second).bool(), **more)
+    ilora.add_adapter(model, "another", ILoRAConfig(num_experts=E), gate=ilora.PromptGate(E))
     with pytest.raises(ValueError, match=r"keep one gate for all steps and turns, `with ilora\.gated"):
-        model.generate(second, past_key_values=first.past_key_values, **options)
-    with ilora.gated(model, ilora.gate_of(model, input_ids=ids)):
-        first = model.generate(ids, return_dict_in_generate=True, **options)
-        second = torch.cat([first.sequences, ids[:, :4]], 1)
-        kept = model.generate(second, past_key_values=first.past_key_values, **options)
-        assert torch.equal(kept, model.generate(second, **options))
+        model.generate(second, **more)
 
 
 PLACES = {"above": VOCABULARY, "far above": 2**40, "below": -1, "llava's": -200}

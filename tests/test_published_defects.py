@@ -10,9 +10,8 @@ from recommenders import EXAMPLES, PROMPTS, collated, recommender
 from sequential_recommendation import sequence_models
 from sequential_recommendation.experiments import Experiment
 from sequential_recommendation.metrics import match_title
-from sequential_recommendation.recommender import GATES, Recommender
+from sequential_recommendation.recommender import GATES, Recommender, RecommenderConfig
 from sequential_recommendation.scoring import STANDARD, gates, generate, score
-from sequential_recommendation.settings import RecommenderConfig
 from sequential_recommendation.tiny_model import tiny_lm
 
 import ilora

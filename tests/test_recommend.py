@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from kept_runs import FILMS, kept_run, movielens_files
 from sequential_recommendation import kept, page, recommend
 from sequential_recommendation.data import Dataset
 from sequential_recommendation.experiments import Arm, Experiment
-from sequential_recommendation.kept import NoRun, find_run, read_run
+from sequential_recommendation.kept import find_run, read_run
 from sequential_recommendation.scoring import candidate_likelihoods, gates
 from sequential_recommendation.service import Service, asked
 from sequential_recommendation.titles import Titles, UnknownTitles, forms
@@ -188,12 +189,12 @@ def test_other_gates(tmp_path, gate, source):
 def test_what_the_page_shows(service):
     answer = service.answer(LIKED)
     ranking, gate = page.respond(service, LIKED)
-    assert ranking.count("<tr>") == 21
+    assert ranking.count("<tr") == 21
     places = [ranking.index(page.escape(r.title)) for r in answer.ranked]
     assert places == sorted(places)
     assert "<b>" not in ranking
     for weight in answer.gate:
-        assert f"width:{100 * weight:.1f}%" in gate
+        assert f'<meter value="{weight:.3f}"></meter> {weight:.3f}' in gate
     wrong, nothing = page.respond(service, ["Toy Storry"])
     assert 'role="alert"' in wrong
     assert "near it: &#x27;Toy Story (1995)&#x27;" in wrong
@@ -206,31 +207,20 @@ def test_what_the_page_shows(service):
 def test_a_run_says_what_it_is_of(films):
     data, folder = films
     run = read_run(folder)
-    assert run.experiment == Experiment(folder.parents[2], "ml-100k", data, users=40)
+    assert run.experiment == Experiment(folder.parents[2], data, "ml-100k", users=40)
     assert (run.arm, run.hybrid) == (Arm("iLoRA, sequence", "sequence", 4), True)
     assert run.experiment.dataset().titles[0] == "Toy Story (1995)"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the system is asked on Linux alone")
-def test_the_language_model_is_read_ahead(films, monkeypatch):
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *rest: asked.append((os.fstat(fd).st_ino, *rest)))
-    experiment = read_run(films[1]).experiment
-    experiment.read_ahead()
-    weights = (experiment.lm_folder / "model.safetensors").stat()
-    assert asked == [(weights.st_ino, 0, 0, os.POSIX_FADV_WILLNEED)]
 
 
 def test_run_files_that_say_too_little(films, tmp_path):
     good = json.loads((films[1] / "run.json").read_text())
     experiment = good["experiment"]
-    assert experiment["plain"] == "False"  # what bool() would take for true
     folder = tmp_path / "runs" / "arm" / "run"
     folder.mkdir(parents=True)
     for described, words in (
-        (good | {"experiment": experiment | {"plain": "maybe"}}, "run.json: .*expected True or False, got 'maybe'"),
+        (good | {"experiment": experiment | {"plain": "False"}}, "run.json: .*expected a value such as False, got"),
         (good | {"experiment": experiment | {"data": "books"}}, "run.json: .*expected one of synthetic.*got 'books'"),
-        (good | {"experiment": experiment | {"users": "many"}}, "run.json: .*invalid literal"),
+        (good | {"experiment": experiment | {"users": "many"}}, "run.json: .*users: expected .* 600, got 'many'"),
         ({"arm": good["arm"]}, "run.json: .*it has no 'experiment'"),
         (None, "run.json"),
     ):
@@ -250,7 +240,7 @@ def test_the_best_run_of_a_comparison_is_taken(tmp_path):
     assert find_run(best.parent).folder == best
     assert find_run(tmp_path / "synthetic-leave-one-out-tiny" / "runs" / "ilora-uniform").arm.gate == "uniform"
     kept_run(tmp_path, data="tastes")
-    with pytest.raises(NoRun, match="several comparisons(.|\n)*tastes"):
+    with pytest.raises(ValueError, match="several comparisons(.|\n)*tastes"):
         find_run(tmp_path)
 
 
@@ -319,6 +309,7 @@ def test_the_files_must_be_those_of_the_training_wherever_they_are(run, tmp_path
         assert "the files that it was trained on" in status
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system has no SIGPIPE")
 def test_an_answer_that_nobody_reads_to_its_end(films):
     command = [sys.executable, recommend.__file__, "--run", films[1], *LIKED]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -326,6 +317,5 @@ def test_an_answer_that_nobody_reads_to_its_end(films):
     process.stdout.close()  # as `| true`
     said = process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=60) == -signal.SIGPIPE
     assert "Traceback" not in said
-    assert "BrokenPipe" not in said

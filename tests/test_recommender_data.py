@@ -49,15 +49,7 @@ def test_the_split_does_not_depend_on_the_order_of_users():
     dataset = made()
     turned = Dataset(dataset.name, dataset.titles, dict(reversed(dataset.users.items())))
     for protocol in ("paper", "leave-one-out"):
-        assert split(dataset, 1, protocol, "random") == split(turned, 1, protocol, "random")
-
-
-def test_evaluation_on_random_windows_takes_one_of_each_user():
-    dataset = made(users=200)
-    test = split(dataset, evaluate="random").test
-    assert len({window.user for window in test}) == len(test) == 20
-    assert all(window in list(windows(window.user, dataset.users[window.user])) for window in test)
-    assert len({len(window.history) for window in test}) > 3
+        assert split(dataset, 1, protocol) == split(turned, 1, protocol)
 
 
 def test_leave_one_out_by_hand():
@@ -66,6 +58,18 @@ def test_leave_one_out_by_hand():
     assert set(parts.test) == {("long", (0, 1, 2, 3, 4), 5), ("five", (5, 4, 3, 2), 1), ("four", (2, 3, 4), 5)}
     assert set(parts.val) == {("long", (0, 1, 2, 3), 4), ("five", (5, 4, 3), 2)}
     assert parts.train == [("long", (0, 1, 2), 3)]
+
+
+def test_every_user_is_tested_and_those_of_the_papers_test_were_never_trained_on():
+    dataset = made(users=80)
+    parts, paper = split(dataset, 2, "every-user"), split(dataset, 2)
+    trained = {(window.user, window.target) for window in parts.train}
+    for held_out in (parts.val, parts.test):
+        assert held_out
+        assert not trained & {(window.user, window.target) for window in held_out}
+    assert {window.user for window in parts.test} == set(dataset.users)
+    assert {window.user for window in paper.test} & {window.user for window in (*parts.train, *parts.val)} == set()
+    assert set(paper.test) < set(parts.test)
 
 
 def test_a_split_that_came_with_the_data_is_kept_but_for_leave_one_out():
@@ -112,15 +116,6 @@ def test_candidates_depend_on_the_window_and_the_seed_alone():
     assert "candidates=(" in one
 
 
-def test_negatives_may_leave_out_all_that_the_user_met():
-    dataset = made()
-    parts = split(dataset).train
-    for example in with_candidates(parts, dataset, exclude="user"):
-        assert set(example.candidates) & set(dataset.users[example.user]) == {example.target}
-    later = [set(e.candidates) & set(dataset.users[e.user]) - {e.target} for e in with_candidates(parts, dataset)]
-    assert any(later)
-
-
 def test_no_two_candidates_share_a_title():
     dataset = Dataset("d", [f"Title {i % 25}" + " " * (i // 25) for i in range(50)], {"u": [0, 1, 2, 3]})
     (example,) = with_candidates([Window("u", (0, 1, 2), 3)], dataset)
@@ -148,7 +143,7 @@ ONE = Window("u0", (0, 1, 2), 3)
         (lambda: Dataset("d", ["a", "b"], {"u": [-1]}), r"user u: expected ids from 0 to 1, got \[-1\]"),
         (lambda: data.frequent(made(given=Split([], [], []))), "its own split"),
         (lambda: split(made(users=1)), "too few users with 4 items or more to split: 0 train, 0 val, 1 test"),
-        (lambda: split(made(), protocol="all"), "protocol='all'"),
+        (lambda: split(made(), protocol="all"), "protocol='all', expected one of paper, leave-one-out, every-user"),
         (lambda: with_candidates([ONE], made(1, 22, 4)), "user u0: only 18 of 19 negatives can be drawn"),
         (lambda: synthetic(groups=9), "9 groups have no conflicting rules on 23 shared items"),
         (lambda: synthetic(users=3), "users=3, groups=4"),

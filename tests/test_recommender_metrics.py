@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from sequential_recommendation import metrics
 from sequential_recommendation.data import Example, Window
 from sequential_recommendation.metrics import Ratio, match_title, ndcg, over_seeds, ranks, text_ratios
+from sequential_recommendation.sequence_models import Popularity
+from sequential_recommendation.sequence_training import target_ranks
 
 TITLES = ["Alien (1979)", "Aliens (1986)", "Alien", "Star Wars", "Star Wars: Return of the Jedi", "Café Del Mar"]
 
@@ -37,7 +39,6 @@ def test_an_interval_holds_its_ratio_and_mirrors(counts):
         (lambda: Ratio(-1, 2), "expected 0 <= hits <= total"),
         (lambda: ranks(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long)), r"expected \[N, C\] and \[N\]"),
         (lambda: ndcg(torch.zeros(0), 5), "one rank or more"),
-        (lambda: over_seeds([]), "one value or more"),
         (lambda: text_ratios(["Alien"], [], TITLES), "1 texts for 0 examples"),
     ],
 )
@@ -71,15 +72,15 @@ def test_candidate_scores_and_popularity():
     assert scores.tolist() == [[2.0, 3.0], [5.0, 4.0]]
     assert target.tolist() == [1, 0]
     train = [Window("u", (0, 1, 2), 3), Window("u", (0, 1, 2, 3), 1), Window("v", (0, 1, 2), 3)]
-    assert metrics.popularity(train, 5).tolist() == [0, 1, 0, 2, 0]
+    popular = Popularity(5, train)
+    assert popular(torch.tensor([[0, 1, 2], [4, 5, 5]])).tolist() == [[0, 1, 0, 2, 0]] * 2
+    assert target_ranks(popular.eval(), examples[:1]).tolist() == [1]
+    assert target_ranks(popular, [Example("u", (3,), 1, (0, 1))] * 2, whole=True).tolist() == [1, 1]  # 3 is history
 
 
 def test_seeds():
-    found = over_seeds([0.2, 0.4])
-    assert (found.mean, found.deviation, found.count) == pytest.approx((0.3, math.sqrt(0.02), 2))
-    assert str(found) == "0.3000 ± 0.1414"
-    assert math.isnan(over_seeds([0.5]).deviation)
-    assert str(over_seeds([0.5])) == "0.5000"
+    assert over_seeds([0.2, 0.4]) == "0.3000 ± 0.1414"
+    assert over_seeds([0.5]) == "0.5000"
 
 
 WHOLE = {"Alien": 2, "\n\nAlien\r\n": 2, "Star Wars: Return of the Jedi\n": 4, "Cafe\u0301 Del Mar": 5}

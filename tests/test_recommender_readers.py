@@ -90,6 +90,13 @@ def test_titles_and_histories_are_read_packed_and_with_a_mark_too(tmp_path, kind
     assert (dataset.titles, dataset.users) == (titles, users)
 
 
+def test_users_whose_last_two_items_have_the_same_time_are_known(tmp_path):
+    more = f"8\t3\t5\t{T}\n9\t3\t5\t{T}\n9\t1\t5\t{T + 9}\n"
+    dataset = read("ml-100k", tmp_path, MOVIES | {"u.data": RATINGS + more})
+    assert dataset.tied == ["7", "8"]  # their last two are 3 and 2, and 2 and 3; 9 met 1 later than 3
+    assert readers.plain_titles(dataset).tied == dataset.tied
+
+
 def test_old_titles_may_be_in_utf_8_and_have_a_bar(tmp_path):
     files = MOVIES | {"u.item": film(1, "Am\u00e9lie \u2013 |Face|Off") + film(2, "B") + film(3, "C")}
     assert read("ml-100k", tmp_path, files).titles[0] == "Am\u00e9lie \u2013 |Face|Off"

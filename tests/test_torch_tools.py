@@ -222,7 +222,9 @@ def test_stages_of_a_pipeline_train(tmp_path):
     pytest.importorskip("torch.distributed.pipelining")
     x, gate, target = torch.randn(6, 20, dtype=F64), torch.rand(6, 4), torch.randn(6, 12, dtype=F64)
     address = f"file://{tmp_path / 'rendezvous'}"
-    torch.multiprocessing.spawn(run_stage, (address, x, gate, target, str(tmp_path)), nprocs=2)
+    method = "spawn" if torch.cuda.is_available() else "fork"  # a fork has all imports done, and loses a GPU
+    arguments = (address, x, gate, target, str(tmp_path))
+    torch.multiprocessing.start_processes(run_stage, arguments, nprocs=2, start_method=method)
     found = torch.load(tmp_path / "0.pt") | torch.load(tmp_path / "1.pt")
     model = Layers()
     (model(x, gate) - target).square().sum().backward()

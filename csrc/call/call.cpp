@@ -42,7 +42,7 @@ bool through_float32(const Tensor& a, int64_t stride) {
 
 Tensor add_product(Tensor out, const Tensor& a, const Tensor& b) {
   const auto type = out.scalar_type();
-  if (out.size(0) < kFewRows)
+  if (out.size(0) < kFewRows || out.size(1) < kFewRows)
     out.add_(at::mm(a.to(type), b.to(type)));
   else
     out.addmm_(a.to(type), b.to(type));

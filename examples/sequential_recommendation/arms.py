@@ -23,7 +23,7 @@ from . import sequence_models
 from .data import Example
 from .experiments import PROMPTS, Run
 from .files import write_whole
-from .metrics import hit_ratio, ndcg, text_ratios
+from .metrics import described_ranks, hit_ratio, ndcg, text_ratios
 from .prompts import Choice, Prompts
 from .recommender import Recommender
 from .scoring import gates, score, write
@@ -51,7 +51,7 @@ def attempt(run: Run) -> dict[str, Any]:
     """As `perform`, but the result of a training that diverges is worse than any other, and has the key "diverged"."""
     if run.file.exists():
         result = json.loads(run.file.read_text(encoding="utf-8"))
-        run.check_data(run.file, result["run"])
+        run.experiment.check_data(run.file, result["run"]["fingerprint"], run.fingerprint)
         return result
     try:
         found = _trained_and_measured(run)
@@ -70,11 +70,15 @@ def _trained_and_measured(run: Run) -> dict[str, Any]:
     lm, tokenizer = run.experiment.language_model(dataset)
     if run.settings.precision == "bf16-frozen":
         lm = lm.to(torch.bfloat16)
+        if lm.device.type == "cpu":
+            lm.set_attn_implementation("eager")  # its backward takes less than half of what torch's flash takes there
     prompts = Prompts(tokenizer, dataset, PROMPTS[run.experiment.data], run.arm.soft_prompt)
     check_room(lm, prompts, parts, run.settings.candidates, run.settings.curriculum is not None)
     sequence_model = sequence_models.load(run.experiment.sequence_file(run.experiment.guide)).to(lm.device)
     torch.manual_seed(run.settings.seed)
     model = Recommender(lm, sequence_model, run.recommender).eval()
+    if run.settings.precision == "bf16-frozen":
+        ilora.share_inputs(model.lm)
     model.encoder.standardise([window.history for window in parts.train])
     log: list[dict[str, float]] = []
     if run.arm.gate is not None:
@@ -98,7 +102,8 @@ def checkpoint_of(run: Run) -> Path | None:
     """The last complete checkpoint of a run that was killed, or None. Raises OtherData if it is of other data."""
     described = run.folder / "run.json"
     if described.exists():
-        run.check_data(described, json.loads(described.read_text(encoding="utf-8")))
+        made_from = json.loads(described.read_text(encoding="utf-8"))["fingerprint"]
+        run.experiment.check_data(described, made_from, run.fingerprint)
     write_whole(described, json.dumps(run.described(), indent=1) + "\n")
     return last_checkpoint(run.folder)
 
@@ -137,11 +142,7 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
     trained = [*model.lm.parameters(), *(model.user_projector.parameters() if model.user_projector else ())]
     found: dict[str, Any] = {
         "validation": {"hit_ratio": hit_ratio(val_rank).value, "ndcg": ndcg(val_rank, 20)},
-        "hits": hit_ratio(rank).hits,
-        "total": len(test),
-        "hit_ratio_5": hit_ratio(rank, 5).value,
-        "ndcg_5": ndcg(rank, 5),
-        "ranks": rank.tolist(),
+        **described_ranks(rank),
         "trainable": sum(p.numel() for p in trained if p.requires_grad),
     }
     if run.texts:

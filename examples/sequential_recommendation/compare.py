@@ -36,36 +36,116 @@ import transformers
 from tqdm import tqdm
 
 from .arms import attempt, one_thread, perform, with_rate
-from .data import Dataset
-from .experiments import TINY, Experiment, OtherData, Run
+from .data import Dataset, Example, Split
+from .experiments import TINY, Experiment, Run
 from .files import write_whole
-from .metrics import Ratio, candidate_scores, popularity, ranks
+from .metrics import Ratio, described_ranks
 from .options import arms_of, experiment_of, parse, settings_of, table_name, watch_of
 from .pictures import draw
-from .sequence_models import KINDS
-from .sequence_training import candidate_ranks
-from .settings import LEARNING_RATES
+from .sequence_models import KINDS, Popularity, SequenceModel
+from .sequence_training import target_ranks
 from .shared import check_model, tiny_model, train_sequence
-from .tables import described_ranks, table
+from .tables import table
 
+LEARNING_RATES = {"ml-100k": 8e-4, "lastfm": 7e-4, "steam": 5e-4}  # the paper's, by data set
 RATE = 3e-3  # the tiny model's learning rate: on the validation users better than 1e-2 (--lr tries several)
 
 
-def prepare(experiment: Experiment, dataset: Dataset, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains the models that all arms of a seed share, unless their files exist. Returns the baselines' figures."""
+def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Returns the results by arm, one for each seed. Also writes them to results.json, and the table to results.md.
+
+    They go to a folder of their own for each setting of the training, so that one comparison never replaces another.
+    """
+    options, start = parse(argv, __doc__), time.perf_counter()
+    try:
+        return compare(options, shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)]), start)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(str(error))
+
+
+def compare(options: argparse.Namespace, command: str, start: float) -> dict[str, list[dict[str, Any]]]:
+    """From the data to the table. Raises OSError, ValueError or FloatingPointError with what a person can mend."""
+    experiment, settings = experiment_of(options), settings_of(options)
+    jobs = options.jobs or (2 if options.model == TINY and not torch.cuda.is_available() else 1)
+    if jobs > 1:
+        one_thread()  # in this process too: on a busy machine two threads are slower than one
+    settings = replace(settings, progress=jobs == 1 and sys.stderr.isatty())
+
+    dataset = experiment.dataset()
     parts, _, test = experiment.parts(dataset)
-    models = {}
+    print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
+
+    if options.arms and experiment.model != TINY:
+        check_model(experiment, dataset, parts, settings.curriculum is not None)
+    baselines: dict[str, list[dict[str, Any]]] = {}
+    for seed in options.seed:
+        for name, figures in prepare(replace(experiment, model_seed=seed), dataset, parts, test, options).items():
+            baselines.setdefault(name, []).append(figures)
+
+    watch, fingerprint = watch_of(options, settings, len(parts.train)), experiment.fingerprint(dataset)
+    runs = [Run(experiment, arm, settings, not options.no_texts, watch, fingerprint) for arm in arms_of(options)]
+    found = results_of(runs, options, jobs)
+
+    kinds = experiment.kinds_of_tests(dataset, test)
+    lines = table(f"{dataset.name}, {experiment.model}", baselines, found, kinds)
+    folder = experiment.folder / table_name(settings)
+    described = {"command": command, "torch": torch.__version__, "transformers": transformers.__version__}
+    described |= {"data": str(dataset), "seconds": time.perf_counter() - start}
+    write_whole(folder / "results.md", lines + "\n")
+    write_whole(folder / "results.json", json.dumps(described | {"baselines": baselines, "arms": found}) + "\n")
+    groups = [dataset.groups[example.user] for example in test] if dataset.groups else None
+    drawn = draw(found, folder, len(parts.train) / settings.effective_batch, groups)
+    pictures = f", with {', '.join(path.name for path in drawn)}" if drawn else ""
+    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; written to {folder}{pictures}")
+    return found
+
+
+def prepare(
+    experiment: Experiment, dataset: Dataset, parts: Split, test: list[Example], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Trains the models that all arms of a seed share, unless their files exist. Returns the baselines' figures."""
+    models: dict[str, SequenceModel] = {"popularity": Popularity(dataset.num_items, parts.train)}
     for kind in dict.fromkeys([*options.sequence_models, *([experiment.guide] if options.arms else [])]):
-        start = time.perf_counter()
-        models[kind] = train_sequence(experiment, dataset, kind)
-        print(f"{KINDS[kind].__name__}, seed {experiment.model_seed}: {time.perf_counter() - start:.0f} s", flush=True)
+        start, name = time.perf_counter(), KINDS[kind].__name__
+        models[name] = train_sequence(experiment, dataset, kind)
+        print(f"{name}, seed {experiment.model_seed}: {time.perf_counter() - start:.0f} s", flush=True)
     if options.arms and experiment.model == TINY:
         tiny_model(experiment, dataset, options.pretrain_steps)
-    counts = popularity(parts.train, dataset.num_items).expand(len(test), -1)
-    found = {"popularity": described_ranks(ranks(*candidate_scores(counts, test)))}
-    return found | {
-        KINDS[kind].__name__: described_ranks(candidate_ranks(model, test)) for kind, model in models.items()
+    return {
+        name: described_ranks(target_ranks(model, test)) | {"catalogue_ranks": target_ranks(model, test, True).tolist()}
+        for name, model in models.items()
     }
+
+
+def results_of(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> dict[str, list[dict[str, Any]]]:
+    """The results by arm, one for each seed. runs: one run for each arm."""
+    trained = [run for run in runs if run.arm.gate is not None]
+    best = dict(zip([run.arm for run in trained], choose_rates(trained, options, jobs), strict=True))
+    wanted = [
+        with_rate(run, best.get(run.arm, 0.0), seed)
+        for seed in options.seed  # all arms of a seed before the next one, so that a part of the runs is of use
+        for run in runs
+        if run.arm.gate or options.model == TINY or seed == options.seed[0]
+    ]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in perform_all(wanted, jobs):
+        found.setdefault(result["run"]["arm"]["name"], []).append(result)
+    return found
+
+
+def choose_rates(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> list[float]:
+    """The learning rate of each run. If several were given, trains with each of them and the first seed, and chooses
+    the best by validation HitRatio@1, then NDCG. Otherwise returns the one that was given, or the default."""
+    rates, seed = options.lr or [], options.seed[0]
+    if len(rates) < 2:
+        default = RATE if options.model == TINY else LEARNING_RATES.get(options.data, 8e-4)
+        return [rates[0] if rates else default] * len(runs)
+    tried = iter(perform_all([with_rate(run, lr, seed) for run in runs for lr in rates], jobs, attempt))
+    best = []
+    for _ in runs:
+        quality = {lr: tuple(next(tried)["validation"].values()) for lr in rates}
+        best.append(max(rates, key=lambda lr: quality[lr]))
+    return best
 
 
 def perform_all(
@@ -87,83 +167,6 @@ def print_result(result: dict[str, Any]) -> dict[str, Any]:
     name = f"{run['arm']['name']}, lr {run['settings']['lr']:g}, seed {run['settings']['seed']}"
     print(f"  {name}: {said}", flush=True)
     return result
-
-
-def choose_rates(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> list[float]:
-    """The learning rate of each run. If several were given, trains with each of them and the first seed, and chooses
-    the best by validation HitRatio@1, then NDCG. Otherwise returns the one that was given, or the default."""
-    rates, seed = options.lr or [], options.seed[0]
-    if len(rates) < 2:
-        default = RATE if options.model == TINY else LEARNING_RATES.get(options.data, 8e-4)
-        return [rates[0] if rates else default] * len(runs)
-    tried = iter(perform_all([with_rate(run, lr, seed) for run in runs for lr in rates], jobs, attempt))
-    best = []
-    for _ in runs:
-        quality = {lr: tuple(next(tried)["validation"].values()) for lr in rates}
-        best.append(max(rates, key=lambda lr: quality[lr]))
-    return best
-
-
-def results_of(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> dict[str, list[dict[str, Any]]]:
-    """The results by arm, one for each seed. runs: one run for each arm."""
-    trained = [run for run in runs if run.arm.gate is not None]
-    best = dict(zip([run.arm for run in trained], choose_rates(trained, options, jobs), strict=True))
-    wanted = [
-        with_rate(run, best.get(run.arm, 0.0), seed)
-        for seed in options.seed  # all arms of a seed before the next one, so that a part of the runs is of use
-        for run in runs
-        if run.arm.gate or options.model == TINY or seed == options.seed[0]
-    ]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for result in perform_all(wanted, jobs):
-        found.setdefault(result["run"]["arm"]["name"], []).append(result)
-    return found
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Returns the results by arm, one for each seed. Also writes them to results.json, and the table to results.md.
-
-    They go to a folder of their own for each setting of the training, so that one comparison never replaces another.
-    """
-    options, start = parse(argv, __doc__), time.perf_counter()
-    experiment, settings = experiment_of(options), settings_of(options)
-    jobs = options.jobs or (2 if options.model == TINY and not torch.cuda.is_available() else 1)
-    if jobs > 1:
-        one_thread()  # in this process too: on a busy machine two threads are slower than one
-    settings = replace(settings, progress=jobs == 1 and sys.stderr.isatty())
-    try:
-        try:
-            dataset = experiment.dataset()
-        except (OSError, ValueError) as error:
-            sys.exit(f"--data {options.data}: {error}")
-        parts, _, test = experiment.parts(dataset)
-        print(f"{dataset}; {len(parts.train):,} windows to train on, {len(test)} to test", flush=True)
-        baselines: dict[str, list[dict[str, Any]]] = {}
-        if options.arms and experiment.model != TINY:
-            check_model(experiment, dataset, parts, settings)
-        for seed in options.seed:
-            for name, figures in prepare(replace(experiment, model_seed=seed), dataset, options).items():
-                baselines.setdefault(name, []).append(figures)
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
-    watch, fingerprint = watch_of(options, settings, len(parts.train)), experiment.fingerprint(dataset)
-    runs = [Run(experiment, arm, settings, not options.no_texts, watch, fingerprint) for arm in arms_of(options)]
-    try:
-        found = results_of(runs, options, jobs)
-    except (OtherData, FloatingPointError) as error:
-        sys.exit(str(error))
-    lines = table(f"{dataset.name}, {experiment.model}", baselines, found)
-    command = shlex.join(["compare.py", *(sys.argv[1:] if argv is None else argv)])
-    described = {"command": command, "torch": torch.__version__, "transformers": transformers.__version__}
-    described |= {"data": str(dataset), "seconds": time.perf_counter() - start}
-    folder = experiment.folder / table_name(settings)
-    write_whole(folder / "results.md", lines + "\n")
-    write_whole(folder / "results.json", json.dumps(described | {"baselines": baselines, "arms": found}) + "\n")
-    groups = [dataset.groups[example.user] for example in test] if dataset.groups else None
-    drawn = draw(found, folder, len(parts.train) / settings.effective_batch, groups)
-    pictures = f", with {', '.join(path.name for path in drawn)}" if drawn else ""
-    print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; written to {folder}{pictures}")
-    return found
 
 
 if __name__ == "__main__":

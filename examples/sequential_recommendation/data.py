@@ -19,10 +19,11 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 MIN_HISTORY, MAX_HISTORY = 3, 10  # items in a window's history
 NUM_CANDIDATES = 20
+PROTOCOLS = ("paper", "leave-one-out", "every-user")
 
 
 class Window(NamedTuple):
@@ -66,6 +67,7 @@ class Dataset:
         given: a split that came with the data; the paper's protocol then uses it as it is.
         groups: user -> group, for made-up users.
         dropped: what the raw files have and this data set leaves out -> how many.
+        tied: the users whose last two items have the same time, so that their order is the file's; None: unknown.
     Raises ValueError, naming the user or item, for ids without a title, repeated items, and titles that are empty or
     have several lines.
     """
@@ -76,6 +78,7 @@ class Dataset:
     given: Split | None = None
     groups: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
+    tied: list[str] | None = None
 
     def __post_init__(self) -> None:
         for item, title in enumerate(self.titles):
@@ -117,49 +120,45 @@ def windows(user: str, items: Sequence[int]) -> Iterator[Window]:
         yield Window(user, tuple(items[max(0, t - MAX_HISTORY) : t]), items[t])
 
 
-def split(
-    dataset: Dataset,
-    seed: int = 0,
-    protocol: Literal["paper", "leave-one-out"] = "paper",
-    evaluate: Literal["last", "random"] = "last",
-) -> Split:
+def split(dataset: Dataset, seed: int = 0, protocol: str = "paper") -> Split:
     """Windows for training, validation and testing. Users with fewer than 4 items have no window and are left out.
 
     protocol="paper" shuffles the users and splits them 8:1:1. Two of the numbers are rounded down, and the rest of the
     users are for testing: 943 users -> 754, 94, 95. Training takes every window of its users. Validation and testing
-    take one window of each of theirs: evaluate="last" takes the last one, which uses all that is known of the user;
-    "random" takes any of them, as the lengths of the published LastFM windows suggest that the paper did. No user is in
-    two parts. A split that came with the data is returned as it is.
+    take the last window of each of theirs. No user is in two parts. A split that came with the data is returned as it
+    is.
 
     protocol="leave-one-out" tests every user on the last item, validates on the one before (except users with 4 items),
     and trains on all earlier windows. There are as many tests as users, so that differences stand out from noise.
-    Raises ValueError for another protocol or evaluate, and if a part would be empty.
+
+    protocol="every-user" does the same, but trains and validates on the paper's training users alone. So the tests of
+    the other users, who are new to the model, are the paper's.
+    Raises ValueError for another protocol, and if a part would be empty.
     """
-    if protocol not in ("paper", "leave-one-out") or evaluate not in ("last", "random"):
-        raise ValueError(f"split: unknown protocol={protocol!r} or evaluate={evaluate!r}")
-    if protocol == "paper" and dataset.given is not None:
-        return dataset.given
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"split: unknown {protocol=}, expected one of {', '.join(PROTOCOLS)}")
     users = {user: list(windows(user, items)) for user, items in sorted(dataset.users.items())}
     users = {user: found for user, found in users.items() if found}
-    parts = _leave_one_out(users) if protocol == "leave-one-out" else _by_user(users, seed, evaluate)
+    parts = _leave_one_out(users)
+    if protocol != "leave-one-out":
+        paper = dataset.given or _by_user(users, seed)
+        known = {window.user for window in paper.train}
+        train, val = ([window for window in part if window.user in known] for part in parts[:2])
+        parts = paper if protocol == "paper" else Split(train, val, parts.test)
     if not all(parts):
         sizes = ", ".join(f"{len(part)} {name}" for name, part in parts._asdict().items())
         raise ValueError(f"{dataset.name}: too few users with 4 items or more to split: {sizes} windows")
     return parts
 
 
-def _by_user(users: dict[str, list[Window]], seed: int, evaluate: str) -> Split:
+def _by_user(users: dict[str, list[Window]], seed: int) -> Split:
     names = list(users)
     random.Random(f"{seed}/users").shuffle(names)
     train, val = len(names) * 8 // 10, len(names) // 10
-
-    def one(user: str) -> Window:
-        return users[user][-1] if evaluate == "last" else random.Random(f"{seed}/{user}").choice(users[user])
-
     return Split(
         [window for user in names[:train] for window in users[user]],
-        [one(user) for user in names[train : train + val]],
-        [one(user) for user in names[train + val :]],
+        [users[user][-1] for user in names[train : train + val]],
+        [users[user][-1] for user in names[train + val :]],
     )
 
 
@@ -175,32 +174,27 @@ def with_candidates(
     parts: Sequence[Window],
     dataset: Dataset,
     seed: int = 0,
-    exclude: Literal["user", "window"] = "window",
     count: int = NUM_CANDIDATES,
 ) -> list[Example]:
     """The windows with their candidates: the target and count - 1 uniformly drawn negatives, shuffled.
 
     A window's candidates depend on the seed and the window alone. Negatives are never in the window's history, and have
-    no title of it. With exclude="user" they are also none of the user's other items, not even later ones. That makes
-    the test easier, since users have met many of the popular items, and the paper does not do it. No two candidates
-    have the same title as `normal` returns it, since an answer in words could not tell them apart.
-    Raises ValueError if fewer than count - 1 negatives are left, and for another exclude.
+    no title of it. They may be other items of the user, as in the paper. No two candidates have the same title as
+    `normal` returns it, since an answer in words could not tell them apart.
+    Raises ValueError if fewer than count - 1 negatives are left.
     """
-    if exclude not in ("user", "window"):
-        raise ValueError(f"with_candidates: unknown exclude={exclude!r}")
-    known = {user: frozenset(items) for user, items in dataset.users.items()} if exclude == "user" else {}
-    return [_example(window, dataset.names, known.get(window.user, frozenset()), seed, count) for window in parts]
+    return [_example(window, dataset.names, seed, count) for window in parts]
 
 
-def _example(window: Window, names: list[str], known: frozenset[int], seed: int, count: int) -> Example:
+def _example(window: Window, names: list[str], seed: int, count: int) -> Example:
     user, history, target = window
     draw = random.Random(f"{seed}/{user}/{history}/{target}")  # a string gives the same seed in every process
-    taken, titles = {*history, *known, target}, {names[item] for item in (*history, target)}
+    titles = {names[item] for item in (*history, target)}
     candidates = [target]
     for item in _without_repeats(draw, len(names)):
         if len(candidates) == count:
             break
-        if item not in taken and names[item] not in titles:
+        if names[item] not in titles:
             candidates.append(item)
             titles.add(names[item])
     if len(candidates) < count:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import shutil
 import sys
 import uuid
@@ -16,22 +15,27 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from .data import NUM_CANDIDATES, Dataset, Example, Split, frequent, split, with_candidates
 from .files import read_once
+from .prompts import Choice
 from .readers import READERS, plain_titles
-from .settings import WITHOUT_EFFECT, RecommenderConfig, TrainingSettings
+from .recommender import RecommenderConfig
 from .synthetic import synthetic
 from .tastes import tastes
-
-if TYPE_CHECKING:  # recommend.py reports a wrong title before it spends time on importing torch
-    from .prompts import Choice
+from .tiny_model import tiny_tokenizer
+from .training import WITHOUT_EFFECT, TrainingSettings
 
 MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
 PROMPTS = dict.fromkeys((*MADE_UP, *READERS), "neutral")  # the kind of prompt of each data set
 PROMPTS |= {"ml-100k": "movies", "movielens": "movies", "lastfm": "artists", "steam": "games"}
 TINY, SMOLLM2 = "tiny", "smollm2"
+logging.disable_progress_bar()  # transformers' bars, for files that are read and written in a moment
 
 
 class OtherData(ValueError):
@@ -63,13 +67,11 @@ class Experiment:
     """
 
     folder: Path
-    data: str = "synthetic"
     root: Path | None = None
+    data: str = "synthetic"
     users: int = 600
     min_users: int = 1
-    protocol: Literal["paper", "leave-one-out"] = "leave-one-out"
-    evaluate: Literal["last", "random"] = "last"
-    exclude: Literal["user", "window"] = "window"
+    protocol: str = "leave-one-out"
     data_seed: int = 0
     model: str = TINY
     tests: int = 0
@@ -79,16 +81,18 @@ class Experiment:
     candidates: int = NUM_CANDIDATES
 
     @classmethod
-    def read(cls, described: dict[str, str], folder: Path) -> Experiment:
-        """The experiment that `Run.described` wrote down, in this folder. Fields that are missing get their defaults.
+    def read(cls, described: dict[str, Any], folder: Path) -> Experiment:
+        """The experiment that `Run.described` wrote down, in this folder.
 
         Raises ValueError for a value that a field cannot have, and for an unknown data set.
         """
-        readers: dict[type, Callable[[str], Any]] = {bool: _bool, int: int, str: str, type(None): _path}
-        given = {f.name: readers[type(f.default)](described[f.name]) for f in fields(cls)[1:] if f.name in described}
-        if given.get("data") not in PROMPTS:
-            raise ValueError(f"data: expected one of {', '.join(PROMPTS)}, got {given.get('data')!r}")
-        return cls(folder, **given)
+        for field in fields(cls)[2:]:
+            if type(value := described[field.name]) is not type(field.default):
+                raise ValueError(f"{field.name}: expected a value such as {field.default!r}, got {value!r}")
+        if described["data"] not in PROMPTS:
+            raise ValueError(f"data: expected one of {', '.join(PROMPTS)}, got {described['data']!r}")
+        root = None if described["root"] is None else Path(described["root"])
+        return cls(**(described | {"folder": folder, "root": root}))
 
     def dataset(self) -> Dataset:
         """Raises OSError or ValueError where the raw files are missing or damaged."""
@@ -102,36 +106,42 @@ class Experiment:
 
     def parts(self, dataset: Dataset) -> tuple[Split, list[Example], list[Example]]:
         """(split, validation examples, test examples). Raises ValueError if there are too few items or users."""
-        parts = split(dataset, self.data_seed, self.protocol, self.evaluate)
+        parts = split(dataset, self.data_seed, self.protocol)
         longest, titles = max(len(window.history) for part in parts for window in part), len(set(dataset.names))
         if titles < longest + self.candidates:
             raise ValueError(
                 f"{dataset.name}: too few titles, {titles}, for a history of {longest} and {self.candidates} candidates"
                 + (f": give --candidates {titles - longest}" if titles - longest > 1 else "")
             )
-        val, test = (
-            with_candidates(part, dataset, self.data_seed, self.exclude, self.candidates) for part in parts[1:]
-        )
+        val, test = (with_candidates(part, dataset, self.data_seed, self.candidates) for part in parts[1:])
         return parts, val[: self.tests or None], test[: self.tests or None]
+
+    def kinds_of_tests(self, dataset: Dataset, test: list[Example]) -> dict[str, list[bool]]:
+        """Which tests are of each kind, by the kind's name. Kinds that hold for all tests or none are left out."""
+        kinds = {}
+        if self.protocol == "every-user":
+            new = {window.user for window in split(dataset, self.data_seed, "paper").test}
+            kinds["of the paper's test users, who are new"] = [example.user in new for example in test]
+        if dataset.tied is not None:
+            tied = set(dataset.tied)
+            kinds["whose target is later than the history"] = [example.user not in tied for example in test]
+        return {kind: those for kind, those in kinds.items() if 0 < sum(those) < len(those)}
 
     def fingerprint(self, dataset: Dataset) -> str:
         """Sixteen hexadecimal digits: a hash of the titles, the users and all that decides their split.
 
         Where the files lie does not matter.
         """
-        split_by = [dataset.given, self.protocol, self.evaluate, self.exclude, self.data_seed, self.tests]
-        if self.candidates != NUM_CANDIDATES:
-            split_by.append(self.candidates)
+        split_by = [dataset.given, self.protocol, self.data_seed, self.tests, self.candidates]
         deciding = [dataset.titles, sorted(dataset.users.items()), split_by]
         return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16]
 
     def check_data(self, path: Path, made_from: str, now: str) -> None:
         """Raises OtherData if the file at the path was made from other data: a model could be tested on training data.
 
-        made_from: the fingerprint of the data that the file was made from. now: that of the present data. An empty
-        fingerprint is unknown, and passes.
+        made_from: the fingerprint of the data that the file was made from. now: that of the present data.
         """
-        if made_from and now and made_from != now:
+        if made_from != now:
             raise OtherData(
                 f"{path}: it was made from other data (fingerprint {made_from}) than those of {self.data} now ({now}): "
                 f"give another --out, or remove {self.folder}"
@@ -144,51 +154,18 @@ class Experiment:
     def lm_folder(self) -> Path:
         return self.folder / f"tiny-lm-seed{self.model_seed}"
 
-    @property
-    def smollm2_folder(self) -> Path:
-        return self.folder.parent / "smollm2"
-
     def language_model(self, dataset: Dataset) -> tuple[Any, Any]:
         """(model, tokenizer), newly loaded, on the GPU if there is one. Raises OSError if the model is missing."""
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
         if self.model == TINY:
             if not self.lm_folder.is_dir():
                 raise FileNotFoundError(f"{self.lm_folder}: the tiny language model of this comparison is missing")
-            lm, tokenizer = AutoModelForCausalLM.from_pretrained(self.lm_folder), self.tokenizer(dataset)
+            lm = AutoModelForCausalLM.from_pretrained(self.lm_folder)
+            tokenizer = tiny_tokenizer(dataset, PROMPTS[self.data])
         else:
-            name = str(unpacked(self.smollm2_folder)) if self.model == SMOLLM2 else self.model
+            name = unpacked(self.folder.parent / SMOLLM2) if self.model == SMOLLM2 else self.model
             lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
             tokenizer = AutoTokenizer.from_pretrained(name)
         return lm.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-    def read_ahead(self) -> None:
-        """Asks the system to read the language model's files into memory while Python still imports torch."""
-        folder = {TINY: self.lm_folder, SMOLLM2: self.smollm2_folder}.get(self.model, Path(self.model))
-        if sys.platform == "linux":
-            for path in folder.glob("*.safetensors"):
-                with path.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-    def tokenizer(self, dataset: Dataset) -> Any:
-        """The tokenizer of the tiny model."""
-        from .tiny_model import tiny_tokenizer
-
-        return tiny_tokenizer(dataset, PROMPTS[self.data])
-
-
-def _bool(text: str) -> bool:
-    """Reads "True" or "False"; bool("False") would be true."""
-    if text not in ("True", "False"):
-        raise ValueError(f"expected True or False, got {text!r}")
-    return text == "True"
-
-
-def _path(text: str) -> Path | None:
-    return None if text == "None" else Path(text)
 
 
 def unpacked(folder: Path) -> Path:
@@ -198,8 +175,6 @@ def unpacked(folder: Path) -> Path:
     """
     if folder.is_dir():
         return folder
-    from transformers import AutoModelForCausalLM
-
     print(f"unpacking SmolLM2 to {folder}, this once: half a gigabyte, about a minute", file=sys.stderr, flush=True)
     packed, tokenizer = importlib.import_module("smollm2_text").load(None)  # examples/smollm2_text.py
     config = deepcopy(packed.config)
@@ -242,7 +217,7 @@ class Run(NamedTuple):
         """Eight hexadecimal digits: a hash of all that decides the result.
 
         It leaves out the folder of the result and settings that do not change it, such as logging. Of the data it
-        takes the root folder only; `check_data` checks whether their content is still the same.
+        takes the root folder only; `Experiment.check_data` checks whether their content is still the same.
         """
         deciding = self.described()
         del deciding["experiment"]["folder"], deciding["fingerprint"]
@@ -260,8 +235,6 @@ class Run(NamedTuple):
     @property
     def choice(self) -> Choice:
         """How the prompts of the evaluation are written."""
-        from .prompts import Choice
-
         return Choice(0, hybrid=self.arm.gate is not None and self.settings.curriculum is not None)
 
     @property
@@ -275,10 +248,7 @@ class Run(NamedTuple):
 
     def described(self) -> dict[str, Any]:
         """All that decides the result, JSON-able."""
-        found = {name: asdict(getattr(self, name)) for name in ("arm", "recommender", "settings")}
-        found["experiment"] = {key: str(value) for key, value in asdict(self.experiment).items()}
+        found = {name: asdict(getattr(self, name)) for name in ("experiment", "arm", "recommender", "settings")}
+        paths = {name: path and str(path) for name, path in found["experiment"].items() if name in ("folder", "root")}
+        found["experiment"] |= paths
         return {**found, "texts": self.texts, "watch": self.watch, "fingerprint": self.fingerprint}
-
-    def check_data(self, path: Path, described: dict[str, Any]) -> None:
-        """Raises OtherData if the file at the path, described by `described`, was made from other data."""
-        self.experiment.check_data(path, described.get("fingerprint", ""), self.fingerprint)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data import Example, Window, normal
+from .data import Example, normal
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,12 @@ class Ratio:
         return f"{self.value:.4f} [{low:.3f}, {high:.3f}]"
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """One figure over several seeds: its mean and sample standard deviation (nan for a single seed)."""
-
-    mean: float
-    deviation: float
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f}" + (f" ± {self.deviation:.4f}" if self.count > 1 else "")
-
-
-def over_seeds(values: Sequence[float]) -> Seeds:
-    """The mean and deviation of the values, one for each seed. Raises ValueError for no values.
+def over_seeds(values: Sequence[float]) -> str:
+    """The mean of the values, one for each seed, and their sample standard deviation if there are several.
 
     All seeds are tested on the same users, so the deviation is no confidence interval of the figure.
     """
-    if not values:
-        raise ValueError("over_seeds: expected one value or more")
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return Seeds(statistics.fmean(values), deviation, len(values))
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -132,6 +118,13 @@ def ndcg(rank: Tensor, k: int) -> float:
     return float(torch.where(rank <= k, 1 / torch.log2(1.0 + rank), 0.0).double().mean())
 
 
+def described_ranks(rank: Tensor) -> dict[str, Any]:
+    """The figures of ranks [N], JSON-able."""
+    first = hit_ratio(rank)
+    figures = {"hits": first.hits, "total": first.total, "hit_ratio_5": hit_ratio(rank, 5).value}
+    return figures | {"ndcg_5": ndcg(rank, 5), "ndcg_20": ndcg(rank, 20), "ranks": rank.tolist()}
+
+
 def candidate_scores(scores: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """(the candidates' scores [N, C], the target's column int64 [N]) from the scores of all items [N, items]."""
     candidates = torch.tensor([example.candidates for example in examples], device=scores.device)
@@ -139,12 +132,12 @@ def candidate_scores(scores: Tensor, examples: Sequence[Example]) -> tuple[Tenso
     return scores.gather(1, candidates), target
 
 
-def popularity(train: Iterable[Window], num_items: int) -> Tensor:
-    """float32 [num_items]: how many training windows have the item as target. The popularity baseline scores so."""
-    counts = [0] * num_items
-    for window in train:
-        counts[window.target] += 1
-    return torch.tensor(counts, dtype=torch.float32)
+def catalogue_scores(scores: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """(the scores [N, items], -inf for those of the history, the target's number int64 [N]) from the same scores."""
+    scores = scores.clone()
+    for row, example in zip(scores, examples, strict=True):
+        row[list(example.history)] = -math.inf
+    return scores, torch.tensor([example.target for example in examples], device=scores.device)
 
 
 def match_title(text: str, titles: Sequence[str]) -> int | None:

@@ -8,66 +8,98 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from .arguments import MOST_SEED, real, refuse_idle, refuse_missing_folder, refuse_repeats, whole
-from .data import NUM_CANDIDATES
+from .data import NUM_CANDIDATES, PROTOCOLS
 from .experiments import MADE_UP, PROMPTS, SMOLLM2, TINY, Arm, Experiment
+from .recommender import RecommenderConfig
 from .sequence_models import KINDS
-from .settings import PRECISIONS, WITHOUT_EFFECT, RecommenderConfig, TrainingSettings
+from .training import PRECISIONS, WITHOUT_EFFECT, TrainingSettings
 
 STEPS, BATCH, PRETRAINING = 300, 32, 800  # defaults for made-up users and the tiny model
 WIDE = RecommenderConfig.r + 1
+MOST_SEED = 2**32 - 1  # numpy's limit; the Trainer seeds numpy too
 ARMS = ("untuned", "lora", "lora-wide", "lora+z", "sequence", "shuffled", "random", "prompt")
+
+
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: an integer from `least` to `most`."""
+    expected = f"a whole number of {least} or more" if most == math.inf else f"a whole number from {least} to {most}"
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return int(text)
+
+    return read
+
+
+def real(zero: bool) -> Callable[[str], float]:
+    """An argparse type: a finite number above zero. zero: whether zero is allowed as well."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+            raise argparse.ArgumentTypeError(f"expected a number {'of 0 or more' if zero else 'above 0'}, got {text!r}")
+        return number
+
+    return read
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
     """The options. Ends the program with status 2 if any are wrong, contradict each other or would be ignored."""
     parser = made_parser(description)
     options = parser.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("a launcher started several processes, which would do the same runs; start one, with --jobs")
     made_up = options.data in MADE_UP
     if (options.root is None) != made_up:
         parser.error("--root goes with --data, and --data of files needs it")
-    idle = ("min_users", "plain") if made_up else ("users",)
-    refuse_idle(parser, options, idle, f"--data {options.data}")
-    if options.model != TINY:
-        refuse_idle(parser, options, ("pretrain_steps",), f"--model {options.model}")
-    for name, default in (("min_users", 1), ("users", Experiment.users), ("pretrain_steps", PRETRAINING)):
-        if getattr(options, name) is None:
-            setattr(options, name, default)
-    refuse_repeats(parser, options, ("arms", "experts", "seed", "lr", "sequence_models"))
+    idle = {"min_users": made_up, "plain": made_up, "users": not made_up, "pretrain_steps": options.model != TINY}
+    for name, means_nothing in idle.items():
+        if means_nothing and getattr(options, name) != parser.get_default(name):
+            why = f"--model {options.model}" if name == "pretrain_steps" else f"--data {options.data}"
+            parser.error(f"--{name.replace('_', '-')}: means nothing with {why}")
+    for name in ("arms", "experts", "seed", "lr", "sequence_models"):
+        values = getattr(options, name) or []
+        if len(set(values)) < len(values):
+            parser.error(f"--{name.replace('_', '-')}: given more than once: {' '.join(map(str, values))}")
     if uneven := [E for E in options.experts if RecommenderConfig.r % E]:
         parser.error(f"--experts {uneven[0]}: the rank is {RecommenderConfig.r}, which the experts must divide evenly")
-    batch, effective = batches_of(options)
-    if effective % batch:
-        parser.error(f"--effective-batch: expected a multiple of --batch-size, got {effective} and {batch}")
+    options.batch_size = options.batch_size or (BATCH if options.model == TINY else 8)
+    options.effective_batch = options.effective_batch or (options.batch_size if options.model == TINY else 128)
+    if options.effective_batch % options.batch_size:
+        got = f"{options.effective_batch} and {options.batch_size}"
+        parser.error(f"--effective-batch: expected a multiple of --batch-size, got {got}")
     if options.patience and not options.watch:
         parser.error("--patience: needs --watch, the steps between two rankings of validation examples")
-    if batch < 2 and "shuffled" in options.arms:
+    if options.batch_size < 2 and "shuffled" in options.arms:
         parser.error("--arms shuffled: expected a --batch-size of 2 or more, examples of a batch exchange their z")
-    refuse_missing_folder(parser, options.model)
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the pictures need matplotlib: pip install 'ilora[bench]'")
+    if options.model not in (TINY, SMOLLM2) and Path(options.model).is_dir():
+        options.model = os.path.abspath(options.model)  # so that its runs can be used from any folder
     return options
 
 
 def made_parser(description: str | None) -> argparse.ArgumentParser:
-    """The parser. Its options that `parse` refuses together with certain others have the default None."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", choices=tuple(PROMPTS), default="synthetic")
     add("--root", type=Path, help="folder of the raw files (readers.py says which)")
     add("--plain", action="store_true", help="drop the year from titles and put the article in front")
-    add("--min-users", type=whole(1), help="drop items that fewer users met (try 20 for Steam; default: 1)")
-    add("--users", type=whole(1), help=f"how many to make up (default: {Experiment.users})")
-    add("--protocol", choices=("paper", "leave-one-out"), help="default: leave-one-out for made-up users, else paper")
-    add("--evaluate", choices=("last", "random"), default="last", help="which window of a validation or test user")
+    add("--min-users", type=whole(1), default=1, help="drop items that fewer users met (try 20 for Steam)")
+    add("--users", type=whole(1), default=Experiment.users, help="how many to make up (%(default)s)")
+    protocols = "who is trained on and tested (data.py); default: leave-one-out for made-up users, else paper"
+    add("--protocol", choices=PROTOCOLS, help=protocols)
     add("--tests", type=whole(0), default=0, help="number of validation and of test examples (default: all)")
     add("--model", default=TINY, help=f"{TINY}, {SMOLLM2}, or a folder or name for transformers")
-    add("--pretrain-steps", type=whole(1), help=f"most steps to train the tiny model (default: {PRETRAINING})")
+    add("--pretrain-steps", type=whole(1), default=PRETRAINING, help="most steps of the tiny model (%(default)s)")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
     add("--sequence-models", nargs="*", choices=tuple(KINDS), default=list(KINDS), help="sequence models to compare")
     add("--arms", nargs="*", choices=ARMS, default=list(ARMS[:-1]), help="what each is: see the README; may be none")
@@ -76,7 +108,6 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     add("--seed", nargs="+", type=whole(0, MOST_SEED), default=[0, 1, 2, 3, 4])
     rates = "one learning rate for all arms, or several from which each arm chooses (see above)"
     add("--lr", nargs="+", type=real(zero=False), help=rates)
-    add("--gate-lr", type=real(zero=True), default=0.3, help="the gate's learning rate over --lr")
     long = parser.add_mutually_exclusive_group().add_argument
     long("--epochs", type=real(zero=False), help=f"default: 5; for made-up users {STEPS} steps")
     long("--steps", type=whole(1), help="instead of epochs")
@@ -86,7 +117,6 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     hybrid("--curriculum", type=real(zero=True), help="share of the steps over which item embeddings come in")
     hybrid("--text-only", action="store_true", help="no item embeddings in the prompts")
     add("--precision", choices=PRECISIONS, default="fp32")
-    add("--workers", type=whole(0), default=0, help="worker processes of the data loader")
     add("--jobs", type=whole(1), help="runs at a time, each a process (default: 2 with the tiny model, else 1)")
     add("--save-steps", type=whole(0), default=0, help="steps between checkpoints, from which a killed run resumes")
     watch = "steps between rankings of validation examples (default: three times in all for made-up users, else never)"
@@ -98,55 +128,35 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def batches_of(options: argparse.Namespace) -> tuple[int, int]:
-    """(examples computed at once, examples in a step)"""
-    tiny = options.model == TINY
-    batch = options.batch_size or (BATCH if tiny else 8)
-    return batch, options.effective_batch or (batch if tiny else 128)
-
-
-def model_of(options: argparse.Namespace) -> str:
-    """The language model. A relative folder is made absolute, so that its runs can be used from any folder."""
-    name: str = options.model
-    as_it_is = name in (TINY, SMOLLM2) or Path(name).is_absolute() or not Path(name).is_dir()
-    return name if as_it_is else os.path.abspath(name)
-
-
 def experiment_of(options: argparse.Namespace) -> Experiment:
-    protocol: Any = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
-    names = ("data", "users", "min_users", "evaluate", "tests", "plain", "guide", "candidates")
+    protocol = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
+    names = ("data", "users", "min_users", "tests", "model", "plain", "guide", "candidates")
     marks = {
-        f"{options.users}-users": options.data in MADE_UP and options.users != Experiment.users,
+        f"{options.users}-users": options.users != Experiment.users,
         f"min-{options.min_users}": options.min_users != Experiment.min_users,
         "plain": options.plain,
-        options.evaluate: options.evaluate != Experiment.evaluate,
         f"{options.tests}-tests": options.tests != Experiment.tests,
         f"{options.candidates}-candidates": options.candidates != NUM_CANDIDATES,
-        f"{options.pretrain_steps}-pretrained": options.model == TINY and options.pretrain_steps != PRETRAINING,
+        f"{options.pretrain_steps}-pretrained": options.pretrain_steps != PRETRAINING,
     }
-    name = [options.data, protocol, Path(model_of(options)).name, *(mark for mark, differs in marks.items() if differs)]
+    name = [options.data, protocol, Path(options.model).name, *(mark for mark, differs in marks.items() if differs)]
     folder = options.out / "-".join(name)  # named for all that decides the models that its runs share
-    given = {name: getattr(options, name) for name in names}
     root = options.root and options.root.resolve()
-    return Experiment(folder, root=root, protocol=protocol, model=model_of(options), **given)
+    return Experiment(folder, root, protocol=protocol, **{name: getattr(options, name) for name in names})
 
 
 def settings_of(options: argparse.Namespace) -> TrainingSettings:
-    batch, effective = batches_of(options)
     in_words = options.text_only or (options.model == TINY and options.curriculum is None)
-    steps = STEPS if options.data in MADE_UP and options.epochs is None else 0
     curriculum = 1.0 if options.curriculum is None else options.curriculum
+    steps = STEPS if options.data in MADE_UP and options.epochs is None else 0
     return TrainingSettings(
         epochs=options.epochs or TrainingSettings.epochs,
         steps=options.steps or steps,
-        gate_lr=options.gate_lr,
-        batch_size=batch,
-        effective_batch=effective,
+        batch_size=options.batch_size,
+        effective_batch=options.effective_batch,
         curriculum=None if in_words else curriculum,
-        workers=options.workers,
         precision=options.precision,
         progress=False,
-        logging_steps=10,
         save_steps=options.save_steps,
         patience=options.patience or 0,
         candidates=options.candidates,

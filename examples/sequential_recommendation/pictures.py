@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from .files import write_whole
-from .metrics import over_seeds
 
 Results = dict[str, list[dict[str, Any]]]  # by arm, one for each seed
 
@@ -74,7 +74,7 @@ def _curves(watched: Results, epoch: float) -> Any:
         steps = [step for step, _ in shortest]
         values = [[result["curve"][i][1] for result in results] for i in range(len(steps))]
         epochs, style = [step / epoch for step in steps], {"color": f"C{number}"}
-        axes.plot(epochs, [over_seeds(each).mean for each in values], marker="o", label=name, **style)
+        axes.plot(epochs, [fmean(each) for each in values], marker="o", label=name, **style)
         axes.fill_between(epochs, [min(each) for each in values], [max(each) for each in values], alpha=0.15, **style)
     axes.set(xlabel="epoch", ylabel="HitRatio@1, validation users", ylim=(0, None), xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)

@@ -176,15 +176,3 @@ class Prompts:
     def written(self) -> list[str]:
         """The titles as the model can write them: some tokenizers decode a title with extra spaces."""
         return [title.strip() for title in self.tokenizer.batch_decode(self.titles)]
-
-    def text(self, example: Example, choice: Choice) -> str:
-        """The prompt as text, with [item 7] where the embedding of item 7 goes and [user] where z goes."""
-        ids, items = self.prompt(example, choice)
-        parts, run = [], []
-        for token, item in zip(ids, items, strict=True):
-            if item == NO_ITEM:
-                run.append(token)
-            else:
-                parts += [self.tokenizer.decode(run), " [user]" if item == USER else f" [item {item}]"]
-                run = []
-        return "".join([*parts, self.tokenizer.decode(run)])

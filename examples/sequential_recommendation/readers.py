@@ -58,12 +58,18 @@ def _assemble(name: str, titles: dict[str, str], events: Iterable[Event], droppe
         times, items = users.setdefault(user, (array("q"), array("q")))
         times.append(time)
         items.append(item)
-    found = {}
+    found: dict[str, list[int]] = {}
+    tied = []
     for user, (times, items) in users.items():
-        order = sorted(range(len(times)), key=times.__getitem__)
-        found[user] = list(dict.fromkeys(items[i] for i in order))
-        dropped["repeats of a user's item"] += len(items) - len(found[user])
-    return Dataset(name, list(titles.values()), found, dropped={what: n for what, n in dropped.items() if n})
+        first: dict[int, int] = {}
+        for i in sorted(range(len(times)), key=times.__getitem__):
+            first.setdefault(items[i], times[i])
+        found[user] = list(first)
+        if len({*list(first.values())[-2:]}) < min(2, len(first)):
+            tied.append(user)
+        dropped["repeats of a user's item"] += len(items) - len(first)
+    left_out = {what: count for what, count in dropped.items() if count}
+    return Dataset(name, list(titles.values()), found, dropped=left_out, tied=tied)
 
 
 def movielens(folder: Path) -> Dataset:

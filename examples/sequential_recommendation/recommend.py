@@ -11,32 +11,34 @@ the best run is taken.
 
 from __future__ import annotations
 
+import logging
+import os
 import runpy
 import sys
 from pathlib import Path
 
 if __spec__ is None:  # run by path: start again as the package's module, so that its imports work
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # so that only the answer and errors are printed
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     runpy.run_module("sequential_recommendation.recommend", run_name="__main__", alter_sys=True)
     sys.exit()
 
 import argparse
-import gc
 import json
-import logging
-import os
+import signal
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict
 
 from .data import Dataset
-from .kept import FOLDER, KeptRun, NoRun, find_run
+from .kept import FOLDER, KeptRun, find_run
+from .options import whole
+from .service import Answer, Service
 from .titles import Titles
 
-if TYPE_CHECKING:  # torch takes seconds to import, so the titles are checked first
-    from .service import Answer, Service
-
 BAR = 30  # characters of the longest bar
-BROKEN_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ended
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("titles", nargs="*", metavar="TITLE", help="what the person liked, oldest first; 3 to 10 are best")
     add("--list", action="store_true", help="print the titles that are known, or those that hold each TITLE's words")
     add("--candidates", nargs="+", default=[], metavar="TITLE", help="rank these instead of a shortlist")
-    add("--shortlist", type=int, metavar="N", help="how many to rank (default: as many as in the training)")
-    add("--top", type=int, default=10, metavar="K", help="how many to print (%(default)s)")
+    add("--shortlist", type=whole(2), metavar="N", help="how many to rank (default: as many as in the training)")
+    add("--top", type=whole(1), default=10, metavar="K", help="how many to print (%(default)s)")
     add("--json", action="store_true", help="print JSON")
     run_options(made)
     return made
@@ -58,20 +60,12 @@ def run_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set's files, if they have moved")
 
 
-def quiet() -> None:
-    """Silences libraries, so that only the answer and errors are printed."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
     """(run, data set, titles), without loading models. Ends the program with status 1 if a file cannot be read."""
     try:
         run = find_run(folder, root)
         dataset = run.experiment.dataset()
-    except (OSError, NoRun, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(str(error))
     return run, dataset, Titles(dataset)
 
@@ -79,17 +73,9 @@ def opened(folder: Path, root: Path | None) -> tuple[KeptRun, Dataset, Titles]:
 def loaded(run: KeptRun, dataset: Dataset, titles: Titles) -> Service:
     """Loads the models of the run. Ends the program with status 1 if a file cannot be read."""
     try:
-        run.experiment.read_ahead()
-        from .service import Service
-
         return Service.of(run, dataset, titles)
     except (OSError, ValueError) as error:
         sys.exit(str(error))
-
-
-def bar(share: float) -> str:
-    """A bar of # characters for a share between 0 and 1."""
-    return "#" * round(BAR * share)
 
 
 def answer_lines(answer: Answer, service: Service, top: int) -> Iterator[str]:
@@ -111,21 +97,29 @@ def answer_lines(answer: Answer, service: Service, top: int) -> Iterator[str]:
         yield f"      {f'and {rest} more':{width}}  {sum(r.probability for r in answer.ranked[top:]):11.1%}"
     yield ""
     yield f"expert weights ({answer.gate_source})"
-    yield from (f"{expert:4}  {weight:6.3f}  {bar(weight)}" for expert, weight in enumerate(answer.gate, 1))
+    yield from (
+        f"{expert:4}  {weight:6.3f}  {'#' * round(BAR * weight)}" for expert, weight in enumerate(answer.gate, 1)
+    )
+
+
+def as_json(answer: Answer, service: Service, folder: Path, top: int) -> str:
+    found = asdict(answer)
+    scored = found.pop("ranked")
+    gate = {"source": found.pop("gate_source"), "weights": found.pop("gate")}
+    head = {"model": service.label, "run": str(folder), **found, "scored": len(scored)}
+    return json.dumps({**head, "recommendations": scored[:top], "gate": gate}, indent=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the answer. Returns the exit status: 0, or 2 for wrong titles or options, or 141 for a closed pipe."""
+    """Prints the answer. Returns the exit status: 0, or 2 for wrong titles or options."""
     made = parser()
     options = made.parse_args(argv)
-    if options.top < 1:
-        made.error(f"--top: expected 1 or more, got {options.top}")
     if not options.titles and not options.list:
         made.error("give one TITLE or more, or --list")
-    quiet()
     run, dataset, titles = opened(options.run, options.root)
     if options.list:
-        return printed("\n".join(titles.holding(options.titles)))
+        print("\n".join(titles.holding(options.titles)))
+        return 0
     try:
         titles.find([*options.titles, *options.candidates])  # reports unknown titles before the models are loaded
         service = loaded(run, dataset, titles)
@@ -134,26 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.json:
-        from .service import as_json
-
-        text = json.dumps(as_json(answer, service.label, run.folder, options.top), indent=1)
+        print(as_json(answer, service, run.folder, options.top))
     else:
-        text = "\n".join(answer_lines(answer, service, options.top))
-    return printed(text)
-
-
-def printed(text: str) -> int:
-    """Prints the text. Returns the exit status."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # as with `| head -1`
-        return BROKEN_PIPE
+        print("\n".join(answer_lines(answer, service, options.top)))
     return 0
 
 
 if __name__ == "__main__":
-    # Imports make millions of objects. Not collecting garbage saves one of this short process's ten seconds.
-    gc.disable()
-    status = main()  # flushes stdout
-    sys.stderr.flush()
-    os._exit(status)  # skips freeing all those objects, which saves another second
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends the program quietly, as with `--list | head`
+    sys.exit(main())

@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import ilora
 from . import sequence_models
 from .prompts import NO_ITEM, NO_LABEL, USER
 from .sequence_models import SequenceEncoder, SequenceModel
-from .settings import RecommenderConfig
 
+TEMPERATURE = 0.1  # of the gate from z: at 0.1 users' gates differ from the first step on
 GATES = ("sequence", "shuffled", "prompt", "random", "uniform")
 _SETTINGS, _ADAPTER = "recommender.json", "adapter"
 _SEQUENCE, _PROJECTOR = "sequence.safetensors", "projector.safetensors"
@@ -31,12 +31,32 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "attention_chunk_size")
 
 
+@dataclass(frozen=True)
+class RecommenderConfig:
+    """What the gate depends on, and how large the experts are.
+
+    gate: "sequence", the sequence model's z of the user's history; "shuffled", the same, but in training each example
+        of a batch gets the z of the next one; "prompt", the mean embedding of the prompt's words; "random", a random z
+        that each user always gets; "uniform", nothing: every weight is 1/E, which is plain LoRA.
+    soft_prompt: whether the prompt also has z, projected to one token after the history.
+    The other fields are those of `ilora.ILoRAConfig`; r is the total rank.
+    """
+
+    gate: str = "sequence"
+    r: int = 8
+    lora_alpha: float = 32
+    lora_dropout: float = 0.1
+    num_experts: int = 4
+    target_modules: str = "all-linear"
+    soft_prompt: bool = False
+
+
 def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
     """A new gate network. Raises ValueError for a gate that is none of GATES."""
     if config.gate in ("sequence", "shuffled", "random"):
-        return ilora.SequenceGate(z_dim, config.num_experts, config.gate_kind, temperature=config.temperature)
+        return ilora.SequenceGate(z_dim, config.num_experts, temperature=TEMPERATURE)
     if config.gate == "prompt":
-        return ilora.PromptGate(config.num_experts, config.gate_kind)
+        return ilora.PromptGate(config.num_experts)
     if config.gate == "uniform":
         return ilora.UniformGate(config.num_experts)
     raise ValueError(f"unknown gate {config.gate!r}: expected one of {', '.join(GATES)}")
@@ -174,21 +194,16 @@ class Recommender(nn.Module):
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "item_ids": item_ids}
         batch |= {"history": history, "users": users, "labels": labels}
-        gate = self.gate(batch)
-        logits = self.logits(batch, labels.shape[1] + 1, ilora_gate=gate)[:, :-1]
+        logits = self.logits(batch, labels.shape[1] + 1)[:, :-1]
         total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NO_LABEL, reduction="sum")
         tokens = (labels != NO_LABEL).sum()
         loss = total / (tokens if num_items_in_batch is None else num_items_in_batch)
-        balance = getattr(self.lm.ilora_gate, "balance", 0.0)
-        if balance and self.training:
-            weight = 1.0 if num_items_in_batch is None else tokens / num_items_in_batch
-            loss = loss + balance * weight * ilora.balance_loss(gate)
         return ModelOutput(loss=loss, logits=logits)
 
     def save(self, path: Path) -> Path:
         """Writes adapter, gate network, projector, sequence model and settings, but not the frozen language model.
 
-        A new directory appears complete or not at all. In an existing one each file is replaced only by a complete one.
+        The directory appears complete, in place of one that is there already.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = path.parent / f".{path.name}-{uuid.uuid4().hex}"
@@ -201,12 +216,8 @@ class Recommender(nn.Module):
                 saved |= self.user_projector.state_dict(prefix="user.")
             save_file({name: tensor.detach().contiguous() for name, tensor in saved.items()}, stage / _PROJECTOR)
             (stage / _SETTINGS).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
-            if not path.exists():
-                stage.rename(path)
-                return path
-            for name in (_SEQUENCE, _PROJECTOR, _SETTINGS):
-                (stage / name).replace(path / name)
-            ilora.save_adapter(self.lm, path / _ADAPTER)
+            shutil.rmtree(path, ignore_errors=True)
+            stage.rename(path)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
         return path

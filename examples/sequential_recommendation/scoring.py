@@ -7,11 +7,12 @@ number of workers changes a prediction.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 from .data import Example
 from .likelihoods import candidate_likelihoods, to
@@ -47,21 +48,27 @@ def generate(
     return prompts.tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
-def batches(examples: Sequence[Example], prompts: Prompts, size: int) -> Iterator[list[int]]:
-    """Yields batches of indices of examples.
+def batches(what: str, examples: Sequence[Example], prompts: Prompts, size: int) -> Iterator[list[int]]:
+    """Yields batches of indices of examples, and shows on a terminal how far `what` has come.
 
     The examples of a batch have about the same length, so that little is padded. The longest come first, so that a lack
     of memory shows at once.
     """
     lengths = [sum(len(prompts.titles[item]) for item in (*e.history, *e.candidates)) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
-    for start in range(0, len(order), size):
+    for start in trange(0, len(order), size, desc=what, leave=False, disable=None):
         yield order[start : start + size]
 
 
-def shown(what: str, examples: Sequence[Example], prompts: Prompts, size: int) -> Iterator[list[int]]:
-    """The `batches`, with a bar of progress on a terminal."""
-    yield from tqdm(list(batches(examples, prompts, size)), desc=what, leave=False, disable=None)
+@contextmanager
+def evaluating(model: Recommender) -> Iterator[None]:
+    """Sets the model to eval mode and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def score(
@@ -74,17 +81,13 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """(log-likelihoods float32 [N, C], ranks of the targets int64 [N] as in `metrics.ranks`), for all examples.
 
-    gate [N, E] or [blocks, N, E]: replaces the model's own. Sets the model to eval mode and back.
+    gate [N, E] or [blocks, N, E]: replaces the model's own.
     """
     found = torch.empty(len(examples), len(examples[0].candidates))
-    training = model.training
-    model.eval()
-    try:
-        for rows in shown("ranking", examples, prompts, size):
+    with evaluating(model):
+        for rows in batches("ranking", examples, prompts, size):
             given = None if gate is None else gate[..., rows, :]
             found[rows] = candidate_likelihoods(model, prompts, [examples[i] for i in rows], choice, given)
-    finally:
-        model.train(training)
     return found, ranks(found, torch.tensor([example.target_index for example in examples]))
 
 
@@ -93,27 +96,19 @@ def write(
 ) -> list[str]:
     """The generated texts of all examples, in the order of the examples, for `metrics.text_ratios`."""
     found = [""] * len(examples)
-    training = model.training
-    model.eval()
-    try:
-        for rows in shown("writing", examples, prompts, size):
+    with evaluating(model):
+        for rows in batches("writing", examples, prompts, size):
             for i, text in zip(rows, generate(model, prompts, [examples[i] for i in rows], choice), strict=True):
                 found[i] = text
-    finally:
-        model.train(training)
     return found
 
 
 @torch.no_grad()
 def gates(model: Recommender, prompts: Prompts, examples: Sequence[Example], choice: Choice, size: int = 256) -> Tensor:
     """float32 [N, E] on the CPU: the gate of each example, for `ilora.gate_stats` and `ilora.plot_gates`."""
-    training = model.training
-    model.eval()
-    try:
-        found = []
+    found = []
+    with evaluating(model):
         for start in range(0, len(examples), size):
             some = examples[start : start + size]
             found.append(model.gate(to(prompts.collate(some, [choice] * len(some), answers=False), model.device)).cpu())
-    finally:
-        model.train(training)
     return torch.cat(found, dim=-2)

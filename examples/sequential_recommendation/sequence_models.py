@@ -8,18 +8,18 @@ rows.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .data import MAX_HISTORY
+from .data import MAX_HISTORY, Window
+from .files import write_whole
 
 
 def pad_histories(histories: Sequence[Sequence[int]], num_items: int, length: int = MAX_HISTORY) -> Tensor:
@@ -178,6 +178,18 @@ class Caser(SequenceModel):
         return self.out(self.dropout(torch.cat([tall, *wide], dim=1)))
 
 
+class Popularity(SequenceModel):
+    """Scores an item by the number of training windows whose target it is, whatever the history."""
+
+    def __init__(self, num_items: int, train: Iterable[Window]) -> None:
+        super().__init__(num_items, dim=1)
+        counts = torch.tensor([window.target for window in train]).bincount(minlength=num_items + 1)
+        self.items.weight.data[:, 0] = counts.float()
+
+    def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
+        return torch.ones(len(items), 1, device=items.device)
+
+
 KINDS: dict[str, type[SequenceModel]] = {model.kind: model for model in (SASRec, GRU4Rec, Caser)}
 
 
@@ -197,13 +209,8 @@ def save(model: SequenceModel, path: Path) -> None:
     """Writes one safetensors file with the settings as JSON in its header. It appears complete or not at all."""
     settings = {"kind": model.kind, **model.config} | ({"fingerprint": model.fingerprint} if model.fingerprint else {})
     header = {"ilora_sequence_model": json.dumps(settings)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary, header)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_whole(path, safetensors.torch.save(tensors, header))
 
 
 def load(path: Path) -> SequenceModel:

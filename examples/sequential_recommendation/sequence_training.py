@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,18 +13,15 @@ from torch import Tensor
 from tqdm import trange
 
 from .data import Example, Window
-from .metrics import candidate_scores, hit_ratio, ndcg, ranks
+from .metrics import candidate_scores, catalogue_scores, ndcg, ranks
 from .sequence_models import SequenceModel, pad_histories
 
 
 class Epoch(NamedTuple):
-    """The figures of one epoch of training. loss: the mean cross-entropy of the epoch's windows."""
+    """loss: the mean cross-entropy of the epoch's windows. ndcg: of the validation candidates."""
 
-    number: int
     loss: float
-    hit_ratio: float
     ndcg: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -43,14 +39,19 @@ class Settings:
 
 
 @torch.no_grad()
-def candidate_ranks(model: SequenceModel, examples: Sequence[Example], batch_size: int = 1024) -> Tensor:
-    """int64 [N]: the target's rank among the candidates of each example. The model must be in eval mode."""
-    found = []
+def target_ranks(
+    model: SequenceModel, examples: Sequence[Example], whole: bool = False, batch_size: int = 1024
+) -> Tensor:
+    """int64 [N]: the target's rank among the candidates of each example. The model must be in eval mode.
+
+    whole: among all items that are not in the history, instead.
+    """
+    found, chosen = [], catalogue_scores if whole else candidate_scores
     device = model.items.weight.device
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         history = pad_histories([example.history for example in batch], model.num_items).to(device)
-        found.append(ranks(*candidate_scores(model(history), batch)).cpu())
+        found.append(ranks(*chosen(model(history), batch)).cpu())
     return torch.cat(found)
 
 
@@ -60,7 +61,6 @@ def train_sequence_model(
     val: Sequence[Example],
     settings: Settings = Settings(),
     seed: int = 0,
-    log: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
     """Trains the model in place with Adam on the cross-entropy of the next item over all items. Returns every epoch.
 
@@ -81,13 +81,9 @@ def train_sequence_model(
         torch.manual_seed(seed)
         shown = f"{type(model).__name__}, epochs ({settings.epochs} at most)"
         for number in trange(1, settings.epochs + 1, desc=shown, leave=False, disable=None):
-            start = time.perf_counter()
             loss = _epoch(model, optimizer, history, target, settings.batch_size)
-            rank = candidate_ranks(model.eval(), val)
-            quality = ndcg(rank, len(val[0].candidates))
-            record.append(Epoch(number, loss, hit_ratio(rank).value, quality, time.perf_counter() - start))
-            if log is not None:
-                log(record[-1])
+            quality = ndcg(target_ranks(model.eval(), val), len(val[0].candidates))
+            record.append(Epoch(loss, quality))
             if quality > best:
                 best, best_weights, best_number = quality, copy.deepcopy(model.state_dict()), number
             elif number - best_number >= settings.patience:

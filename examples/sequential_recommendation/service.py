@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -208,12 +206,3 @@ def asked(history: Sequence[int], candidates: Sequence[int]) -> Example:
     shuffled = sorted(candidates)
     random.Random(f"{tuple(history)}/{shuffled}").shuffle(shuffled)
     return Example("somebody", tuple(history), shuffled[0], tuple(shuffled))
-
-
-def as_json(answer: Answer, label: str, folder: Path, top: int) -> dict[str, Any]:
-    """The answer with its first `top` recommendations, JSON-able."""
-    found = asdict(answer)
-    scored = found.pop("ranked")
-    gate = {"source": found.pop("gate_source"), "weights": found.pop("gate")}
-    head = {"model": label, "run": str(folder), **found, "scored": len(scored)}
-    return {**head, "recommendations": scored[:top], "gate": gate}

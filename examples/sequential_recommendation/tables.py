@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .metrics import Ratio, hit_ratio, ndcg, over_seeds, paired
 
-
-def described_ranks(rank: Tensor) -> dict[str, Any]:
-    """The figures of ranks [N], JSON-able."""
-    first = hit_ratio(rank)
-    return {
-        "hits": first.hits,
-        "total": first.total,
-        "hit_ratio_5": hit_ratio(rank, 5).value,
-        "ndcg_5": ndcg(rank, 5),
-        "ndcg_20": ndcg(rank, 20),
-    }
+Results = dict[str, list[dict[str, Any]]]  # by name, one for each seed
 
 
-def table(name: str, baselines: dict[str, list[dict[str, Any]]], arms: dict[str, list[dict[str, Any]]]) -> str:
-    """The comparison as a Markdown table, followed by the paired tests. Both by name, with results for each seed.
+def table(name: str, baselines: Results, arms: Results, kinds: dict[str, list[bool]]) -> str:
+    """The comparison as a Markdown table, followed by the paired tests and by what is known of some tests alone.
 
-    baselines: from `described_ranks`. arms: from `arms.perform`.
+    baselines: from `compare.prepare`. arms: from `arms.perform`. kinds: from `Experiment.kinds_of_tests`.
     """
     total, seeds = next(iter(baselines.values()))[0]["total"], max(map(len, arms.values()), default=0)
     head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | adapters and gate | lr "
@@ -34,16 +25,17 @@ def table(name: str, baselines: dict[str, list[dict[str, Any]]], arms: dict[str,
     head += "| HitRatio@5 | NDCG@5 | ValidRatio | HitRatio@1 of texts |"
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     lines += [f"| {name} | | | {' | '.join(_figures(results))} | | |" for name, results in baselines.items()]
-    return "\n".join([*lines, *map(row, arms.values()), *paired_lines(arms), *exchange_lines(arms)])
+    lines += [*map(row, arms.values()), *paired_lines(arms), *exchange_lines(arms)]
+    return "\n".join([*lines, *kind_lines(baselines | arms, kinds), *catalogue_lines(baselines)])
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
     """(HitRatio@1 with its interval, HitRatio@5, NDCG@5). The interval covers the choice of tests, not of seeds."""
     total = results[0]["total"]
-    ratio = over_seeds([result["hits"] / total for result in results])
-    low, high = Ratio(round(ratio.mean * total), total).interval()
-    five, gain = (over_seeds([result[name] for result in results]).mean for name in ("hit_ratio_5", "ndcg_5"))
-    return f"{ratio} [{low:.3f}, {high:.3f}]", f"{five:.4f}", f"{gain:.4f}"
+    ratios = [result["hits"] / total for result in results]
+    low, high = Ratio(round(fmean(ratios) * total), total).interval()
+    five, gain = (fmean(result[name] for result in results) for name in ("hit_ratio_5", "ndcg_5"))
+    return f"{over_seeds(ratios)} [{low:.3f}, {high:.3f}]", f"{five:.4f}", f"{gain:.4f}"
 
 
 def row(results: Sequence[dict[str, Any]]) -> str:
@@ -51,14 +43,33 @@ def row(results: Sequence[dict[str, Any]]) -> str:
     first, total = results[0], results[0]["total"]
     texts = ["", ""]
     if "texts" in first:
-        texts = [str(over_seeds([result["texts"][name] / total for result in results])) for name in ("valid", "hits")]
+        texts = [over_seeds([result["texts"][name] / total for result in results]) for name in ("valid", "hits")]
     trained = first["run"]["arm"]["gate"] is not None
     size, lr = (f"{first['trainable']:,}", f"{first['run']['settings']['lr']:g}") if trained else ("", "")
     name = first["run"]["arm"]["name"]
     return f"| {name} | {size} | {lr} | {' | '.join((*_figures(results), *texts))} |"
 
 
-def paired_lines(arms: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+def kind_lines(results: Results, kinds: dict[str, list[bool]]) -> Iterator[str]:
+    """A table of HitRatio@1 for each kind of test by itself."""
+    if kinds:
+        yield f"\n| HitRatio@1 of the tests | number | {' | '.join(results)} |\n|---|---{'|---' * len(results)}|"
+    for kind, those in kinds.items():
+        ranks = ([list(compress(result["ranks"], those)) for result in found] for found in results.values())
+        ratios = (over_seeds([rank.count(1) / len(rank) for rank in each]) for each in ranks)
+        yield f"| {kind} | {sum(those)} | {' | '.join(ratios)} |"
+
+
+def catalogue_lines(baselines: Results) -> Iterator[str]:
+    """A table of the baselines' figures where all items that are not in the history are candidates."""
+    yield "\n| among all items | HitRatio@10 | NDCG@10 |\n|---|---|---|"
+    for name, found in baselines.items():
+        ranks = [torch.tensor(result["catalogue_ranks"]) for result in found]
+        hits, gains = [hit_ratio(rank, 10).value for rank in ranks], [ndcg(rank, 10) for rank in ranks]
+        yield f"| {name} | {over_seeds(hits)} | {over_seeds(gains)} |"
+
+
+def paired_lines(arms: Results) -> Iterator[str]:
     """A second table: the first arm with a sequence gate against every other trained arm that has the same seeds."""
     trained = {name: found for name, found in arms.items() if found[0]["run"]["arm"]["gate"] is not None}
     ours = next((name for name, found in trained.items() if found[0]["run"]["arm"]["gate"] == "sequence"), None)
@@ -79,10 +90,10 @@ def paired_lines(arms: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         yield f"| {name} | {found.difference:+.4f} [{low:+.3f}, {high:+.3f}] | {counts} | {p} |"
 
 
-def exchange_lines(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+def exchange_lines(found: Results) -> Iterator[str]:
     """Lines with the hit ratios under somebody else's gate. They show whether a gate tells more than the group."""
     for name, results in found.items():
         given = [r["gate"]["with_gate_of"] for r in results if "with_gate_of" in r.get("gate", {})]
         if given:
-            means = (f"{whose} {over_seeds([g[whose] for g in given]).mean:.4f}" for whose in given[0])
+            means = (f"{whose} {fmean(g[whose] for g in given):.4f}" for whose in given[0])
             yield f"\n{name}: HitRatio@1 with the gate of: {', '.join(means).replace('_', ' ')}"

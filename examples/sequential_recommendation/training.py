@@ -1,15 +1,14 @@
 """Trains a recommender with transformers' Trainer, which does progress, logging, checkpoints, precision and processes.
 
 The data loader returns indices of examples only. When a step begins, (seed, example, global step) decide the negatives,
-the template, and whether the prompt has item embeddings. So neither the number of workers nor resuming a run changes
-anything.
+the template, and whether the prompt has item embeddings. So resuming a run changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,55 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .data import Example, Window, with_candidates
+from .data import NUM_CANDIDATES, Example, Window, with_candidates
 from .prompts import Choice, Prompts, choose, hybrid_share
 from .recommender import Recommender
-from .settings import TrainingSettings
+
+PRECISIONS = ("fp32", "bf16", "fp16", "bf16-frozen")
+WITHOUT_EFFECT = ("logging_steps", "save_steps", "progress")  # settings that change no result
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a recommender is trained; the defaults are the paper's.
+
+    epochs, steps: how long; steps replaces epochs unless it is 0.
+    batch_size, effective_batch: each process computes batch_size examples at once, and accumulates effective_batch of
+        them for a step.
+    lr, warmup: the learning rate rises from lr/100 to lr over the share `warmup` of all steps and then falls to lr/100
+        as a cosine, or stays lr with patience. gate_lr: the gate's rate is gate_lr times that.
+    patience: training ends once so many rankings of the validation examples in a row have had no better NDCG, and takes
+        the weights that were best. 0: it ends after the last step and takes the last weights.
+    weight_decay: for the projector and the gate.
+    curriculum: the share of all steps over which the share of prompts with item embeddings rises from 0 to 1. 0: all
+        prompts have them; None: no prompt has them.
+    candidates: of each example.
+    precision: fp32; bf16 or fp16, which cast the weights at every use; or bf16-frozen, which holds the frozen model in
+        bfloat16. save_steps: steps between checkpoints, 0 for none.
+    """
+
+    epochs: float = 5
+    steps: int = 0
+    lr: float = 8e-4
+    gate_lr: float = 0.3
+    batch_size: int = 8
+    effective_batch: int = 128
+    warmup: float = 0.05
+    weight_decay: float = 1e-5
+    curriculum: float | None = 1.0
+    seed: int = 0
+    precision: str = "fp32"
+    logging_steps: int = 10
+    save_steps: int = 0
+    patience: int = 0
+    candidates: int = NUM_CANDIDATES
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.effective_batch % self.batch_size:
+            raise ValueError(f"effective_batch={self.effective_batch}: expected a multiple of {self.batch_size=}")
 
 
 def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
@@ -36,11 +80,11 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
         seed=settings.seed,
-        dataloader_num_workers=settings.workers,
         logging_steps=settings.logging_steps,
         logging_nan_inf_filter=False,  # the filter would log the mean of earlier losses in place of nan
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
+        save_total_limit=3,
         disable_tqdm=not settings.progress,
         remove_unused_columns=False,
         dataloader_drop_last=False,
@@ -200,7 +244,6 @@ def train(
     """
     if resume is not None and not (resume / "recommender").is_dir():
         raise FileNotFoundError(f"{resume}: expected a checkpoint of a recommender's training")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # avoids a warning from every forked worker
     trainer = RecommenderTrainer(model, prompts, windows, settings, out, callbacks)
     if not settings.progress:
         trainer.remove_callback(PrinterCallback)  # the Trainer adds it if the progress bar is disabled

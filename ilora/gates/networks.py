@@ -7,12 +7,14 @@ It is computed and returned in float32, or in float64 where the parameters are f
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..op.functional import autocasts
 from .checks import expect, is_int, is_real
 from .pooling import masked_mean
 
@@ -120,7 +122,7 @@ class SequenceGate(GateNetwork):
             raise TypeError(f"z: expected a float tensor, got {z.dtype}")
         if z.device != self.weight.device:
             raise ValueError(f"z: expected it on the gate network's device {self.weight.device}, got {z.device}")
-        with torch.autocast(z.device.type, enabled=False):
+        with _without_autocast(z.device.type):
             return self._gate(z)
 
     def _build(self) -> None:
@@ -213,7 +215,7 @@ class PromptGate(SequenceGate):
             raise RuntimeError("PromptGate: hidden_size is not known yet; inject it into a model, or call bind")
         if embeddings.shape[-1] != self.hidden_size:
             raise ValueError(f"embeddings: expected [B, L, H={self.hidden_size}], got {list(embeddings.shape)}")
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with _without_autocast(embeddings.device.type):
             mean = masked_mean(embeddings, mask, segments, torch.promote_types(self.weight.dtype, torch.float32))
             # eps far below any embedding: a feature of an LLM's mean embedding may have variance 1e-9
             return self._gate(F.layer_norm(mean, mean.shape[1:], eps=1e-12))
@@ -248,3 +250,8 @@ def gate_from_settings(settings: dict[str, Any]) -> GateNetwork:
     except TypeError as error:
         raise ValueError(f"gate settings of {kind}: {error}") from None
     return GATE_TYPES[kind](**arguments)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast off where it is on; elsewhere nothing, because torch's pipelines cannot cut a model at such a region."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()

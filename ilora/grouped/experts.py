@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..current_gate import GateState, own_gate
@@ -95,6 +96,45 @@ class ExpertsUpdate(nn.Module):
         )
 
 
+class _Rows(torch.autograd.Function):
+    """[M·K, d], the rows of x [M, d] in the order of the experts: row order[i] // K at place i. The gradient of torch's
+    own index adds row by row in one thread; here each token sums the K rows that `places` [M, K] names."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        return x.index_select(0, order // places.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return F.embedding_bag(places, dy.contiguous(), mode="sum"), None, None
+
+
+class _WeightedSums(torch.autograd.Function):
+    """[M, d], the sum of each token's rows of y [M·K, d], at `places` [M, K], under its weights [M, K]: one pass,
+    where a product and a sum read y twice and write it once."""
+
+    @staticmethod
+    def forward(y: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        wide = torch.promote_types(y.dtype, weights.dtype)
+        return F.embedding_bag(places, y.to(wide), per_sample_weights=weights.to(wide), mode="sum")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y, weights, order, places = ctx.saved_tensors
+        d = dy.index_select(0, order // places.shape[1])
+        dweights = (d * y).sum(1)[places]
+        return (d * weights.reshape(-1, 1)[order]).to(y.dtype), dweights.to(weights.dtype), None, None
+
+
 class ILoRAExperts(nn.Module):
     """Wraps fused experts: each of their two products has a gated low-rank update, as ILoRALinear gives it to a layer.
 
@@ -160,12 +200,10 @@ class ILoRAExperts(nn.Module):
         if segments is None and M % max(len(gate), 1):
             raise ValueError(f"{self.name}: gate: its N={len(gate)} rows do not divide the M={M} tokens evenly")
         order, offsets = self._sorted(top_k_index)
-        tokens = order // K
-        instances = row_instances(M, len(gate), segments, gate.device)[tokens].to(torch.int32)
-        y = self._experts(hidden_states[tokens], gate, offsets, instances)
-        y = y * top_k_weights.reshape(-1)[order, None]
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(M * K, device=order.device))
-        return y[places].view(M, K, -1).sum(1).to(hidden_states.dtype)
+        instances = row_instances(M, len(gate), segments, gate.device)[order // K].to(torch.int32)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(M * K, device=order.device)).view(M, K)
+        y = self._experts(_Rows.apply(hidden_states, order, places), gate, offsets, instances)
+        return _WeightedSums.apply(y, top_k_weights, order, places).to(hidden_states.dtype)
 
     def _sorted(self, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
         """(int64 [M·K], the choices sorted by expert; int32 [X+1], where each expert's begin)."""

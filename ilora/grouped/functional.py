@@ -5,8 +5,6 @@ be differentiated itself, as the plain operation's do."""
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,8 +13,7 @@ from torch import Tensor
 from ..op import backends
 from ..op.checks import as_number, check_dtypes, checked_seed
 from ..op.functional import autocast_to, autocasts
-from ..op.registration import eager_function, refuse_second_derivative, seed_tensor, unseen
-from . import native, reference
+from ..op.registration import count_flops, eager_function, refuse_second_derivative, seed_tensor, unseen
 from .checks import check_offsets, check_tensors
 
 
@@ -46,7 +43,7 @@ def grouped_linear(
         offsets: int32 [X+1] on x's device, rising from 0 to M: slot s has the rows offsets[s] <= m < offsets[s+1].
         instances: int32 [M] on x's device: row m has the gate row instances[m]. On a GPU, values of both are trusted.
         dropout_p, seed: as in `ilora_linear`; a row's mask goes by its place in x.
-        backend: "reference" or "native"; None means ILORA_BACKEND, else the fastest that fits.
+        backend: "reference", "native" or "triton"; None means ILORA_BACKEND, else the fastest that fits.
     Returns: y [M, d_out] in x's dtype. Under autocast x, weight, bias, A and B are cast as torch's linear casts them.
     Raises: ValueError or TypeError naming the argument, before any work; ilora.BackendUnavailable.
     Saved for backward: x, xa [M, R], the arguments and the seed. The same inputs give the same bits.
@@ -99,20 +96,6 @@ def _call(*args: Any) -> Tensor:
     return forward(*args)[0]
 
 
-def select(backend: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:
-    """The backend's module: `backend`, else ILORA_BACKEND, else the fastest that takes this device and dtype. Raises as
-    `ilora.op.backends.select`, and BackendUnavailable for "triton"."""
-    name = backend or os.environ.get("ILORA_BACKEND")
-    if not name:
-        name = "native" if backends.why_not("native", device_type, dtype) is None else "reference"
-    chosen = backends.select(name, device_type, dtype)
-    if name == "triton":
-        raise backends.BackendUnavailable(
-            "backend='triton': the grouped operation has no Triton kernels; backend='reference' runs it on a GPU"
-        )
-    return reference if chosen.__name__.endswith("reference") else native
-
-
 _LIBRARY = torch.library.Library("ilora", "FRAGMENT")
 _LIBRARY.define(
     "grouped_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, Tensor A, Tensor B, Tensor gate, "
@@ -130,7 +113,7 @@ FORWARD, BACKWARD = torch.ops.ilora.grouped_forward.default, torch.ops.ilora.gro
 def forward(x, weight, bias, base, A, B, gate, offsets, instances, scaling, dropout_p, seed, backend):
     """(y [M, d_out], xa [M, R]) by the backend of this name, "" for the fastest that fits."""
     check_offsets(offsets, instances, len(x), len(gate))
-    module = select(backend, x.device.type, x.dtype)
+    module = backends.select(backend, x.device.type, x.dtype, backends.GROUPED)
     xa = module.shrink_x(x, A, offsets, dropout_p, seed)
     return module.expand_xa(x, xa, weight, bias, base, B, offsets, gate, instances, scaling), xa
 
@@ -139,7 +122,7 @@ def forward(x, weight, bias, base, A, B, gate, offsets, instances, scaling, drop
 def backward(dy, x, xa, weight, A, B, gate, offsets, instances, scaling, dropout_p, seed, need_dx, backend):
     """(dx, empty unless need_dx; dA, dB, dgate)."""
     check_offsets(offsets, instances, len(x), len(gate))  # again: they may lie in a buffer that has been used anew
-    module = select(backend, x.device.type, x.dtype)
+    module = backends.select(backend, x.device.type, x.dtype, backends.GROUPED)
     dxa, dB, dgate = module.backward_dy(dy, xa, B, offsets, gate, instances, scaling)
     products = [] if weight is None else [(dy, weight)]
     dx, dA = module.backward_x(dxa, x, A, offsets, dropout_p, seed, products, need_dx)
@@ -181,6 +164,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...
 
 torch.library.register_autograd("ilora::grouped_forward", _gradients, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd("ilora::grouped_backward", refuse_second_derivative, lib=_LIBRARY)
+count_flops(torch.ops.ilora.grouped_forward, torch.ops.ilora.grouped_backward)
 
 
 Eager = eager_function(forward, _save, _gradients)

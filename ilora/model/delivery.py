@@ -19,7 +19,7 @@ from ..gates.stats import balance_loss
 from ..storage.save import save_pretrained
 from .adapter_choice import choose
 from .batch import Inputs, read_inputs
-from .gate_choice import warn_of_answer
+from .gate_choice import keep_gate_with_cache, warn_of_answer
 
 ARGUMENTS = ("ilora_gate", "ilora_z", "ilora_segments", "ilora_prompt_mask", "ilora_media_rows", "ilora_adapters")
 
@@ -116,7 +116,8 @@ class ILoRAGenerator(ILoRAModel):
         **kwargs: Any,
     ) -> Any:
         """transformers' generate under one gate row for each prompt [N, E], also with beams and return sequences.
-        The gate network computes the gate once, from ilora_z or from the prompts, and it holds for all steps.
+        The gate network computes the gate once, from ilora_z or from the prompts, and it holds for all steps. The cache
+        keeps it: a PromptGate's next call with that cache, as a chat's second turn, goes on under the same gate.
         ilora_media_rows, ilora_adapters: as in the model's call."""
         main, state = getattr(self, "main_input_name", "input_ids"), self.ilora.state
         named = {main: kwargs["inputs"]} if kwargs.get("inputs") is not None else {}
@@ -134,9 +135,12 @@ class ILoRAGenerator(ILoRAModel):
             before, state.copies = state.copies, 1
             try:
                 with using(state, current):
-                    return super().generate(*args, **kwargs)  # type: ignore[misc]
+                    output = super().generate(*args, **kwargs)  # type: ignore[misc]
             finally:
                 state.copies = before
+        caches = (kwargs.get("past_key_values"), getattr(output, "past_key_values", None))
+        keep_gate_with_cache(self, current, *caches)
+        return output
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         self.ilora.state.copies = expand_size

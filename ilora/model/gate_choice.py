@@ -85,6 +85,7 @@ def ask_network(
 ) -> Tensor:
     """The gate that the gate network of an adapter (None: the active one) computes from these inputs. Raises ValueError
     for a missing input."""
+    kept_for = model.ilora.adapter.name if adapter is None else None  # among several adapters a cache keeps no gate
     adapter = model.ilora.adapter if adapter is None else adapter
     network: Any = adapter.gate
     if network is None:
@@ -103,7 +104,8 @@ def ask_network(
             if segments is None and packed_by(inputs) is not None:  # it is everybody's
                 return network(1, compute_device(model))
             return network(segments.numel() - 1 if segments is not None else inputs.batch or 1, compute_device(model))
-        return _prompt_gate(model, network, inputs, segments, mask)
+        kept = _gate_of_cache(inputs, mask, kept_for)
+        return _prompt_gate(model, network, inputs, segments, mask) if kept is None else kept
     if mask is not None:
         raise ValueError(f"ilora_prompt_mask was given to a model whose {type(network).__name__} pools no prompt")
     if z is None:
@@ -115,12 +117,6 @@ def _prompt_gate(
     model: Any, network: PromptGate, inputs: Inputs, segments: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     values = inputs.values
-    cache = values.get("past_key_values")
-    if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0):
-        raise ValueError(
-            "past_key_values holds tokens that PromptGate does not see, computed under a gate of their own: keep one "
-            "gate for all steps and turns, `with ilora.gated(model, ilora.gate_of(model, **first_prompt)): ...`"
-        )
     embeddings, has_row = values.get("inputs_embeds"), None
     if embeddings is None:
         if values.get("input_ids") is None:
@@ -151,6 +147,33 @@ def _prompt_gate(
     elif mask.shape != (B, L):
         raise ValueError(f"ilora_prompt_mask: expected [{B}, {L}] as the input, got {list(mask.shape)}")
     return network(embeddings, mask.bool() if has_row is None else mask.bool() & has_row, segments)
+
+
+def keep_gate_with_cache(model: Any, current: CurrentGate, *caches: Any) -> None:
+    """Notes at the caches of a generate the gate that one adapter computed their tokens under, if it did."""
+    note = None if current.gate is None or current.mixture else (model.ilora.adapter.name, current.gate)
+    for cache in caches:
+        if hasattr(cache, "get_seq_length"):
+            cache.ilora_gate = note
+
+
+def _gate_of_cache(inputs: Inputs, mask: Tensor | None, adapter: str | None) -> Tensor | None:
+    """The gate that the cache of this call was filled under, a row for each sequence, or None where it is empty.
+    Raises ValueError where it keeps no gate of the adapter with this name, or a prompt mask was given beside it."""
+    cache = inputs.values.get("past_key_values")
+    if cache is None or (hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0):
+        return None
+    name, gate = getattr(cache, "ilora_gate", None) or (None, None)
+    if gate is None or name != adapter:
+        raise ValueError(
+            "past_key_values holds tokens that PromptGate does not see, and no gate of this adapter that generate kept "
+            "with them: keep one gate for all steps and turns, "
+            "`with ilora.gated(model, ilora.gate_of(model, **first_prompt)): ...`"
+        )
+    if mask is not None:
+        raise ValueError("ilora_prompt_mask was given with past_key_values, which keep the gate of their first prompt")
+    N, rows = gate.shape[-2], inputs.batch or 1
+    return gate.repeat_interleave(rows // N, -2) if 1 < N < rows and rows % N == 0 else gate  # return sequences
 
 
 def _answer_follows_prompt(model: Any) -> bool:

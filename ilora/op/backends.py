@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 
 import torch
 
 NAMES = ("reference", "native", "triton")
-_MODULES = {"reference": "ilora.op.reference", "native": "ilora.op.native", "triton": "ilora.kernels"}
+PLAIN = {"reference": "ilora.op.reference", "native": "ilora.op.native", "triton": "ilora.kernels"}
+GROUPED = {"reference": "ilora.grouped.reference", "native": "ilora.grouped.native", "triton": "ilora.kernels.grouped"}
 
 
 class BackendUnavailable(RuntimeError):
@@ -62,18 +64,20 @@ def _present(device: torch.device) -> bool:
     return module is not None and module.is_available() and (device.index or 0) < module.device_count()
 
 
-def select(backend: str | None, device_type: str, dtype: torch.dtype) -> ModuleType:
+def select(backend: str | None, device_type: str, dtype: torch.dtype, modules: Mapping[str, str] = PLAIN) -> ModuleType:
     """The backend's namespace: `backend`, else ILORA_BACKEND, else the fastest that takes this device and dtype.
+
+    modules: PLAIN or GROUPED, the modules of either operation; what runs one of them on a device runs both.
 
     Raises ValueError for an unknown name and BackendUnavailable for a named backend that cannot run this call.
     """
     name, source = named(backend)
     if not name:
-        return _module(_fastest(device_type, dtype))
+        return _module(modules[_fastest(device_type, dtype)])
     reason = why_not(name, device_type, dtype)
     if reason is not None:
         raise BackendUnavailable(f"{source}={name!r} cannot run {dtype} on {device_type}: {reason}")
-    return _module(name)
+    return _module(modules[name])
 
 
 def named(backend: str | None) -> tuple[str, str]:
@@ -93,4 +97,4 @@ def _fastest(device_type: str, dtype: torch.dtype) -> str:
 
 @cache
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(name)

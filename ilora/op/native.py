@@ -82,7 +82,7 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y [M, d_out], xa [M, R]). A few rows are one call of C++, which halves what our part of the call takes."""
+    """(y [M, d_out], xa [M, R]). A few rows are one call of C++, which is quicker than two."""
     if weight is not None and seed is None and len(x) < FEW_ROWS and not through_float32(x, weight.t()):
         op = torch.ops.ilora_native.decode.default
         return op(x, weight, bias, None, A, B, dense_gate(gate, x), segments, scaling)
@@ -164,10 +164,10 @@ def decode(
 
 
 def add_products(out: Tensor, products: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """out += Σ a b. With beta = 1 this saves a pass over out; but for a few rows MKL then rounds at every term of the
-    sum, to ten times the error, and the pass costs nothing."""
+    """out += Σ a b. With beta = 1 this saves a pass over out; but for a few rows or columns MKL then rounds at every
+    term of the sum, to ten times the error, and the pass costs nothing."""
     for a, b in products:
-        if len(out) < FEW_ROWS:
+        if min(out.shape) < FEW_ROWS:
             out.add_(a.to(out.dtype) @ b.to(out.dtype))
         else:
             out.addmm_(a.to(out.dtype), b.to(out.dtype))

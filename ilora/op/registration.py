@@ -205,21 +205,34 @@ Eager = eager_function(forward, save_for_backward, gradients)
 
 
 def _forward_flops(x: Sequence[int], weight: Any, bias: Any, base: Any, A: Any, B: Any, *_: Any, **__: Any) -> int:
-    (R, d_in), d_out = A, B[0]
+    (R, d_in), d_out = A[-2:], B[-2]
     return 2 * prod(x[:-1]) * (R * (d_in + d_out) + (d_in * d_out if weight is not None else 0))
 
 
 def _backward_flops(dy: Any, x: Any, xa: Any, weight: Any, A: Any, B: Any, *rest: Any, **_: Any) -> int:
-    (R, d_in), d_out, need_dx = A, B[0], rest[-2]
+    (R, d_in), d_out, need_dx = A[-2:], B[-2], rest[-2]
     frozen = d_in * d_out if need_dx and weight is not None else 0
     return 2 * prod(x[:-1]) * (R * (2 * d_out + (2 if need_dx else 1) * d_in) + frozen)
+
+
+_COUNTED: list[tuple[Any, Any]] = []  # (forward, backward) of each operation
+
+
+def count_flops(forward: Any, backward: Any) -> None:
+    """Has FlopCounterMode count an operation by these ops. Both get x as [..., d_in], A as [..., R, d_in] and B as
+    [..., d_out, R]: a row meets one A and one B however many there are."""
+    _COUNTED.append((forward, backward))
+    if "torch.utils.flop_counter" in sys.modules:
+        _register_flops()
 
 
 def _register_flops() -> None:
     from torch.utils.flop_counter import register_flop_formula
 
-    register_flop_formula(torch.ops.ilora.forward)(_forward_flops)
-    register_flop_formula(torch.ops.ilora.backward)(_backward_flops)
+    while _COUNTED:
+        forward, backward = _COUNTED.pop()
+        register_flop_formula(forward)(_forward_flops)
+        register_flop_formula(backward)(_backward_flops)
 
 
 class _AfterFlopCounter(MetaPathFinder):
@@ -241,7 +254,6 @@ class _AfterFlopCounter(MetaPathFinder):
         return spec
 
 
-if "torch.utils.flop_counter" in sys.modules:
-    _register_flops()
-else:
+if "torch.utils.flop_counter" not in sys.modules:
     sys.meta_path.insert(0, _AfterFlopCounter())
+count_flops(torch.ops.ilora.forward, torch.ops.ilora.backward)

@@ -12,35 +12,51 @@ from .tiles import ceil_div, grad_weight_tile, pow2, programs_per_sm, splits, st
 
 
 @triton.jit
-def grad_weight_block(
-    block, group, x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, out_col, out_rank,
+def grad_weight_sum(
+    columns, first, last, x_ptr, h_ptr, seed_ptr, D, threshold, x_row, x_col,
     R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """parts[g, n, r] = Σ_m x̃[m, n] · h[m, r] for the block-th BLOCK_N columns, over the group-th `chunk` rows.
+    """Σ_m x̃[m, n] · h[m, r] for BLOCK_N columns n and all ranks r, over the rows first <= m < last: [BLOCK_N, BLOCK_R].
 
-    Reads x [M, D] once (any strides; dropped out if DROPOUT) and h [M, R] contiguous. Writes parts [G, D · R], each
-    part laid out by (out_col, out_rank). The sum stays in registers meanwhile.
+    Reads x [M, D] once (any strides; dropped out if DROPOUT) and h [M, R] contiguous. The sum stays in registers.
     """
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = group * chunk
     ranks = tl.arange(0, BLOCK_R)
     wide = columns.to(tl.int64)
     inside = columns < D
     rank_ok = ranks < R
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for m in range(first, tl.minimum(first + chunk, M), BLOCK_M):
+    for m in range(first, last, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
         at = rows.to(tl.int64)[:, None]
-        row_ok = (rows < M)[:, None]
+        row_ok = (rows < last)[:, None]
         x = tl.load(x_ptr + at * x_row + wide[None, :] * x_col, mask=row_ok & inside[None, :], other=0.0).to(DOT)
         h = tl.load(h_ptr + at * R + ranks[None, :], mask=row_ok & rank_ok[None, :], other=0.0)
         if DROPOUT:
             k1, k2 = row_keys(seed_ptr, rows)
             x = tl.where(keep(k1, k2, columns, threshold), x, 0.0)
         acc = accumulate(tl.trans(x), h, acc, PIECES, PRECISION)
-    out = tl.cast(group, tl.int64) * D * R + wide[:, None] * out_col + ranks.to(tl.int64)[None, :] * out_rank
-    tl.store(parts_ptr + out, acc, mask=inside[:, None] & rank_ok[None, :])
+    return acc
+
+
+@triton.jit
+def grad_weight_block(
+    block, group, x_ptr, h_ptr, seed_ptr, parts_ptr, M, D, chunk, threshold, x_row, x_col, out_col, out_rank,
+    R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """parts[g, n, r], the sum of the block-th BLOCK_N columns over the group-th `chunk` rows.
+
+    Writes parts [G, D · R], each part laid out by (out_col, out_rank).
+    """
+    columns, ranks = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    first = group * chunk
+    last = tl.minimum(first + chunk, M)
+    acc = grad_weight_sum(columns, first, last, x_ptr, h_ptr, seed_ptr, D, threshold, x_row, x_col,
+                          R, DROPOUT, DOT, PIECES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)  # fmt: skip
+    out = columns.to(tl.int64)[:, None] * out_col + ranks.to(tl.int64)[None, :] * out_rank
+    inside = (columns < D)[:, None] & (ranks < R)[None, :]
+    tl.store(parts_ptr + tl.cast(group, tl.int64) * D * R + out, acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -5,6 +5,7 @@ rows, E experts, R ranks; x [M, d_in], weight [d_out, d_in], A [R, d_in], B [d_o
 [N+1], or None for rows that the instances share equally; seed int64 [1], or None without dropout.
 """
 
+import torch
 from torch import Tensor
 
 from . import plans
@@ -23,7 +24,7 @@ def expand_xa(
 ) -> Tensor:  # fmt: skip
     """y [M, d_out] = x Wᵀ + bias + (γ ⊙ xa) Bᵀ. Without a weight the merged `forward` serves, so base is None."""
     (y,), _ = replay(plans.expand_xa, (x, xa, bias, B, gate, segments), (scaling,))
-    return y.addmm_(x, weight.t()) if y.numel() else y
+    return _add_product(y, x, weight.t())
 
 
 def backward_dy(
@@ -40,8 +41,8 @@ def backward_x(
 ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
     """(dx or None, dA): dx = keep ⊙ (dxa A) + Σ dy W over the (dy, weight) of `products`."""
     (dx, dA), _ = replay(plans.backward_x, (x, dxa, A, seed), (dropout_p, need_dx))
-    for dy, weight in products if dx is not None and dx.numel() else ():
-        dx.addmm_(dy, weight)
+    for dy, weight in products if dx is not None else ():
+        _add_product(dx, dy, weight)
     return dx, dA
 
 
@@ -57,8 +58,8 @@ def forward(
     bias, base = (None, base) if weight is None else (bias, None)
     inputs = (x, weight, bias, base, A, B, gate, segments, seed)
     (y, ranks), has_product = replay(plans.forward, inputs, (scaling, dropout_p))
-    if weight is not None and y.numel() and not has_product:
-        y.addmm_(x, weight.t())
+    if weight is not None and not has_product:
+        _add_product(y, x, weight.t())
     return y, ranks
 
 
@@ -70,6 +71,16 @@ def backward(
     ranks: as `forward` returned them."""
     inputs = (dy, x, *ranks, weight, A, B, gate, segments, seed)
     (dx, dA, dB, dgate), has_product = replay(plans.backward, inputs, (scaling, dropout_p, need_dx))
-    if dx is not None and weight is not None and dx.numel() and not has_product:
-        dx.addmm_(dy, weight)
+    if dx is not None and weight is not None and not has_product:
+        _add_product(dx, dy, weight)
     return dx, dA, dB, dgate
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a b. cuBLAS sums the product by itself and rounds once. In the interpreter MKL would add a narrow one term
+    by term onto out, and round at each."""
+    if not out.numel():
+        return out
+    if not out.is_cuda and out.shape[1] < 16 and out.dtype in (torch.float32, torch.float64):
+        return out.add_(a @ b)
+    return out.addmm_(a, b)

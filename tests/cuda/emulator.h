@@ -2,6 +2,8 @@
 // lets the others run. Every read of global memory is checked: it must lie inside a registered buffer and be aligned as
 // the GPU instruction demands.
 #pragma once
+#undef _FORTIFY_SOURCE  // its longjmp refuses to change the stack
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -40,22 +42,32 @@ struct Cluster {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it goes on; jumping there takes no system call, as swapcontext does
   std::unique_ptr<char[]> stack;
   Cluster* cluster;
   Block* block;
   int thread, ticket = 0;
-  bool done = false;
+  bool begun = false, done = false;
 };
 
 inline Fiber* self = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::map<uintptr_t, size_t> buffers;  // start and length
 
 inline void yield() {
   Fiber* me = self;
-  swapcontext(&me->context, &scheduler);
+  if (!_setjmp(me->place)) _longjmp(scheduler, 1);
   self = me;
+}
+
+// Runs a fiber until it yields or is done.
+inline void resume(Fiber& f) {
+  self = &f;
+  if (_setjmp(scheduler)) return;
+  if (f.begun) _longjmp(f.place, 1);
+  f.begun = true;
+  setcontext(&f.start);
 }
 
 inline int arrive(Barrier& b, int count) {
@@ -181,15 +193,15 @@ inline void run_grid(int columns, int rows, int cluster, int threads, int floats
           Fiber& f = fibers[b * threads + t];
           f.stack.reset(new char[kStack]);
           f.cluster = &group, f.block = group.blocks[b].get(), f.thread = t;
-          getcontext(&f.context);
-          f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = kStack, f.context.uc_link = &scheduler;
-          makecontext(&f.context, +[] { body(self->block->smem.data()), self->done = true; }, 0);
+          getcontext(&f.start);
+          f.start.uc_stack.ss_sp = f.stack.get(), f.start.uc_stack.ss_size = kStack;
+          makecontext(&f.start, +[] { body(self->block->smem.data()), self->done = true, _longjmp(scheduler, 1); }, 0);
         }
       }
       for (bool busy = true; busy;) {
         busy = false;
         for (Fiber& f : fibers)
-          if (!f.done) busy = true, self = &f, swapcontext(&scheduler, &f.context);
+          if (!f.done) busy = true, resume(f);
       }
     }
 }
