@@ -207,8 +207,8 @@ def generation_markdown(rows: list[Row]) -> str:
 
 
 def many_frame(rows: list[Row]) -> pd.DataFrame:
-    """Many adapters in one batch, or adapted experts: forward plus backward over the baseline's, whose milliseconds stand
-    beside its 1.00; a row for each peer, a column for each case."""
+    """Many adapters in one batch, or adapted experts: forward plus backward over the baseline's, whose milliseconds
+    stand beside its 1.00; a row for each peer, a column for each case."""
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         both = row["both"]

@@ -85,7 +85,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(hf, "AutoTokenizer", tokenizer)
     scope: dict = {}
-    layer, whole, many = (block for block in BLOCKS if "ILoRALinear(" in block or "ilora.inject" in block)
+    layer, whole, many = (block for block in BLOCKS if re.search(r"ILoRALinear\(|ilora\.inject|ilora_adapters", block))
     exec(layer, scope)
     assert scope["y"].shape == (8, 256, 1536)
 
@@ -93,9 +93,9 @@ def test_the_examples_run(tmp_path, monkeypatch):
     assert all(layer.lora_B.grad.abs().sum() > 0 for layer in ilora.ilora_layers(scope["model"]).values())
     assert (tmp_path / "adapter" / "ilora_config.json").exists()
 
-    scope |= {"model": llama(), "input_ids": ids}
     exec(many, scope)
     assert scope["logits"].shape[:2] == ids.shape
+    assert ilora.adapters(scope["model"]) == ("bob", "anna")
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]

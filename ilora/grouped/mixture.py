@@ -109,7 +109,7 @@ class Mixture:
         if not plan.groups:
             return y
         rows = self._by_instance(name, x)
-        rows = rows if plan.order is None else rows[plan.order]
+        rows = rows if plan.order is None else rows.index_select(0, plan.order)
         parts = rows.split([*(len(group.rows) for group in plan.groups), plan.frozen])
         updates = [
             self._update(state, name, group, part.flatten(0, 1), None, gate).view(*part.shape[:-1], -1)
@@ -118,7 +118,7 @@ class Mixture:
         if plan.frozen:
             updates.append(updates[0].new_zeros(plan.frozen, *updates[0].shape[1:]))
         update = torch.cat(updates) if len(updates) > 1 else updates[0]
-        update = update if plan.back is None else update[plan.back]
+        update = update if plan.back is None else update.index_select(0, plan.back)
         return y + update.view(y.shape).to(y.dtype)
 
     def _by_instance(self, name: str, x: Tensor) -> Tensor:
