@@ -163,9 +163,9 @@ class ILoRAExperts(nn.Module):
         tokens = order // K
         instances = row_instances(M, len(gate), segments, gate.device)[tokens].to(torch.int32)
         y = self._experts(hidden_states[tokens], gate, offsets, instances)
-        y = y * top_k_weights.reshape(-1)[order, None]
         places = torch.empty_like(order).scatter_(0, order, torch.arange(M * K, device=order.device))
-        return y[places].view(M, K, -1).sum(1).to(hidden_states.dtype)
+        y = y.index_select(0, places).view(M, K, -1) * top_k_weights[..., None]
+        return y.sum(1).to(hidden_states.dtype)
 
     def _sorted(self, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
         """(int64 [M·K], the choices sorted by expert; int32 [X+1], where each expert's begin)."""
