@@ -62,7 +62,7 @@ def run_in(folder, steps=0, **more):
     dataset = experiment.dataset()
     sequence_models.save(sequence_models.build("sasrec", dataset.num_items), experiment.sequence_file("sasrec"))
     tiny_lm(tiny_tokenizer(dataset), 16, 1, 2).save_pretrained(experiment.lm_folder)
-    sizes = {"batch_size": 2, "effective_batch": 8, "lr": 1e-2, "save_steps": 2, "progress": False}
+    sizes = {"batch_size": 2, "effective_batch": 8, "lr": 1e-2, "save_steps": 2}
     settings = TrainingSettings(epochs=2, steps=steps, **sizes)
     return Run(experiment, Arm("ours", "sequence", 4), settings, texts=False, watch=1)
 
@@ -129,7 +129,7 @@ def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monk
         return run._replace(settings=replace(run.settings, **settings))
 
     elsewhere = replace(experiment, folder=Path("out"), root=Path("data"))
-    same = [run._replace(experiment=elsewhere), other(save_steps=5, logging_steps=1, progress=False)]
+    same = [run._replace(experiment=elsewhere), other(save_steps=5)]
     names = {options.table_name(other(**each).settings) for each in ({}, {"seed": 3}, {"lr": 1.0}, {"save_steps": 5})}
     assert len(names) == 1
     assert options.table_name(other(patience=2).settings) not in names
