@@ -1,10 +1,13 @@
-"""Runs the `main` of a worker in several processes that talk over gloo: python ranks.py WORKER FOLDER WORLD.
+"""Runs the `main` of a worker in several processes that talk over gloo.
 
-This program imports the worker once and forks the processes, because importing takes longer than what they do.
+Importing takes longer than what the processes do. So this program, once started, reads WORKER FOLDER WORLD PORT from
+each line of its input, imports the worker if it has not yet, and forks the processes.
 """
 
+import functools
 import importlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -17,22 +20,32 @@ import torch
 
 def run_ranks(worker, folder, world):
     """What rank 0 wrote to results.pt; exit codes do not count, since gloo may abort a process that is done."""
-    root = Path(__file__).resolve().parents[1]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, __file__, worker.__name__, str(folder), str(world)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, env=os.environ | env, stdout=log, stderr=log, start_new_session=True)
-        try:
-            process.wait(timeout=400)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    assert (folder / "results.pt").exists(), (folder / "log").read_text()[-6000:]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    server = started_server()
+    try:
+        print(worker.__name__, folder, world, port, sep="\t", file=server.stdin, flush=True)
+        if not select.select([server.stdout], [], [], 400)[0]:
+            raise TimeoutError(f"{worker.__name__} took over 400 s")
+        if not server.stdout.readline():  # it could not import the worker
+            started_server.cache_clear()
+    except BaseException:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        started_server.cache_clear()
+        raise
+    log = folder / "log"
+    assert (folder / "results.pt").exists(), log.read_text()[-6000:] if log.exists() else "the server of ranks.py ended"
     return torch.load(folder / "results.pt", weights_only=True)
+
+
+@functools.cache
+def started_server():
+    """The process that forks ranks, for all workers of this test run. It ends when its input does."""
+    root = Path(__file__).resolve().parents[1]
+    env = {"PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen([sys.executable, __file__], env=os.environ | env, **pipes)
 
 
 def write_results(results, folder):
@@ -58,9 +71,13 @@ def forked(worker, folder, rank):
         os._exit(status)
 
 
-def main(name, folder, world):
-    torch.set_num_threads(1)
+def run(name, folder, world, port):
+    """Imports the worker, once, and runs its ranks in processes whose output goes to the folder's log."""
+    log = os.open(Path(folder) / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     worker = importlib.import_module(name)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world}
     ranks = [forked(worker, folder, rank) for rank in range(int(world))]
     while ranks:  # a rank that failed leaves the others waiting for it
         process, status = os.wait()
@@ -71,4 +88,8 @@ def main(name, folder, world):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        run(*line.rstrip("\n").split("\t"))
+        print("done", file=answers, flush=True)

@@ -12,6 +12,7 @@ from sequential_recommendation import arms, compare, options, sequence_models
 from sequential_recommendation.arms import Curve, perform
 from sequential_recommendation.data import split
 from sequential_recommendation.experiments import Arm, Experiment, OtherData, Run
+from sequential_recommendation.kept import find_run
 from sequential_recommendation.options import experiment_of, parse, settings_of, watch_of
 from sequential_recommendation.recommender import Recommender, RecommenderConfig
 from sequential_recommendation.shared import MARK, tiny_model, train_sequence
@@ -61,7 +62,7 @@ def run_in(folder, steps=0, **more):
     dataset = experiment.dataset()
     sequence_models.save(sequence_models.build("sasrec", dataset.num_items), experiment.sequence_file("sasrec"))
     tiny_lm(tiny_tokenizer(dataset), 16, 1, 2).save_pretrained(experiment.lm_folder)
-    sizes = {"batch_size": 2, "effective_batch": 8, "lr": 1e-2, "save_steps": 2, "progress": False}
+    sizes = {"batch_size": 2, "effective_batch": 8, "lr": 1e-2, "save_steps": 2}
     settings = TrainingSettings(epochs=2, steps=steps, **sizes)
     return Run(experiment, Arm("ours", "sequence", 4), settings, texts=False, watch=1)
 
@@ -115,6 +116,8 @@ def test_every_user_is_tested_and_kinds_of_tests_are_told_apart(tmp_path, capsys
         assert line.startswith(f"| {kind} | {len(those)} |")
         assert line.endswith(f"| {rank.count(1) / len(rank):.4f} |")
     assert "| among all items | HitRatio@10 | NDCG@10 |" in table
+    run = find_run(tmp_path / "out")  # trained over a model in bfloat16, used with one in float32
+    assert run.load(run.experiment.dataset())[0].lm.dtype == torch.float32
 
 
 def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monkeypatch):
@@ -126,7 +129,7 @@ def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monk
         return run._replace(settings=replace(run.settings, **settings))
 
     elsewhere = replace(experiment, folder=Path("out"), root=Path("data"))
-    same = [run._replace(experiment=elsewhere), other(save_steps=5, logging_steps=1, progress=False)]
+    same = [run._replace(experiment=elsewhere), other(save_steps=5)]
     names = {options.table_name(other(**each).settings) for each in ({}, {"seed": 3}, {"lr": 1.0}, {"save_steps": 5})}
     assert len(names) == 1
     assert options.table_name(other(patience=2).settings) not in names

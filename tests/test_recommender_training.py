@@ -24,7 +24,7 @@ WINDOWS = split(SMALL.dataset, protocol="leave-one-out").train[:26]  # 26 = 3 ·
 
 
 def brief(**settings):
-    common = {"batch_size": 4, "effective_batch": 8, "progress": False, "lr": 1e-3, "epochs": 1}
+    common = {"batch_size": 4, "effective_batch": 8, "lr": 1e-3, "epochs": 1}
     return TrainingSettings(**{**common, **settings})
 
 
@@ -121,7 +121,7 @@ def test_defect_3_the_projector_is_saved_after_text_only_batches(tmp_path):
 
 def test_a_loss_that_is_lost_ends_the_training(tmp_path):
     with pytest.raises(FloatingPointError, match="training loss is nan"):
-        train(recommender(prompts=SMALL), SMALL, WINDOWS, brief(lr=math.nan, steps=50, logging_steps=1), tmp_path)
+        train(recommender(prompts=SMALL), SMALL, WINDOWS, brief(lr=math.nan, steps=50), tmp_path)
 
 
 def test_adapters_of_a_bfloat16_model_learn_at_small_rates(tmp_path):

@@ -104,7 +104,7 @@ def test_a_prompt_without_the_place_is_refused_and_one_too_many_too(prompts, exa
 def test_the_projector_of_z_is_trained_saved_and_read(prompts, films, tmp_path):
     model = made(prompts)
     before = deepcopy(model.user_projector.state_dict())
-    settings = TrainingSettings(steps=3, lr=1e-2, batch_size=2, effective_batch=4, progress=False)
+    settings = TrainingSettings(steps=3, lr=1e-2, batch_size=2, effective_batch=4)
     grouped = {id(p) for group in parameter_groups(model, settings) for p in group["params"]}
     assert {id(p) for p in model.parameters() if p.requires_grad} == grouped
     train(model, prompts, split(films).train, settings, tmp_path / "run")

@@ -61,7 +61,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     jobs = options.jobs or (2 if options.model == TINY and not torch.cuda.is_available() else 1)
     if jobs > 1:
         one_thread()  # in this process too: on a busy machine two threads are slower than one
-    settings = replace(settings, progress=jobs == 1 and sys.stderr.isatty())
 
     baselines: dict[str, list[dict[str, Any]]] = {}
     try:

@@ -156,7 +156,6 @@ def settings_of(options: argparse.Namespace) -> TrainingSettings:
         effective_batch=options.effective_batch,
         curriculum=None if in_words else curriculum,
         precision=options.precision,
-        progress=False,
         save_steps=options.save_steps,
         patience=options.patience or 0,
         candidates=options.candidates,

@@ -21,7 +21,7 @@ if __spec__ is None:  # run by path: start again as the package's module, so tha
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # so that only the answer and errors are printed
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for library in ("torchao", "torch.utils._pytree"):
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
     runpy.run_module("sequential_recommendation.recommend", run_name="__main__", alter_sys=True)
     sys.exit()

@@ -62,14 +62,13 @@ def _network(config: RecommenderConfig, z_dim: int) -> ilora.GateNetwork:
     raise ValueError(f"unknown gate {config.gate!r}: expected one of {', '.join(GATES)}")
 
 
-def _adapter(config: RecommenderConfig, embedding: nn.Module) -> ilora.ILoRAConfig:
+def _adapter(config: RecommenderConfig) -> ilora.ILoRAConfig:
     """The adapters' configuration, in float32 for any dtype of the language model.
 
     bfloat16 would round away the steps of the paper's learning rates.
     """
     names = ("r", "lora_alpha", "lora_dropout", "num_experts", "target_modules")
-    dtype = None if embedding.weight.dtype == torch.float32 else "float32"
-    return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names}, adapter_dtype=dtype)
+    return ilora.ILoRAConfig(**{name: getattr(config, name) for name in names}, adapter_dtype="float32")
 
 
 class Recommender(nn.Module):
@@ -92,7 +91,7 @@ class Recommender(nn.Module):
         self.settings = config or RecommenderConfig()
         gate = _network(self.settings, sequence_model.dim)
         embedding = lm.get_input_embeddings()
-        self.lm = ilora.inject(lm, _adapter(self.settings, embedding), gate=gate)
+        self.lm = ilora.inject(lm, _adapter(self.settings), gate=gate)
         self.encoder = SequenceEncoder(sequence_model)
         self.projector = _projector(sequence_model.dim, embedding)
         self.user_projector = _projector(sequence_model.dim, embedding) if self.settings.soft_prompt else None

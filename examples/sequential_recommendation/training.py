@@ -7,6 +7,8 @@ the template, and whether the prompt has item embeddings. So resuming a run chan
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +24,7 @@ from .prompts import Choice, Prompts, choose, hybrid_share
 from .recommender import Recommender
 
 PRECISIONS = ("fp32", "bf16", "fp16", "bf16-frozen")
-WITHOUT_EFFECT = ("logging_steps", "save_steps", "progress")  # settings that change no result
+WITHOUT_EFFECT = ("save_steps",)  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,9 @@ class TrainingSettings:
     curriculum: float | None = 1.0
     seed: int = 0
     precision: str = "fp32"
-    logging_steps: int = 10
     save_steps: int = 0
     patience: int = 0
     candidates: int = NUM_CANDIDATES
-    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -80,12 +80,12 @@ def arguments(settings: TrainingSettings, out: Path) -> TrainingArguments:
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
         seed=settings.seed,
-        logging_steps=settings.logging_steps,
+        logging_steps=10,
         logging_nan_inf_filter=False,  # the filter would log the mean of earlier losses in place of nan
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=3,
-        disable_tqdm=not settings.progress,
+        disable_tqdm=not sys.stderr.isatty() or "TQDM_DISABLE" in os.environ,
         remove_unused_columns=False,
         dataloader_drop_last=False,
         use_cpu=not torch.cuda.is_available(),
@@ -245,8 +245,7 @@ def train(
     if resume is not None and not (resume / "recommender").is_dir():
         raise FileNotFoundError(f"{resume}: expected a checkpoint of a recommender's training")
     trainer = RecommenderTrainer(model, prompts, windows, settings, out, callbacks)
-    if not settings.progress:
-        trainer.remove_callback(PrinterCallback)  # the Trainer adds it if the progress bar is disabled
+    trainer.remove_callback(PrinterCallback)  # the Trainer adds it if the progress bar is disabled
     result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     _check_finite(result.training_loss)
     if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
