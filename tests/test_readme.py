@@ -83,7 +83,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
     tokenizer = SimpleNamespace(
         from_pretrained=lambda name: lambda text, return_tensors: SimpleNamespace(input_ids=ids)
     )
-    monkeypatch.setattr(hf, "AutoTokenizer", tokenizer)
+    monkeypatch.setattr("transformers.AutoTokenizer", tokenizer)  # hf may be an older object of this name
     scope: dict = {}
     layer, whole, many = (block for block in BLOCKS if re.search(r"ILoRALinear\(|ilora\.inject|ilora_adapters", block))
     exec(layer, scope)

@@ -94,12 +94,12 @@ class Mixture:
         Raises ValueError, TypeError naming the layer for an input that the batch's adapters do not fit."""
         gate, _ = layer.gate_state.gate_for(x, ALL, layer.name)
         plan, weight = self._plan(layer.name, layer.training, gate), layer.plain_weight()
-        if weight is None or plan.order is not None or plan.frozen or len(plan.groups) != 1:
+        if weight is None or plan.frozen or len(plan.groups) != 1:
             return self.add(layer.gate_state, layer.name, x, layer.base_layer(x), layer.training)
-        flat = self._by_instance(layer.name, x).flatten(0, 1)
+        rows = reordered(self._by_instance(layer.name, x), plan.order)
         frozen = (weight, layer.base_layer.bias)
-        y = self._update(layer.gate_state, layer.name, plan.groups[0], flat, frozen, gate)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y = self._update(layer.gate_state, layer.name, plan.groups[0], rows.flatten(0, 1), frozen, gate)
+        return reordered(y.view(*rows.shape[:-1], -1), plan.back).view(*x.shape[:-1], -1)
 
     def add(self, state: GateState, name: str, x: Tensor, y: Tensor, training: bool) -> Tensor:
         """y [..., d_out], a frozen layer's output for x, with the updates that the instances' adapters have for it."""
@@ -108,8 +108,7 @@ class Mixture:
         plan = self._plan(name, training, gate)
         if not plan.groups:
             return y
-        rows = self._by_instance(name, x)
-        rows = rows if plan.order is None else rows.index_select(0, plan.order)
+        rows = reordered(self._by_instance(name, x), plan.order)
         parts = rows.split([*(len(group.rows) for group in plan.groups), plan.frozen])
         updates = [
             self._update(state, name, group, part.flatten(0, 1), None, gate).view(*part.shape[:-1], -1)
@@ -117,8 +116,7 @@ class Mixture:
         ]
         if plan.frozen:
             updates.append(updates[0].new_zeros(plan.frozen, *updates[0].shape[1:]))
-        update = torch.cat(updates) if len(updates) > 1 else updates[0]
-        update = update if plan.back is None else update.index_select(0, plan.back)
+        update = reordered(torch.cat(updates) if len(updates) > 1 else updates[0], plan.back)
         return y + update.view(y.shape).to(y.dtype)
 
     def _by_instance(self, name: str, x: Tensor) -> Tensor:
@@ -179,6 +177,11 @@ class Mixture:
             torch.tensor([blocks[place] for place in places], device=gate.device),
             ranks[torch.tensor(places, device=gate.device)],
         )
+
+
+def reordered(rows: Tensor, order: Tensor | None) -> Tensor:
+    """The rows in this order; themselves where there is none."""
+    return rows if order is None else rows.index_select(0, order)
 
 
 def weights_of_ranks(layer: Any, E: int) -> Tensor:
