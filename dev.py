@@ -23,7 +23,7 @@ VENV = Path(os.environ.get("ILORA_VENV", ROOT / ".venv")).absolute()
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 JOBS = {
     "bench": ("bench", ["benchmarks/bench_moe_lora.py"]),
-    "test": ("test", ["-m", "pytest", "-n", "auto", "--dist", "loadgroup"]),
+    "test": ("test", ["-m", "pytest", "-n", "auto", "--dist", "loadfile"]),
     "lint": ("test,lint", ["-c", "import sys; from dev import lint; sys.exit(lint())"]),
     "docs": ("docs", ["-m", "mkdocs", "build", "--strict", "--quiet"]),
     "package": ("docs", ["-c", "import sys; from dev import package; sys.exit(package())"]),

@@ -15,8 +15,6 @@ import distributed_worker as worker  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from training_worker import assert_same  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

@@ -14,7 +14,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 import tensor_parallel_worker as worker  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("ranks")]  # where there may be two cores
+pytestmark = pytest.mark.timeout(900)  # processes start, where there may be two cores
 WORLDS = (2, 4)
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
