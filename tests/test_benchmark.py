@@ -5,6 +5,7 @@ import json
 import time
 from dataclasses import replace
 
+import bench_many_adapters as many
 import bench_moe_lora as bench
 import checking
 import machine
@@ -416,3 +417,18 @@ def test_interleave_stops_by_time_and_by_repeats():
     assert len(measure.interleave(programs, CPU, 60.0, 5)["frozen"]) == 5
     summary = measure.summarise([(2.0, 4.0), (2.0, 8.0), (1.0, 5.0)], [(1.0, 2.0), (2.0, 2.0), (1.0, 1.0)])
     assert summary["both"] == {"ms": 6.0, "ratio": 2.5, "low": 2.25, "high": 2.75}
+
+
+def test_many_adapters_and_experts_are_checked_and_timed(tmp_path, monkeypatch):
+    for package in ("peft", "transformers"):
+        pytest.importorskip(package)
+    sizes = ["--adapters=3", "--experts=4", "--width=24", "--instances=6", "--tokens=8", "--rank=4"]
+    many.main([*sizes, "--seconds=0", "--repeats=2", "--json", str(tmp_path / "many.json")])
+    results = report.load(tmp_path / "many.json")
+    peers_of = {kind: {row["peer"] for row in results[kind]} for kind in ("adapters", "experts")}
+    assert {"frozen", "ilora", "ilora, one-hot gate", "peft, adapter_names", "loop"} < peers_of["adapters"]
+    assert {"frozen", "ilora", "peft, target_parameters", "loop"} == peers_of["experts"]
+    assert "3 adapters" in report.markdown(results)
+    monkeypatch.setattr(many, "_fill", lambda tensors, values: [torch.nn.init.normal_(tensor) for tensor in tensors])
+    with pytest.raises(checking.WrongPeer, match=r": y differs from the loop's by"):
+        many.main([*sizes, "--seconds=0", "--repeats=1"])

@@ -323,6 +323,32 @@ def test_what_several_adapters_cannot_do_is_refused(words):
     del kept
 
 
+def test_what_one_process_or_one_layer_cannot_do_is_refused(monkeypatch):
+    model = several().train()
+    given = next(iter(model.ilora.others["given"].layers.values()))
+    monkeypatch.setattr(given, "split", "by rows")
+    with pytest.raises(ValueError, match=f"'given': {given.name} is split over processes"):
+        call(model, ilora_adapters=NAMES)
+    monkeypatch.undo()
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(RuntimeError, match="several processes would not average the gradients"):
+        call(model, ilora_adapters=NAMES)
+    call(model.eval(), ilora_adapters=NAMES)
+
+
+def test_images_under_several_adapters_are_refused():
+    model = injected(MAKE["llava"], ilora.UniformGate(E))
+    ilora.add_adapter(model, "text", ILoRAConfig(exclude_modules=r"(?!model\.language_model).*"), ilora.UniformGate(E))
+    ids = torch.tensor([[3, 60, 60, 60, 60, 4, 5]] * 2)
+    pixels = torch.randn(2, 3, 16, 16)
+    text = model(ids, pixel_values=pixels, ilora_adapters=["text", None]).logits
+    ilora.set_adapter(model, "default")
+    torch.testing.assert_close(model(ids, pixel_values=pixels, ilora_adapters=["text", None]).logits, text)
+    with pytest.raises(ValueError, match="adapted layers see images, sounds or videos"):
+        model(ids, pixel_values=pixels, ilora_adapters=["text", "default"])
+
+
 def test_fused_experts_are_refused_and_stay_frozen_for_others():
     model = injected(MAKE["mixtral"], ilora.UniformGate(E))
     ilora.add_adapter(model, "attention", ILoRAConfig(target_modules=["q_proj"], exclude_modules=["experts"]))

@@ -89,9 +89,15 @@ class Mixture:
         """The mixture of a batch of these instances."""
         return Mixture(self.adapters, [self.slots[row] for row in rows], self.by_block)
 
+    def adapts(self, name: str) -> bool:
+        """Whether an adapter of the batch has an update for the layer of this name."""
+        return any(name in adapter.layers for adapter in self.adapters)
+
     def output(self, layer: Any, x: Tensor) -> Tensor:
         """What the ILoRALinear that stands in the model gives for x [..., d_in]: [..., d_out].
         Raises ValueError, TypeError naming the layer for an input that the batch's adapters do not fit."""
+        if not self.adapts(layer.name):  # it may see other rows than the batch's
+            return layer.base_layer(x)
         gate, _ = layer.gate_state.gate_for(x, ALL, layer.name)
         plan, weight = self._plan(layer.name, layer.training, gate), layer.plain_weight()
         if weight is None or plan.frozen or len(plan.groups) != 1:
@@ -103,6 +109,8 @@ class Mixture:
 
     def add(self, state: GateState, name: str, x: Tensor, y: Tensor, training: bool) -> Tensor:
         """y [..., d_out], a frozen layer's output for x, with the updates that the instances' adapters have for it."""
+        if not self.adapts(name):
+            return y
         gate, _ = state.gate_for(x, ALL, name)
         assert gate is not None
         plan = self._plan(name, training, gate)

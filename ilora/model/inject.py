@@ -103,8 +103,9 @@ def share_inputs(model: Any, share: bool = True) -> tuple[tuple[str, ...], ...]:
 
     Results differ from those of separate layers in the order of sums alone; under dropout a group has one mask.
     A group is made of children of one module that have known names (`ilora.shared.FAMILIES`), plain weights, and the
-    same r, num_experts and scaling. Each call checks that they really get the same tensor; else, in compiled models and
-    in decoding steps, every layer computes by itself. Raises ValueError where nothing was injected.
+    same r, num_experts and scaling. Each call checks that they really get the same tensor; else, in compiled models, in
+    decoding steps and in a batch of several adapters, every layer computes by itself. Raises ValueError where nothing
+    was injected.
     """
     injection = injected(model)
     injection.share_inputs = bool(share)
@@ -133,6 +134,7 @@ def gate_of(
 
 def last_gate(model: Any) -> Tensor:
     """The gate [N, E] (or [blocks, N, E]) of the model's last forward, detached, for `gate_stats` and `plot_gates`.
+    Of a batch of several adapters it has the rows of all, narrower ones filled up by zeros.
     Raises ValueError where nothing was injected, before the first forward, and after one without a gate (merged, or
     inside `disable_adapter`)."""
     last = injected(model).state.last
