@@ -9,7 +9,7 @@ import triton.language as tl
 from .dropout import NO_MASK, Mask
 from .grad_weights import grad_weight_sum
 from .launch import Plan, wait_for_previous
-from .slots import Slots, add_slot_sums, parts_of, slot_block
+from .slots import Slots, add_slot_sums, enough_warps, parts_of, slot_block
 from .tiles import ceil_div, grad_weight_tile, pow2, programs_per_sm, splits, strides
 
 
@@ -61,7 +61,8 @@ def add_grouped_grad_weights(
         "out_col": 1 if by_rank else R, "out_rank": D if by_rank else 1, "R": R, "DROPOUT": mask.on,
         **plan.dots.arguments(), "BLOCK_M": m, "BLOCK_N": tile.n, "BLOCK_R": pow2(R, 16, 256),
     }  # fmt: skip
-    plan.launch(grouped_grad_weights, (C, slots.blocks(chunk)), args, tile.warps, tile.stages)
+    warps = enough_warps(tile, R, plan.dots)
+    plan.launch(grouped_grad_weights, (C, slots.blocks(chunk)), args, warps, tile.stages)
     if parts is not None:
         add_slot_sums(plan, slots, parts, out, chunk)
     return out

@@ -12,7 +12,7 @@ from .dropout import NO_MASK, Mask
 from .gates import store_gated
 from .launch import Plan, wait_for_previous
 from .shrink import shrink_block, store_part
-from .slots import NO_ROW_GATES, RowGates, Slots, gammas_of_rows, slot_block
+from .slots import NO_ROW_GATES, RowGates, Slots, enough_warps, gammas_of_rows, slot_block
 from .tiles import pow2, shrink_tile, strides, unit
 
 
@@ -64,7 +64,7 @@ def _add(
         "UNIT": unit(A.stride(2)), "DROPOUT": mask.on, **plan.dots.arguments(),
         "BLOCK_M": m, "BLOCK_K": tile.n, "BLOCK_R": pow2(R, 16, 256),
     }  # fmt: skip
-    plan.launch(grouped_shrink, (slots.blocks(m),), args, tile.warps, tile.stages)
+    plan.launch(grouped_shrink, (slots.blocks(m),), args, enough_warps(tile, R, plan.dots), tile.stages)
 
 
 def add_grouped_shrink(plan: Plan, x: Tensor, A: Tensor, mask: Mask, slots: Slots) -> Tensor:
