@@ -10,8 +10,8 @@ wrote. `forward` and `backward` join these launches where they can: forward keep
 that take whole rows fill the device, `shrink` gates xa itself, and `grad_dy` dh; else `gate_ranks` does. For small
 layers one kernel, fused_layer.py, computes the frozen product and the update together (see strategy.py), and so does
 decode.py for a few rows.
-plans.py lists the launches of each call, replay.py keeps the lists and runs them. grouped.py has the four primitives for
-rows sorted by slot, from kernels of their own. Nothing here imports from ilora.
+plans.py lists the launches of each call, replay.py keeps the lists and runs them. grouped.py has the four primitives
+for rows sorted by slot, from kernels of their own. Nothing here imports from ilora.
 """
 
 from .primitives import KEPT, backward, backward_dy, backward_x, expand_xa, forward, shrink_x

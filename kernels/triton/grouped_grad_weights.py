@@ -9,7 +9,7 @@ import triton.language as tl
 from .dropout import NO_MASK, Mask
 from .grad_weights import grad_weight_sum
 from .launch import Plan, wait_for_previous
-from .slots import Slots, add_slot_sums, enough_warps, parts_of, slot_block
+from .slots import Slots, add_slot_sums, parts_of, slot_block
 from .tiles import ceil_div, grad_weight_tile, pow2, programs_per_sm, splits, strides
 
 
@@ -52,17 +52,17 @@ def add_grouped_grad_weights(
     """Fills out: dB [X, d_out, R] from dy as x; or by_rank dA [X, R, d_in], from dxa as h. Returns it."""
     (M, D), R = x.shape, h.shape[1]
     tile = grad_weight_tile(plan.device, x, R, plan.dots, mask.on)
-    C, m = ceil_div(D, tile.n), slots.rows(tile.m)
+    n = 32 if R > 128 or (R > 32 and plan.dots.wide.primitive_bitwidth == 32) else tile.n  # more would spill
+    C, m = ceil_div(D, n), slots.rows(min(tile.m, 32 if R > 128 else tile.m))
     G, chunk = splits(plan.device, C, M, m, programs_per_sm(R))
     parts = out.new_empty(2 * M // chunk + 1, D * R, dtype=torch.float32) if G > 1 else None
     args = {
         "x_ptr": x, "h_ptr": h, "seed_ptr": mask.seed, "parts_ptr": parts, "out_ptr": out, **slots.arguments(),
         "D": D, "chunk": chunk, "threshold": mask.threshold, **strides("x", x),
         "out_col": 1 if by_rank else R, "out_rank": D if by_rank else 1, "R": R, "DROPOUT": mask.on,
-        **plan.dots.arguments(), "BLOCK_M": m, "BLOCK_N": tile.n, "BLOCK_R": pow2(R, 16, 256),
+        **plan.dots.arguments(), "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": pow2(R, 16, 256),
     }  # fmt: skip
-    warps = enough_warps(tile, R, plan.dots)
-    plan.launch(grouped_grad_weights, (C, slots.blocks(chunk)), args, warps, tile.stages)
+    plan.launch(grouped_grad_weights, (C, slots.blocks(chunk)), args, tile.warps, tile.stages)
     if parts is not None:
         add_slot_sums(plan, slots, parts, out, chunk)
     return out

@@ -12,7 +12,7 @@ from .dropout import NO_MASK, Mask
 from .gates import store_gated
 from .launch import Plan, wait_for_previous
 from .shrink import shrink_block, store_part
-from .slots import NO_ROW_GATES, RowGates, Slots, enough_warps, gammas_of_rows, slot_block
+from .slots import NO_ROW_GATES, RowGates, Slots, gammas_of_rows, slot_block
 from .tiles import pow2, shrink_tile, strides, unit
 
 
@@ -57,14 +57,15 @@ def _add(
     """A: [X, R, D]. ranks: what is written, and xa. gate: the arguments about γ."""
     (_, D), R = x.shape, A.shape[1]
     tile = shrink_tile(plan.device, x, R, plan.dots, mask.on)
-    m = slots.rows(tile.m)
+    most = 16 if plan.dots.wide.primitive_bitwidth == 32 and R > 32 else 32 if R > 128 else tile.m  # more would spill
+    m = slots.rows(min(most, tile.m))
     args = {
         "x_ptr": x, "a_ptr": A, "seed_ptr": mask.seed, **ranks, **gate, **slots.arguments(), "D": D,
         "threshold": mask.threshold, **strides("x", x), "a_slot": A.stride(0), **strides("a", A[0]), "R": R,
         "UNIT": unit(A.stride(2)), "DROPOUT": mask.on, **plan.dots.arguments(),
         "BLOCK_M": m, "BLOCK_K": tile.n, "BLOCK_R": pow2(R, 16, 256),
     }  # fmt: skip
-    plan.launch(grouped_shrink, (slots.blocks(m),), args, enough_warps(tile, R, plan.dots), tile.stages)
+    plan.launch(grouped_shrink, (slots.blocks(m),), args, tile.warps, tile.stages)
 
 
 def add_grouped_shrink(plan: Plan, x: Tensor, A: Tensor, mask: Mask, slots: Slots) -> Tensor:

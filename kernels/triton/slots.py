@@ -12,11 +12,10 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .device import Dots
 from .gates import search_width
 from .launch import Plan, wait_for_previous
 from .sums import sum_in_order
-from .tiles import Tile, ceil_div, pow2, strides
+from .tiles import ceil_div, pow2, strides
 
 
 @triton.jit
@@ -107,11 +106,6 @@ class RowGates(NamedTuple):
             "gate_ptr": self.gate, "instances_ptr": self.instances, "scaling": self.scaling,
             **strides("gate", self.gate), "RANK": R // self.gate.shape[1],
         }  # fmt: skip
-
-
-def enough_warps(tile: Tile, R: int, dot: Dots) -> int:
-    """The tile's warps, or 4 where 8 are cut to 64 registers a thread and spill: float32 beside 33 to 64 ranks."""
-    return 4 if dot.wide.primitive_bitwidth == 32 and 32 < R <= 64 else tile.warps
 
 
 NO_ROW_GATES = {"gate_ptr": None, "instances_ptr": None, "scaling": 1.0, **strides("gate", None), "RANK": 1}
