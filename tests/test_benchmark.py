@@ -2,8 +2,8 @@
 
 import itertools
 import json
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import bench_many_adapters as many
 import bench_moe_lora as bench
@@ -212,15 +212,19 @@ def test_sweep_writes_rows_tables_and_plot(tmp_path, capsys):
     assert all(name in shown for name in [*names, "add --full"])
 
 
-def test_the_gate_costs_what_it_adds_to_our_layer_without_one():
+def test_the_gate_costs_what_it_adds_to_our_layer_without_one(monkeypatch):
+    now = [0.0]  # seconds; the programs alone move the clock on
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     def waits(milliseconds):
-        return measure.Program([lambda: time.sleep(milliseconds / 1e3)] * 2, [], 1)
+        return measure.Program([lambda: now.__setitem__(0, now[0] + milliseconds / 1e3)] * 2, [], 1)
 
     programs = {"frozen": waits(2), measure.GATED: waits(6), measure.UNGATED: waits(4)}
     rows = {name: {} for name in programs}
     measure.time_rows(rows, programs, CPU, 0.0, 5)
     own, cost = rows[measure.GATED]["eager"], rows[measure.GATED]["eager"]["gate"]["both"]
-    assert 1.1 < cost["ratio"] < own["both"]["ratio"]
+    assert cost["ratio"] == pytest.approx(1.5)
+    assert own["both"]["ratio"] == pytest.approx(3.0)
     assert cost["ms"] == own["both"]["ms"]
     assert "gate" not in rows[measure.UNGATED]["eager"]
 
