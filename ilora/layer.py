@@ -15,7 +15,7 @@ from .current_gate import GateState, own_gate
 from .op.checks import check_settings, dtype_named
 from .op.functional import ilora_linear, ilora_update
 from .shared import SharedInputGroup
-from .tensor_parallel import add_update, split_of
+from .tensor_parallel import add_update, refuse_trained_weight, split_of
 
 # The types of a weight that the fused operation may read; a FakeTensor is one in a model that is being exported.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
@@ -127,6 +127,7 @@ class ILoRALinear(nn.Module):
         try:
             adapter = (self.lora_A, self.lora_B, self.own_gate(gate), *settings)
             if self.split is not None:
+                refuse_trained_weight(self.base_layer)
                 return add_update(self.split, x, base, *adapter)
             if weight is None:
                 return ilora_update(x, base, *adapter)

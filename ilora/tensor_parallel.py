@@ -12,7 +12,7 @@ Split by rows (each process has some inputs): lora_A is split as the weight is, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,17 @@ def split_of(base: nn.Module) -> Split | None:
     dimension = placements[0].dim
     _, offsets = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, placements)
     return Split(weight.device_mesh, dimension, offsets[dimension])
+
+
+def refuse_trained_weight(base: nn.Module) -> None:
+    """Raises RuntimeError where the split weight is trained: torch's DistributedDataParallel(..., device_mesh=) makes
+    new parameters of all that are split, and forgets that some are frozen."""
+    if torch.is_grad_enabled() and cast(Tensor, base.weight).requires_grad:
+        raise RuntimeError(
+            "its frozen weight is split over processes and requires a gradient, which DistributedDataParallel gives to "
+            "split weights: for copies of a split model use fully_shard on the mesh's other dimension, or freeze the "
+            "weight again (requires_grad_(False))"
+        )
 
 
 def add_update(

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -220,6 +221,12 @@ def main(folder):
         both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))
         model = injected(split(base("llama", "float64"), both["tp"]), "sequence", 0.0)
         results["fsdp"] = trained(with_fsdp(model, both), "sequence")
+        model = injected(split(base("llama", "float64"), both["tp"]), "sequence", 0.0)
+        copies = DistributedDataParallel(model, device_mesh=both["data"])
+        try:
+            copies(**batch("sequence", torch.float64))
+        except RuntimeError as error:
+            results["ddp"] = str(error)
     if rank == 0:
         write_results(results, folder)
     dist.barrier()  # a rank that leaves early may abort the others

@@ -66,6 +66,10 @@ def test_fsdp_over_tensor_parallel(split):
     assert_equal(split[4][1]["fsdp"], expected, 1e-10)
 
 
+def test_a_frozen_weight_that_ddp_has_made_trainable_is_refused(split):
+    assert "use fully_shard on the mesh's other dimension" in split[4][1]["ddp"]
+
+
 def test_the_files_are_those_of_one_process_and_training_goes_on(split, tmp_path):
     for world in WORLDS:
         folder, results = split[world]
