@@ -57,7 +57,10 @@ def _add(
     """A: [X, R, D]. ranks: what is written, and xa. gate: the arguments about γ."""
     (_, D), R = x.shape, A.shape[1]
     tile = shrink_tile(plan.device, x, R, plan.dots, mask.on)
-    most = 16 if plan.dots.wide.primitive_bitwidth == 32 and R > 32 else 32 if R > 128 else tile.m  # more would spill
+    # More rows of many ranks would spill. Of 64 masked rows Triton 3.6 overwrites registers that a running wgmma reads;
+    # 32 are multiplied without it.
+    wide, gated = plan.dots.wide.primitive_bitwidth == 32 and R > 32, gate is not NO_ROW_GATES and R > 128
+    most = 16 if wide or gated else 32 if R > 128 or (mask.on and R > 32) else tile.m
     m = slots.rows(min(most, tile.m))
     args = {
         "x_ptr": x, "a_ptr": A, "seed_ptr": mask.seed, **ranks, **gate, **slots.arguments(), "D": D,
