@@ -60,13 +60,14 @@ def _add(
     # More rows of many ranks would spill. Of 64 masked rows Triton 3.6 overwrites registers that a running wgmma reads;
     # 32 are multiplied without it.
     wide, gated = plan.dots.wide.primitive_bitwidth == 32 and R > 32, gate is not NO_ROW_GATES and R > 128
+    columns = tile.n // 2 if plan.dots.pieces > 1 and gate is not NO_ROW_GATES else tile.n  # more spilled on sm_100
     most = 16 if wide or gated else 32 if R > 128 or (mask.on and R > 32) else tile.m
     m = slots.rows(min(most, tile.m))
     args = {
         "x_ptr": x, "a_ptr": A, "seed_ptr": mask.seed, **ranks, **gate, **slots.arguments(), "D": D,
         "threshold": mask.threshold, **strides("x", x), "a_slot": A.stride(0), **strides("a", A[0]), "R": R,
         "UNIT": unit(A.stride(2)), "DROPOUT": mask.on, **plan.dots.arguments(),
-        "BLOCK_M": m, "BLOCK_K": tile.n, "BLOCK_R": pow2(R, 16, 256),
+        "BLOCK_M": m, "BLOCK_K": columns, "BLOCK_R": pow2(R, 16, 256),
     }  # fmt: skip
     plan.launch(grouped_shrink, (slots.blocks(m),), args, tile.warps, tile.stages)
 
