@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,11 +227,11 @@ def main(argv: list[str] | None = None) -> None:
     N, d = o.instances, o.width
     for X in o.adapters if o.only != "experts" else ():
         x = torch.randn(N, N, d)
-        build = lambda X=X, x=x: layer_peers(X, N, x, d, o.rank)  # noqa: E731
+        build = partial(layer_peers, X, N, x, d, o.rank)
         keep("adapters", measure(f"{X} adapters", build, x, ONE, o))
     for X in o.experts if o.only != "adapters" else ():
         for skewed in (False, True):
-            build = lambda X=X, skewed=skewed: expert_peers(X, skewed, o.tokens, 512, 256, o.rank)  # noqa: E731
+            build = partial(expert_peers, X, skewed, o.tokens, 512, 256, o.rank)
             case = f"{X} experts, {'skewed' if skewed else 'even'}"
             keep("experts", measure(case, build, torch.randn(o.tokens, 512), FROZEN, o))
 

@@ -121,13 +121,14 @@ class ILoRALinear(nn.Module):
                 f"{self.name} ({self.in_features}->{self.out_features}) has no gate: pass layer(x, gate=g) with g "
                 f"[N, {self.gate_experts}], or run the model inside `with ilora.gated(model, g):`"
             )
+        if self.split is not None:
+            refuse_trained_weight(self.name, self.base_layer)
         weight = self.plain_weight()
         base = self.base_layer(x) if weight is None else None
         settings = (self.scaling, segments, self.lora_dropout if self.training else 0.0, None, self.backend)
         try:
             adapter = (self.lora_A, self.lora_B, self.own_gate(gate), *settings)
             if self.split is not None:
-                refuse_trained_weight(self.base_layer)
                 return add_update(self.split, x, base, *adapter)
             if weight is None:
                 return ilora_update(x, base, *adapter)

@@ -62,14 +62,15 @@ def split_of(base: nn.Module) -> Split | None:
     return Split(weight.device_mesh, dimension, offsets[dimension])
 
 
-def refuse_trained_weight(base: nn.Module) -> None:
-    """Raises RuntimeError where the split weight is trained: torch's DistributedDataParallel(..., device_mesh=) makes
-    new parameters of all that are split, and forgets that some are frozen."""
+def refuse_trained_weight(name: str, base: nn.Module) -> None:
+    """Raises RuntimeError where the split weight of the layer called `name` is trained. torch's
+    DistributedDataParallel(..., device_mesh=) makes new parameters of all that are split, and forgets which are frozen.
+    """
     if torch.is_grad_enabled() and cast(Tensor, base.weight).requires_grad:
         raise RuntimeError(
-            "its frozen weight is split over processes and requires a gradient, which DistributedDataParallel gives to "
-            "split weights: for copies of a split model use fully_shard on the mesh's other dimension, or freeze the "
-            "weight again (requires_grad_(False))"
+            f"{name}: its frozen weight is split over processes and requires a gradient, as DistributedDataParallel "
+            "makes split weights do: for copies of a split model use fully_shard on the mesh's other dimension, or "
+            "freeze the weight again (requires_grad_(False))"
         )
 
 

@@ -67,7 +67,9 @@ def test_fsdp_over_tensor_parallel(split):
 
 
 def test_a_frozen_weight_that_ddp_has_made_trainable_is_refused(split):
-    assert "use fully_shard on the mesh's other dimension" in split[4][1]["ddp"]
+    words = split[4][1]["ddp"]
+    assert words.startswith("model.layers.0.self_attn.q_proj: its frozen weight is split over processes")
+    assert "use fully_shard on the mesh's other dimension" in words
 
 
 def test_the_files_are_those_of_one_process_and_training_goes_on(split, tmp_path):

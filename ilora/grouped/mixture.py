@@ -10,7 +10,7 @@ Names: N instances, L rows of each in a layer's input, E the columns of the wide
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ class Group:
 
     layers: the ILoRALinear of each. counts: how many instances each has. rows: int64 [n], these instances. blocks:
     int64 [n], which of a gate for each block is theirs. ranks: [n, E, R], what an instance's gate gives to each rank.
+    places: offsets and instances of the grouped operation by the rows of an instance. All but layers, dropout_p and
+    factors are shared with the layers that have the same settings.
     """
 
     layers: list[Any]
@@ -37,8 +39,8 @@ class Group:
     rows: Tensor
     blocks: Tensor
     ranks: Tensor
+    places: dict[int, tuple[Tensor, Tensor]]
     factors: tuple[Tensor, Tensor] | None = None
-    places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def update(self, x: Tensor, frozen: Any, gate: Tensor, keep: bool) -> Tensor:
         """The updates [n·L, d_out] of x [n·L, d_in], added to x Wᵀ + b where frozen gives (W, b). keep: whether the
@@ -83,7 +85,11 @@ class Mixture:
 
     def __init__(self, adapters: Sequence[Any], slots: Sequence[int], by_block: Sequence[bool]) -> None:
         self.adapters, self.slots, self.by_block = tuple(adapters), tuple(slots), tuple(by_block)
+        self._instances: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.slots):
+            self._instances.setdefault(slot, []).append(row)
         self._plans: dict[tuple[str, bool], Plan] = {}
+        self._tensors: dict[Any, tuple[Any, ...]] = {}  # of plans and groups; most layers of a model have the same
 
     def of_rows(self, rows: Sequence[int]) -> Mixture:
         """The mixture of a batch of these instances."""
@@ -150,41 +156,37 @@ class Mixture:
         return self._plans[key]
 
     def _new_plan(self, name: str, training: bool, gate: Tensor) -> Plan:
-        instances: dict[int, list[int]] = {}
-        for row, slot in enumerate(self.slots):
-            instances.setdefault(slot, []).append(row)
         kinds: dict[tuple[Any, ...], list[int]] = {}
-        for slot, adapter in enumerate(self.adapters):
-            layer = adapter.layers.get(name)
-            if layer is not None and slot in instances:
+        for slot in self._instances:
+            layer = self.adapters[slot].layers.get(name) if slot >= 0 else None
+            if layer is not None:
                 p = layer.lora_dropout if training else 0.0
                 kinds.setdefault((layer.r, p, layer.lora_A.dtype, layer.backend), []).append(slot)
-        order: list[int] = []
-        groups = []
-        for (_, p, *_), slots in kinds.items():
-            rows = [instances[slot] for slot in slots]
-            groups.append(self._group(name, slots, p, rows, gate))
-            order += [row for own in rows for row in own]
+        groups = [self._group(name, slots, p, gate) for (_, p, *_), slots in kinds.items()]
+        order = [row for slots in kinds.values() for slot in slots for row in self._instances[slot]]
         frozen = sorted(set(range(len(self.slots))).difference(order))
-        order += frozen
-        if order == list(range(len(order))):
+        key = (*order, *frozen)
+        if key == tuple(range(len(key))):
             return Plan(groups, None, None, len(frozen))
-        sorted_by_slot = torch.tensor(order, device=gate.device)
-        return Plan(groups, sorted_by_slot, sorted_by_slot.argsort(), len(frozen))
+        if key not in self._tensors:
+            sorted_by_slot = torch.tensor(key, device=gate.device)
+            self._tensors[key] = sorted_by_slot, sorted_by_slot.argsort()
+        by_slot, back = self._tensors[key]
+        return Plan(groups, by_slot, back, len(frozen))
 
-    def _group(self, name: str, slots: list[int], p: float, rows: list[list[int]], gate: Tensor) -> Group:
+    def _group(self, name: str, slots: list[int], p: float, gate: Tensor) -> Group:
         layers = [self.adapters[slot].layers[name] for slot in slots]
-        blocks = [layer.gate_index if self.by_block[slot] else 0 for layer, slot in zip(layers, slots, strict=True)]
-        ranks = torch.stack([weights_of_ranks(layer, gate.shape[-1]) for layer in layers]).to(gate)
-        places = [place for place, own in enumerate(rows) for _ in own]
-        return Group(
-            layers,
-            p,
-            [len(own) for own in rows],
-            torch.tensor([row for own in rows for row in own], device=gate.device),
-            torch.tensor([blocks[place] for place in places], device=gate.device),
-            ranks[torch.tensor(places, device=gate.device)],
-        )
+        own = [(e.gate_experts, e.num_experts, e.r, e.scaling, e.gate_index * self.by_block[slot])
+               for e, slot in zip(layers, slots, strict=True)]  # fmt: skip
+        key = (tuple(slots), tuple(own))
+        if key not in self._tensors:
+            rows = [self._instances[slot] for slot in slots]
+            settings = list(dict.fromkeys(each[:4] for each in own))
+            ranks = torch.stack([shares_of_ranks(*each, gate.shape[-1]) for each in settings]).to(gate)
+            found = [(row, each[4], settings.index(each[:4])) for each, of in zip(own, rows, strict=True) for row in of]
+            places, blocks, kinds = torch.tensor(found, device=gate.device).unbind(1)
+            self._tensors[key] = ([len(of) for of in rows], places, blocks, ranks[kinds], {})
+        return Group(layers, p, *self._tensors[key])
 
 
 def reordered(rows: Tensor, order: Tensor | None) -> Tensor:
@@ -192,11 +194,10 @@ def reordered(rows: Tensor, order: Tensor | None) -> Tensor:
     return rows if order is None else rows.index_select(0, order)
 
 
-def weights_of_ranks(layer: Any, E: int) -> Tensor:
-    """float64 [E, R]: a gate [1, E] times it is what multiplies each of the layer's ranks, the scaling included."""
-    own = own_gate(torch.eye(layer.gate_experts, dtype=torch.float64), layer.num_experts, layer.gate_experts)
-    ranks = layer.scaling * own.repeat_interleave(layer.r // layer.num_experts, 1)
-    return F.pad(ranks, (0, 0, 0, E - layer.gate_experts))
+def shares_of_ranks(gate_experts: int, num_experts: int, r: int, scaling: float, E: int) -> Tensor:
+    """float64 [E, r]: a gate [1, E] times it is what multiplies each rank of a layer, the scaling included."""
+    own = own_gate(torch.eye(gate_experts, dtype=torch.float64), num_experts, gate_experts)
+    return F.pad(scaling * own.repeat_interleave(r // num_experts, 1), (0, 0, 0, E - gate_experts))
 
 
 class AddUpdates:
