@@ -32,6 +32,7 @@ from .training import checkpoints, last_checkpoint, train
 
 CURVE_KEY, STOP_KEY = "validation_hit_ratio", "validation_ndcg"  # of the curve's values in the Trainer's log
 CURVE_EXAMPLES = 200  # validation examples that are ranked for a point of the curve
+VALIDATION = 600  # the most that are ranked after training: a large model would take as long for them as for the tests
 
 
 def perform(run: Run) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def _trained_and_measured(run: Run) -> dict[str, Any]:
     start = time.perf_counter()
     dataset = run.experiment.dataset()
     parts, val, test = run.experiment.parts(dataset)
+    val = val[:VALIDATION]
     lm, tokenizer = run.experiment.language_model(dataset)
     if run.settings.precision == "bf16-frozen":
         lm = lm.to(torch.bfloat16)
