@@ -15,8 +15,8 @@ from sequential_recommendation import kept, page, recommend
 from sequential_recommendation.data import Dataset
 from sequential_recommendation.experiments import Arm, Experiment
 from sequential_recommendation.kept import find_run, read_run
-from sequential_recommendation.scoring import candidate_likelihoods, gates
-from sequential_recommendation.service import Service, asked
+from sequential_recommendation.scoring import asked, by_sequence, candidate_likelihoods, gates, shortlist_ranks
+from sequential_recommendation.service import Service
 from sequential_recommendation.titles import Titles, UnknownTitles, forms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +104,7 @@ def test_examples_are_spelt_as_the_page_offers_them():
 
 def test_the_ranking_is_that_of_the_likelihoods(service):
     answer = service.answer(LIKED)
-    order = service._by_sequence(ITEMS)
+    order = by_sequence(service.model.encoder.model, ITEMS)
     shortlist = [item for item in order if item != 7 or order.index(8) > order.index(7)]
     shortlist = [item for item in shortlist if item != 8 or order.index(7) > order.index(8)][:20]
     example = asked(ITEMS, shortlist)
@@ -119,6 +119,18 @@ def test_the_ranking_is_that_of_the_likelihoods(service):
     assert [r.rank for r in answer.ranked] == list(range(1, 21))
     assert {r.title: r.sequence_rank for r in answer.ranked} == {FILMS[i]: order.index(i) + 1 for i in shortlist}
     assert not {FILMS[item] for item in ITEMS} & set(by_title)
+
+
+def test_the_figures_among_all_items_are_those_of_the_answers(service):
+    order = by_sequence(service.model.encoder.model, ITEMS)
+    examples = [asked(ITEMS, [item, order[0] if item != order[0] else order[1]], item) for item in order]
+    found = shortlist_ranks(service.model, service.prompts, examples, service.choice, size=4, count=5)
+    answer = service.answer(LIKED, count=5)
+    listed = {recommendation.title: recommendation.rank for recommendation in answer.ranked}
+    for item, rank in zip(order, found.tolist(), strict=True):
+        behind = max(6, order.index(item) + 1)
+        assert rank == (listed[FILMS[item]] if FILMS[item] in listed and rank <= 5 else behind)
+    assert sorted(found.tolist())[:5] == [1, 2, 3, 4, 5]
 
 
 def test_the_gate_is_the_models(service):
@@ -139,7 +151,7 @@ def test_candidates_of_ones_own_and_longer_lists(service):
     assert {r.title for r in own.ranked} == {"Sabrina (1995)", "Heat <b>(1995)", "Chasing Amy (1997)"}
     assert own == service.answer(LIKED, ["chasing amy", "Sabrina (1995)", "heat <b>"])
     assert any("3 candidates" in note for note in own.notes)
-    assert len(service.answer(LIKED, shortlist=30).ranked) == 30
+    assert len(service.answer(LIKED, count=30).ranked) == 30
     assert service.answer(LIKED).notes == []
     assert "1 of the 3 to 10" in service.answer(["alien"]).notes[0]
     many = service.answer(FILMS[10:24])
@@ -273,7 +285,7 @@ def test_the_command_prints_a_table(run, service):
 
 def test_the_command_prints_json(run, service):
     status, out, _ = run("--json", "--top=2", *LIKED, "--shortlist=5")
-    answer, said = service.answer(LIKED, shortlist=5), json.loads(out)
+    answer, said = service.answer(LIKED, count=5), json.loads(out)
     assert (status, said["scored"], said["history"]) == (0, 5, answer.history)
     assert said["gate"] == {"source": answer.gate_source, "weights": answer.gate}
     assert [r["title"] for r in said["recommendations"]] == [r.title for r in answer.ranked[:2]]

@@ -26,7 +26,7 @@ from .files import write_whole
 from .metrics import described_ranks, hit_ratio, ndcg, text_ratios
 from .prompts import Choice, Prompts
 from .recommender import Recommender
-from .scoring import gates, score, write
+from .scoring import gates, score, shortlist_ranks, write
 from .shared import check_room
 from .training import checkpoints, last_checkpoint, train
 
@@ -145,6 +145,7 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
     found: dict[str, Any] = {
         "validation": {"hit_ratio": hit_ratio(val_rank).value, "ndcg": ndcg(val_rank, 20)},
         **described_ranks(rank),
+        "catalogue_ranks": shortlist_ranks(model, prompts, test, choice, size, run.settings.candidates).tolist(),
         "trainable": sum(p.numel() for p in trained if p.requires_grad),
     }
     if run.texts:

@@ -97,7 +97,12 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     add("--users", type=whole(1), default=Experiment.users, help="how many to make up (%(default)s)")
     protocols = "who is trained on and tested (data.py); default: leave-one-out for made-up users, else paper"
     add("--protocol", choices=PROTOCOLS, help=protocols)
-    add("--tests", type=whole(0), default=0, help="number of validation and of test examples (default: 600 at most, and all)")
+    add(
+        "--tests",
+        type=whole(0),
+        default=0,
+        help="number of validation and of test examples (default: 600 at most, and all)",
+    )
     add("--model", default=TINY, help=f"{TINY}, {SMOLLM2}, or a folder or name for transformers")
     add("--pretrain-steps", type=whole(1), default=PRETRAINING, help="most steps of the tiny model (%(default)s)")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")

@@ -1,11 +1,13 @@
 """Predicts many examples with a recommender: the ranks of their candidates, and the titles that it writes by itself.
 
+`shortlist` is what `recommend.py` shows to the language model, and `shortlist_ranks` measures that.
 A prompt depends on its example alone, and the rows of a batch do not see each other. So neither the batch size nor the
 number of workers changes a prediction.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from .data import Example
+from .data import Dataset, Example
 from .likelihoods import candidate_likelihoods, to
 from .metrics import ranks
 from .prompts import Choice, Prompts
 from .recommender import Recommender
+from .sequence_models import SequenceModel, pad_histories
+from .sequence_training import target_ranks
 
 STANDARD = Choice(template=0, hybrid=True)  # the default prompts of an evaluation
 
@@ -112,3 +116,55 @@ def gates(model: Recommender, prompts: Prompts, examples: Sequence[Example], cho
             some = examples[start : start + size]
             found.append(model.gate(to(prompts.collate(some, [choice] * len(some), answers=False), model.device)).cpu())
     return torch.cat(found, dim=-2)
+
+
+@torch.no_grad()
+def by_sequence(model: SequenceModel, history: Sequence[int]) -> list[int]:
+    """All items that are not in the history, in the order of the sequence model's scores, highest first."""
+    rows = pad_histories([history], model.num_items).to(model.items.weight.device)
+    return [item for item in model(rows)[0].argsort(descending=True, stable=True).tolist() if item not in history]
+
+
+def shortlist(dataset: Dataset, history: Sequence[int], order: Sequence[int], count: int) -> list[int]:
+    """The first `count` items of the order whose titles differ from each other and from those of the history.
+
+    Raises ValueError if there are fewer, or if count is less than 2.
+    """
+    if count < 2:
+        raise ValueError(f"a shortlist of {count} cannot be ranked, give two or more")
+    names = dataset.names
+    seen, chosen = {names[item] for item in history}, []
+    for item in order:
+        if names[item] not in seen:
+            seen.add(names[item])
+            chosen.append(item)
+    if len(chosen) < count:
+        raise ValueError(f"a shortlist of {count}: only {len(chosen)} titles are not in the history")
+    return chosen[:count]
+
+
+def asked(history: Sequence[int], candidates: Sequence[int], target: int | None = None) -> Example:
+    """A question as an example like those of the training. target: one of the candidates, if it is known.
+
+    The candidates are shuffled, so that none gains by its position; the same question always gets the same order.
+    """
+    shuffled = sorted(candidates)
+    random.Random(f"{tuple(history)}/{shuffled}").shuffle(shuffled)
+    return Example("somebody", tuple(history), shuffled[0] if target is None else target, tuple(shuffled))
+
+
+def shortlist_ranks(
+    model: Recommender, prompts: Prompts, examples: Sequence[Example], choice: Choice, size: int, count: int
+) -> Tensor:
+    """int64 [N]: the target's rank among all items that are not in the history, in the order of `recommend.py`.
+
+    The language model ranks the sequence model's best `count`; the others follow in the sequence model's order.
+    """
+    sequence, dataset = model.encoder.model, prompts.dataset
+    found = target_ranks(sequence, examples, whole=True).clamp(min=count + 1)
+    shown = {i: shortlist(dataset, e.history, by_sequence(sequence, e.history), count) for i, e in enumerate(examples)}
+    within = [i for i, items in shown.items() if examples[i].target in items]
+    if within:
+        questions = [asked(examples[i].history, shown[i], examples[i].target) for i in within]
+        found[within] = score(model, prompts, questions, choice, size)[1]
+    return found

@@ -15,8 +15,7 @@ from .kept import KeptRun
 from .likelihoods import candidate_likelihoods
 from .prompts import Choice, Prompts
 from .recommender import Recommender
-from .scoring import gates
-from .sequence_models import pad_histories
+from .scoring import asked, by_sequence, gates, shortlist
 from .titles import Titles
 
 SOURCES = {
@@ -96,20 +95,19 @@ class Service:
     def dataset(self) -> Dataset:
         return self.prompts.dataset
 
-    def answer(self, history: Sequence[str], candidates: Sequence[str] = (), shortlist: int | None = None) -> Answer:
+    def answer(self, history: Sequence[str], candidates: Sequence[str] = (), count: int | None = None) -> Answer:
         """Ranks the candidates for a person who liked the titles of the history, given oldest first.
 
-        Without candidates it ranks the `shortlist` items that the sequence model ranks highest; by default as many as
-        in the training. Raises `UnknownTitles`,
-        or ValueError if the history is empty, a title is repeated, a candidate is in the history, there are fewer than
+        Without candidates it ranks the `count` items that the sequence model ranks highest; by default as many as in the
+        training. Raises `UnknownTitles`, or ValueError if the history is empty, a title is repeated, a candidate is in the history, there are fewer than
         two candidates, or there are more than the language model has room for.
         """
         liked, chosen, notes = self._items_of(history, candidates)
         used = liked[-MAX_HISTORY:]
         with self._lock, torch.no_grad():
-            order = self._by_sequence(used)
+            order = by_sequence(self.model.encoder.model, used)
             sequence_ranks = {item: rank for rank, item in enumerate(order, 1)}
-            chosen = chosen or self._shortlist(liked, order, self.candidates if shortlist is None else shortlist)
+            chosen = chosen or shortlist(self.dataset, liked, order, self.candidates if count is None else count)
             if len(chosen) != self.candidates:
                 notes.append(f"{len(chosen)} candidates: the model was trained with {self.candidates}")
             example = asked(used, chosen)
@@ -146,26 +144,6 @@ class Service:
             notes.append(f"{len(liked)} of the {MIN_HISTORY} to {MAX_HISTORY} titles that the model was trained with")
         return liked, chosen, notes
 
-    def _by_sequence(self, history: Sequence[int]) -> list[int]:
-        """All items that are not in the history, in the order of the sequence model's scores, highest first."""
-        rows = pad_histories([history], self.dataset.num_items).to(self.model.device)
-        scores = self.model.encoder.model(rows)[0]
-        return [item for item in scores.argsort(descending=True, stable=True).tolist() if item not in history]
-
-    def _shortlist(self, history: Sequence[int], order: Sequence[int], count: int) -> list[int]:
-        """The first `count` items of the order whose titles differ from each other and from those of the history."""
-        if count < 2:
-            raise ValueError(f"a shortlist of {count} cannot be ranked, give two or more")
-        names = self.dataset.names
-        seen, chosen = {names[item] for item in history}, []
-        for item in order:
-            if names[item] not in seen:
-                seen.add(names[item])
-                chosen.append(item)
-        if len(chosen) < count:
-            raise ValueError(f"a shortlist of {count}: only {len(chosen)} titles are not in the history")
-        return chosen[:count]
-
     def _check_room(self, example: Example) -> None:
         """Raises ValueError if the prompt is longer than the language model's positions: its numbers would be wrong."""
         room = getattr(self.model.lm.config, "max_position_embeddings", None)
@@ -195,14 +173,3 @@ class Service:
         long_enough = [items[-length:] for items in found if len(items) >= length]
         chosen = random.Random(0).sample(long_enough, min(count, len(long_enough)))
         return [[self.dataset.titles[item] for item in items] for items in chosen]
-
-
-def asked(history: Sequence[int], candidates: Sequence[int]) -> Example:
-    """The question as an example like those of the training.
-
-    The candidates are shuffled, so that none gains by its position; the same question always gets the same order. The
-    target is unknown, so the example names an arbitrary candidate.
-    """
-    shuffled = sorted(candidates)
-    random.Random(f"{tuple(history)}/{shuffled}").shuffle(shuffled)
-    return Example("somebody", tuple(history), shuffled[0], tuple(shuffled))

@@ -26,7 +26,7 @@ def table(name: str, baselines: Results, arms: Results, kinds: dict[str, list[bo
     lines = [head, "|---|---|---|---|---|---|---|---|"]
     lines += [f"| {name} | | | {' | '.join(_figures(results))} | | |" for name, results in baselines.items()]
     lines += [*map(row, arms.values()), *paired_lines(arms), *exchange_lines(arms)]
-    return "\n".join([*lines, *kind_lines(baselines | arms, kinds), *catalogue_lines(baselines)])
+    return "\n".join([*lines, *kind_lines(baselines | arms, kinds), *catalogue_lines(baselines | arms)])
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
@@ -60,10 +60,13 @@ def kind_lines(results: Results, kinds: dict[str, list[bool]]) -> Iterator[str]:
         yield f"| {kind} | {sum(those)} | {' | '.join(ratios)} |"
 
 
-def catalogue_lines(baselines: Results) -> Iterator[str]:
-    """A table of the baselines' figures where all items that are not in the history are candidates."""
+def catalogue_lines(results: Results) -> Iterator[str]:
+    """A table of the figures where all items that are not in the history are candidates.
+
+    An arm ranks the shortlist of its sequence model, as `recommend.py` does.
+    """
     yield "\n| among all items | HitRatio@10 | NDCG@10 |\n|---|---|---|"
-    for name, found in baselines.items():
+    for name, found in results.items():
         ranks = [torch.tensor(result["catalogue_ranks"]) for result in found]
         hits, gains = [hit_ratio(rank, 10).value for rank in ranks], [ndcg(rank, 10) for rank in ranks]
         yield f"| {name} | {over_seeds(hits)} | {over_seeds(gains)} |"
