@@ -27,9 +27,9 @@ def movielens_files(folder):
 
 
 def kept_run(out, gate="sequence", seed=0, validation=None, **experiment):
-    """Writes a run below out and returns its folder. experiment: fields of `Experiment`; synthetic users by default."""
+    """Writes a run below out and returns its folder. experiment: fields of `Experiment`; made-up users by default."""
     experiment = {"users": 40, **experiment}
-    described = Experiment(out / f"{experiment.get('data', 'synthetic')}-leave-one-out-tiny", **experiment)
+    described = Experiment(out / f"{experiment.get('data', 'tastes')}-leave-one-out-tiny", **experiment)
     dataset, E = described.dataset(), 1 if gate == "uniform" else 4
     prompts = prompts_of(dataset, PROMPTS[described.data])
     lm = tiny_lm(prompts.tokenizer, 32, 2, 2)

@@ -23,14 +23,24 @@ from sequential_recommendation.training import TrainingSettings
 
 def test_a_comparison_end_to_end_goes_on_where_it_was(tmp_path, capsys):
     brief = "--users 40 --tests 12 --pretrain-steps 3 --steps 2 --seed 0 1 --jobs 1 --watch 1 --batch-size 2 "
-    brief += "--arms untuned lora sequence --lr 1e-3 1e-2"
+    brief += "--texts --arms untuned lora sequence --lr 1e-3 1e-2"
     brief = [*brief.split(), "--out", str(tmp_path)]
     found = compare.main(brief)
     counts = {name: len(results) for name, results in found.items()}
     assert counts == {"LM untuned": 2, "LoRA": 2, "iLoRA, E=4, sequence gate": 2}
     table = capsys.readouterr().out
-    for word in ("popularity", "SASRec", "GRU4Rec", "Caser", "HitRatio@1", "12 tests, 2 seeds", "ValidRatio"):
+    for word in (
+        "popularity",
+        "SASRec",
+        "GRU4Rec",
+        "Caser",
+        "HitRatio@1",
+        "12 tests, 2 seeds",
+        "ValidRatio",
+        "HitRatio@10",
+    ):
         assert word in table
+    assert all(len(results[0]["catalogue_ranks"]) == 12 for results in found.values())
     for picture in ("gates.png", "hit-ratio.png"):
         assert next(tmp_path.rglob(picture)).read_bytes().startswith(b"\x89PNG")
     whole = json.loads(next(tmp_path.rglob("results.json")).read_text())
@@ -64,7 +74,7 @@ def run_in(folder, steps=0, **more):
     tiny_lm(tiny_tokenizer(dataset), 16, 1, 2).save_pretrained(experiment.lm_folder)
     sizes = {"batch_size": 2, "effective_batch": 8, "lr": 1e-2, "save_steps": 2}
     settings = TrainingSettings(epochs=2, steps=steps, **sizes)
-    return Run(experiment, Arm("ours", "sequence", 4), settings, texts=False, watch=1)
+    return Run(experiment, Arm("ours", "sequence", 4), settings, watch=1)
 
 
 def test_a_killed_run_goes_on_to_the_same_figures(tmp_path, monkeypatch):
@@ -135,7 +145,7 @@ def test_a_run_is_kept_by_all_that_decides_it_and_by_nothing_else(tmp_path, monk
     assert options.table_name(other(patience=2).settings) not in names
     assert [each.key for each in same] == [run.key] * 2
     different = [other(lr=1e-4), other(steps=3), other(precision="bf16"), other(curriculum=None), other(seed=1)]
-    different += [run._replace(watch=5), run._replace(texts=False), run._replace(arm=Arm("ours", "sequence", 2))]
+    different += [run._replace(watch=5), run._replace(texts=True), run._replace(arm=Arm("ours", "sequence", 2))]
     for field, value in (("guide", "gru4rec"), ("plain", True), ("min_users", 20), ("tests", 9), ("root", Path("x"))):
         different.append(run._replace(experiment=replace(experiment, **{field: value})))
     assert len({run.key, *(each.key for each in different)}) == 1 + len(different)
@@ -245,7 +255,7 @@ def test_epochs_and_rates_are_those_that_were_asked_for():
         settings = settings_of(asked(options))
         return settings.epochs, settings.steps, watch_of(asked(options), settings, 100)
 
-    assert epochs("") == (5, 300, 100)
+    assert epochs("") == (5, 900, 300)
     assert epochs("--steps 30") == (5, 30, 10)
     assert epochs("--epochs 2.5") == (2.5, 0, 3)  # 10 steps: 2.5 epochs of 100 / 32
     assert epochs("--epochs 2 --watch 0") == (2, 0, 0)
@@ -257,7 +267,7 @@ def test_epochs_and_rates_are_those_that_were_asked_for():
 
 def test_folders_say_what_decides_the_models_and_are_of_use_from_everywhere(tmp_path, monkeypatch):
     made_up = experiment_of(asked("--users 60 --tests 9 --pretrain-steps 5 --out out"))
-    assert made_up.folder == Path("out/synthetic-leave-one-out-tiny-60-users-9-tests-5-pretrained")
+    assert made_up.folder == Path("out/tastes-leave-one-out-tiny-60-users-9-tests-5-pretrained")
     films = experiment_of(asked("--data ml-100k --root . --model smollm2 --plain --min-users 20 --out out"))
     assert films.folder == Path("out/ml-100k-paper-smollm2-min-20-plain")
     (tmp_path / "model").mkdir()

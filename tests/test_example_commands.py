@@ -13,7 +13,7 @@ from sequential_recommendation import compare, kept, page, recommend
 from sequential_recommendation.experiments import MADE_UP, PROMPTS
 from sequential_recommendation.options import experiment_of, parse
 from sequential_recommendation.readers import READERS
-from sequential_recommendation.synthetic import synthetic
+from sequential_recommendation.tastes import tastes
 from sequential_recommendation.titles import Titles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +47,8 @@ REFUSED = {  # arguments: words, by command
         "--steps 0": "--steps: expected a whole number of 1 or more, got '0'",
         "--epochs 0": "--epochs: expected a number above 0, got '0'",
         "--epochs 1 --steps 3": "--steps: not allowed with argument --epochs",
-        "--min-users 20": "--min-users: means nothing with --data synthetic",
-        "--plain": "--plain: means nothing with --data synthetic",
+        "--min-users 20": "--min-users: means nothing with --data tastes",
+        "--plain": "--plain: means nothing with --data tastes",
         FILMS + "--users 9": "--users: means nothing with --data ml-100k",
         "--model smollm2 --pretrain-steps 9": "--pretrain-steps: means nothing with --model smollm2",
         "--protocol all": "--protocol: invalid choice: 'all'",
@@ -97,7 +97,7 @@ def test_the_commands_of_the_pages(page_of_commands):
     commands = [shlex.split(line.removeprefix(start)) for line in lines if line.startswith(start)]
     parsers = {"compare.py": compare.parse, "recommend.py": recommend.parser().parse_args, "page.py": page.parse}
     assert {script for script, *_ in commands} >= set(parsers)
-    made_up = Titles(synthetic())
+    made_up = Titles(tastes())
     for script, *arguments in commands:
         options = parsers[script](arguments)
         if getattr(options, "titles", None) and options.run == kept.FOLDER and not options.list:
@@ -110,7 +110,7 @@ def test_the_data_of_the_readme_are_those_of_the_commands():
     rows.remove("--data")
     assert rows == {*PROMPTS, *READERS}
     for name in rows:
-        root = [] if name in MADE_UP else ["--root=."]
+        root = [] if name == MADE_UP else ["--root=."]
         assert parse([f"--data={name}", *root]).data == name
 
 

@@ -231,8 +231,8 @@ def test_run_files_that_say_too_little(films, tmp_path):
     folder.mkdir(parents=True)
     for described, words in (
         (good | {"experiment": experiment | {"plain": "False"}}, "run.json: .*expected a value such as False, got"),
-        (good | {"experiment": experiment | {"data": "books"}}, "run.json: .*expected one of synthetic.*got 'books'"),
-        (good | {"experiment": experiment | {"users": "many"}}, "run.json: .*users: expected .* 600, got 'many'"),
+        (good | {"experiment": experiment | {"data": "books"}}, "run.json: .*expected one of tastes.*got 'books'"),
+        (good | {"experiment": experiment | {"users": "many"}}, "run.json: .*users: expected .* 2400, got 'many'"),
         ({"arm": good["arm"]}, "run.json: .*it has no 'experiment'"),
         (None, "run.json"),
     ):
@@ -250,9 +250,9 @@ def test_the_best_run_of_a_comparison_is_taken(tmp_path):
     kept_run(tmp_path, seed=3)
     assert find_run(tmp_path).folder == best
     assert find_run(best.parent).folder == best
-    assert find_run(tmp_path / "synthetic-leave-one-out-tiny" / "runs" / "ilora-uniform").arm.gate == "uniform"
-    kept_run(tmp_path, data="tastes")
-    with pytest.raises(ValueError, match="several comparisons(.|\n)*tastes"):
+    assert find_run(tmp_path / "tastes-leave-one-out-tiny" / "runs" / "ilora-uniform").arm.gate == "uniform"
+    kept_run(tmp_path / "more")
+    with pytest.raises(ValueError, match="several comparisons(.|\n)*more/tastes"):
         find_run(tmp_path)
 
 

@@ -12,7 +12,7 @@ from sequential_recommendation.prompts import NO_LABEL, TEMPLATES, Choice, Promp
 from sequential_recommendation.recommender import GATES, load
 from sequential_recommendation.scoring import STANDARD, candidate_likelihoods, gates, generate, score, write
 from sequential_recommendation.sequence_models import pad_histories
-from sequential_recommendation.synthetic import synthetic
+from sequential_recommendation.tastes import tastes
 from sequential_recommendation.tiny_model import pretrain, tiny_lm, tiny_tokenizer
 from sequential_recommendation.training import TrainingSettings, train
 from tokenizers.pre_tokenizers import Whitespace
@@ -44,7 +44,7 @@ def test_what_cannot_be_meant_is_refused(call, words):
 
 
 def test_the_tiny_model_learns_to_read_prompts():
-    prompts = prompts_of(synthetic(users=40))
+    prompts = prompts_of(tastes(users=40))
     losses = pretrain(tiny_lm(prompts.tokenizer, 32, 1, 2), prompts, steps=40, batch_size=8)
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequential_recommendation import data, readers
 from sequential_recommendation.data import Dataset, Split, Window, split, windows, with_candidates
-from sequential_recommendation.synthetic import synthetic
 from sequential_recommendation.tastes import tastes
 
 REAL = Path(os.environ.get("ILORA_DATA", "no-data"))  # a folder with ml-100k (raw) and lastfm (windows)
@@ -145,8 +144,7 @@ ONE = Window("u0", (0, 1, 2), 3)
         (lambda: split(made(users=1)), "too few users with 4 items or more to split: 0 train, 0 val, 1 test"),
         (lambda: split(made(), protocol="all"), "protocol='all', expected one of paper, leave-one-out, every-user"),
         (lambda: with_candidates([ONE], made(1, 22, 4)), "user u0: only 18 of 19 negatives can be drawn"),
-        (lambda: synthetic(groups=9), "9 groups have no conflicting rules on 23 shared items"),
-        (lambda: synthetic(users=3), "users=3, groups=4"),
+        (lambda: tastes(users=3), "users=3, groups=4"),
         (lambda: tastes(groups=23), "tastes"),
     ],
 )
@@ -177,25 +175,10 @@ def rules(dataset, kind=lambda item: item):
     return following
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_groups_contradict_each_other_after_every_item(seed):
-    dataset = synthetic(seed=seed)
-    following = rules(dataset)
-    assert len(following[0]) == 23
-    for item in following[0]:
-        assert len({rule[item] for rule in following}) == 4
-    tests = with_candidates(split(dataset, protocol="leave-one-out").test, dataset)
-    answers = [{rule[example.history[-1]] for rule in following} for example in tests]
-    assert all(not found & set(example.history) for found, example in zip(answers, tests, strict=True))
-    blind = [1 / len(found & set(example.candidates)) for found, example in zip(answers, tests, strict=True)]
-    assert 0.25 < sum(blind) / len(blind) < 0.4  # who knows all the rules but not the group
-
-
 def test_every_test_shows_the_group():
-    dataset = synthetic()
+    dataset = tastes(users=200)
     own = {item: dataset.groups[user] for user, items in dataset.users.items() for item in items[::4]}
     assert len(own) == 12  # a group's own items are nobody else's
-    assert not own.keys() & rules(dataset)[0].keys()
     for window in split(dataset, protocol="leave-one-out").test:
         assert {own[item] for item in window.history if item in own} == {dataset.groups[window.user]}
         assert window.target not in own
@@ -210,15 +193,14 @@ def test_tastes_have_conflicting_rules_that_titles_show():
         assert len(set(met)) == len(met)
 
 
-@pytest.mark.parametrize("make", [synthetic, tastes])
-def test_made_up_users_repeat_with_the_seed(make):
-    assert make(users=40, seed=1) == make(users=40, seed=1)
-    assert make(users=40, seed=1) != make(users=40, seed=0)
+def test_made_up_users_repeat_with_the_seed():
+    assert tastes(users=40, seed=1) == tastes(users=40, seed=1)
+    assert tastes(users=40, seed=1) != tastes(users=40, seed=0)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000))
 def test_no_made_up_title_contains_another(seed):
-    titles = [data.normal(title) for title in synthetic(users=4, seed=seed).titles]
+    titles = [data.normal(title) for title in tastes(users=4, names=9, seed=seed).titles]
     assert len(set(titles)) == len(titles)
     assert not any(a in b for a in titles for b in titles if a is not b)

@@ -9,7 +9,7 @@ import torch
 from recommenders import EXAMPLES, collated, differing, prompts_of, recommender
 from sequential_recommendation.data import split, with_candidates
 from sequential_recommendation.prompts import NO_LABEL, Choice, choose, hybrid_share
-from sequential_recommendation.synthetic import synthetic
+from sequential_recommendation.tastes import tastes
 from sequential_recommendation.tiny_model import tiny_lm
 from sequential_recommendation.training import (
     RecommenderTrainer,
@@ -19,7 +19,7 @@ from sequential_recommendation.training import (
     train,
 )
 
-SMALL = prompts_of(synthetic(users=40))
+SMALL = prompts_of(tastes(users=40, names=9))
 WINDOWS = split(SMALL.dataset, protocol="leave-one-out").train[:26]  # 26 = 3 · 8 + 2: four steps an epoch
 
 

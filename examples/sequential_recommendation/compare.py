@@ -4,7 +4,7 @@
     python examples/sequential_recommendation/compare.py --data ml-100k --root DIR --model smollm2 --epochs 5
 
 Without --data the users are made up (their groups follow conflicting rules), and the model is a small Llama that is
-made and trained here: nothing is downloaded, and two CPU cores need some minutes. All files go to the folder --out.
+made and trained here: nothing is downloaded. All files go to the folder --out.
 If you start an interrupted comparison again, it resumes where it stopped. Each seed has its own sequence models and
 its own tiny language model. If you give several --lr, each arm trains with each of them and the first seed, and takes
 the one that is best on the validation users for its other seeds.
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         sys.exit(str(error))
 
     watch, fingerprint = watch_of(options, settings, len(parts.train)), experiment.fingerprint(dataset)
-    runs = [Run(experiment, arm, settings, not options.no_texts, watch, fingerprint) for arm in arms_of(options)]
+    runs = [Run(experiment, arm, settings, options.texts, watch, fingerprint) for arm in arms_of(options)]
     try:
         found = results_of(runs, options, jobs)
     except (OtherData, FloatingPointError) as error:
@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     described |= {"data": str(dataset), "seconds": time.perf_counter() - start}
     write_whole(folder / "results.md", lines + "\n")
     write_whole(folder / "results.json", json.dumps(described | {"baselines": baselines, "arms": found}) + "\n")
-    groups = [dataset.groups[example.user] for example in test] if dataset.groups else None
-    drawn = draw(found, folder, len(parts.train) / settings.effective_batch, groups)
+    drawn = draw(found, folder, len(parts.train) / settings.effective_batch)
     pictures = f", with {', '.join(path.name for path in drawn)}" if drawn else ""
     print(f"\n{lines}\n\n{time.perf_counter() - start:.0f} s; written to {folder}{pictures}")
     return found

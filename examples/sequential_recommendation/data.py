@@ -1,7 +1,7 @@
 """Data sets, their split, the windows of a split and their candidates.
 
 A `Dataset` is a list of titles (an item's id is its index) and, for every user, distinct item ids in the order in which
-the user met them. Readers (`readers.py`) and generators (`synthetic.py`, `tastes.py`) make it; all else starts from it:
+the user met them. Readers (`readers.py`) and `tastes.py` make it; all else starts from it:
 
     dataset = readers.movielens(Path("ml-100k"))
     parts = split(dataset, seed=0)                      # windows: history -> next item

@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,13 +25,12 @@ from .files import read_once
 from .prompts import Choice
 from .readers import READERS, plain_titles
 from .recommender import RecommenderConfig
-from .synthetic import synthetic
 from .tastes import tastes
 from .tiny_model import tiny_tokenizer
 from .training import WITHOUT_EFFECT, TrainingSettings
 
-MADE_UP: dict[str, Callable[..., Dataset]] = {"synthetic": synthetic, "tastes": tastes}
-PROMPTS = dict.fromkeys((*MADE_UP, *READERS), "neutral")  # the kind of prompt of each data set
+MADE_UP = "tastes"  # the data set that is made up
+PROMPTS = dict.fromkeys((MADE_UP, *READERS), "neutral")  # the kind of prompt of each data set
 PROMPTS |= {"ml-100k": "movies", "movielens": "movies", "lastfm": "artists", "steam": "games"}
 TINY, SMOLLM2 = "tiny", "smollm2"
 logging.disable_progress_bar()  # transformers' bars, for files that are read and written in a moment
@@ -68,8 +66,8 @@ class Experiment:
 
     folder: Path
     root: Path | None = None
-    data: str = "synthetic"
-    users: int = 600
+    data: str = MADE_UP
+    users: int = 2400
     min_users: int = 1
     protocol: str = "leave-one-out"
     data_seed: int = 0
@@ -96,8 +94,8 @@ class Experiment:
 
     def dataset(self) -> Dataset:
         """Raises OSError or ValueError where the raw files are missing or damaged."""
-        if self.data in MADE_UP:
-            return MADE_UP[self.data](self.users, seed=self.data_seed)
+        if self.data == MADE_UP:
+            return tastes(self.users, seed=self.data_seed)
         if self.root is None or not self.root.is_dir():
             raise FileNotFoundError(f"the files of {self.data} are to be in --root, a folder, which is {self.root}")
         dataset = read_once(self.data, self.root, self.folder / "dataset.json")
@@ -201,7 +199,7 @@ class Run(NamedTuple):
     experiment: Experiment
     arm: Arm
     settings: TrainingSettings
-    texts: bool = True
+    texts: bool = False
     watch: int = 0
     fingerprint: str = ""
 

@@ -18,7 +18,7 @@ from .recommender import RecommenderConfig
 from .sequence_models import KINDS
 from .training import PRECISIONS, WITHOUT_EFFECT, TrainingSettings
 
-STEPS, BATCH, PRETRAINING = 300, 32, 800  # defaults for made-up users and the tiny model
+STEPS, TESTS, BATCH, PRETRAINING = 900, 600, 32, 800  # defaults for made-up users and the tiny model
 WIDE = RecommenderConfig.r + 1
 MOST_SEED = 2**32 - 1  # numpy's limit; the Trainer seeds numpy too
 ARMS = ("untuned", "lora", "lora-wide", "lora+z", "sequence", "shuffled", "random", "prompt")
@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     options = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("a launcher started several processes, which would do the same runs; start one, with --jobs")
-    made_up = options.data in MADE_UP
+    made_up = options.data == MADE_UP
     if (options.root is None) != made_up:
         parser.error("--root goes with --data, and --data of files needs it")
     idle = {"min_users": made_up, "plain": made_up, "users": not made_up, "pretrain_steps": options.model != TINY}
@@ -71,6 +71,8 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
             parser.error(f"--{name.replace('_', '-')}: given more than once: {' '.join(map(str, values))}")
     if uneven := [E for E in options.experts if RecommenderConfig.r % E]:
         parser.error(f"--experts {uneven[0]}: the rank is {RecommenderConfig.r}, which the experts must divide evenly")
+    if options.tests is None:
+        options.tests = tests_of(options.data)
     options.batch_size = options.batch_size or (BATCH if options.model == TINY else 8)
     options.effective_batch = options.effective_batch or (options.batch_size if options.model == TINY else 128)
     if options.effective_batch % options.batch_size:
@@ -87,22 +89,23 @@ def parse(argv: Sequence[str] | None, description: str | None = None) -> argpars
     return options
 
 
+def tests_of(data: str) -> int:
+    """The default of --tests: 0 is all."""
+    return TESTS if data == MADE_UP else 0
+
+
 def made_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", choices=tuple(PROMPTS), default="synthetic")
+    add("--data", choices=tuple(PROMPTS), default=MADE_UP)
     add("--root", type=Path, help="folder of the raw files (readers.py says which)")
     add("--plain", action="store_true", help="drop the year from titles and put the article in front")
     add("--min-users", type=whole(1), default=1, help="drop items that fewer users met (try 20 for Steam)")
     add("--users", type=whole(1), default=Experiment.users, help="how many to make up (%(default)s)")
     protocols = "who is trained on and tested (data.py); default: leave-one-out for made-up users, else paper"
     add("--protocol", choices=PROTOCOLS, help=protocols)
-    add(
-        "--tests",
-        type=whole(0),
-        default=0,
-        help="number of validation and of test examples (default: 600 at most, and all)",
-    )
+    tests = f"number of validation and of test examples (default: {TESTS}; of files 600 at most, and all)"
+    add("--tests", type=whole(0), help=tests)
     add("--model", default=TINY, help=f"{TINY}, {SMOLLM2}, or a folder or name for transformers")
     add("--pretrain-steps", type=whole(1), default=PRETRAINING, help="most steps of the tiny model (%(default)s)")
     add("--guide", choices=tuple(KINDS), default="sasrec", help="the sequence model whose z the gate sees")
@@ -128,19 +131,19 @@ def made_parser(description: str | None) -> argparse.ArgumentParser:
     add("--watch", type=whole(0), help=watch)
     patience = "end once so many rankings in a row are no better, and take the best weights (default: train to the end)"
     add("--patience", type=whole(1), help=patience)
-    add("--no-texts", action="store_true", help="do not generate answers")
+    add("--texts", action="store_true", help="let the model also write its answers, and judge them")
     add("--out", type=Path, default=Path("recommender-comparison"))
     return parser
 
 
 def experiment_of(options: argparse.Namespace) -> Experiment:
-    protocol = options.protocol or ("leave-one-out" if options.data in MADE_UP else "paper")
+    protocol = options.protocol or ("leave-one-out" if options.data == MADE_UP else "paper")
     names = ("data", "users", "min_users", "tests", "model", "plain", "guide", "candidates")
     marks = {
         f"{options.users}-users": options.users != Experiment.users,
         f"min-{options.min_users}": options.min_users != Experiment.min_users,
         "plain": options.plain,
-        f"{options.tests}-tests": options.tests != Experiment.tests,
+        f"{options.tests}-tests": options.tests != tests_of(options.data),
         f"{options.candidates}-candidates": options.candidates != NUM_CANDIDATES,
         f"{options.pretrain_steps}-pretrained": options.pretrain_steps != PRETRAINING,
     }
@@ -153,7 +156,7 @@ def experiment_of(options: argparse.Namespace) -> Experiment:
 def settings_of(options: argparse.Namespace) -> TrainingSettings:
     in_words = options.text_only or (options.model == TINY and options.curriculum is None)
     curriculum = 1.0 if options.curriculum is None else options.curriculum
-    steps = STEPS if options.data in MADE_UP and options.epochs is None else 0
+    steps = STEPS if options.data == MADE_UP and options.epochs is None else 0
     return TrainingSettings(
         epochs=options.epochs or TrainingSettings.epochs,
         steps=options.steps or steps,
@@ -176,7 +179,7 @@ def table_name(settings: TrainingSettings) -> str:
 
 def watch_of(options: argparse.Namespace, settings: TrainingSettings, windows: int) -> int:
     """The steps between two rankings of validation examples, 0 for none. windows: the number of training windows."""
-    if options.watch is not None or options.data not in MADE_UP:
+    if options.watch is not None or options.data != MADE_UP:
         return options.watch or 0
     total = settings.steps or math.ceil(settings.epochs * math.ceil(windows / settings.effective_batch))
     return total // 3

@@ -98,9 +98,9 @@ class Service:
     def answer(self, history: Sequence[str], candidates: Sequence[str] = (), count: int | None = None) -> Answer:
         """Ranks the candidates for a person who liked the titles of the history, given oldest first.
 
-        Without candidates it ranks the `count` items that the sequence model ranks highest; by default as many as in the
-        training. Raises `UnknownTitles`, or ValueError if the history is empty, a title is repeated, a candidate is in the history, there are fewer than
-        two candidates, or there are more than the language model has room for.
+        Without candidates it ranks the `count` items that the sequence model ranks highest; by default as many as in
+        the training. Raises `UnknownTitles`, or ValueError if the history is empty, a title is repeated, a candidate is
+        in the history, there are fewer than two candidates, or there are more than the language model has room for.
         """
         liked, chosen, notes = self._items_of(history, candidates)
         used = liked[-MAX_HISTORY:]

@@ -22,9 +22,10 @@ def table(name: str, baselines: Results, arms: Results, kinds: dict[str, list[bo
     total, seeds = next(iter(baselines.values()))[0]["total"], max(map(len, [*baselines.values(), *arms.values()]))
     head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | adapters and gate | lr "
     head += f"| HitRatio@1 by likelihood{' ± between seeds' * (seeds > 1)} [95% of the tests] "
-    head += "| HitRatio@5 | NDCG@5 | ValidRatio | HitRatio@1 of texts |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    lines += [f"| {name} | | | {' | '.join(_figures(results))} | | |" for name, results in baselines.items()]
+    written = any("texts" in results[0] for results in arms.values())
+    head += "| HitRatio@5 | NDCG@5 |" + " ValidRatio | HitRatio@1 of texts |" * written
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    lines += [f"| {name} | | | {' | '.join(_figures(each))} |{' | |' * written}" for name, each in baselines.items()]
     lines += [*map(row, arms.values()), *paired_lines(arms), *exchange_lines(arms)]
     return "\n".join([*lines, *kind_lines(baselines | arms, kinds), *catalogue_lines(baselines | arms)])
 
@@ -41,7 +42,7 @@ def _figures(results: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
 def row(results: Sequence[dict[str, Any]]) -> str:
     """The line of one arm, over its seeds."""
     first, total = results[0], results[0]["total"]
-    texts = ["", ""]
+    texts = []
     if "texts" in first:
         texts = [over_seeds([result["texts"][name] / total for result in results]) for name in ("valid", "hits")]
     trained = first["run"]["arm"]["gate"] is not None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 from .data import Dataset
-from .synthetic import made_up_words
 
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 STEPS = 3  # items that follow the rule in each block of a sequence
 
 
 def tastes(
-    users: int = 600, groups: int = 4, kinds: int = 23, names: int = 70, own: int = 3, blocks: int = 3, seed: int = 0
+    users: int = 2400, groups: int = 4, kinds: int = 23, names: int = 70, own: int = 3, blocks: int = 3, seed: int = 0
 ) -> Dataset:
     """A data set whose answers need both the user's group and the items' kinds, which different models can learn.
 
@@ -54,3 +55,12 @@ def tastes(
                 kind = (kind + strides[group]) % kinds
         sequences[f"user-{user}"] = sequence
     return Dataset("tastes", [*titles, *markers], sequences, groups={f"user-{u}": u % groups for u in range(users)})
+
+
+def made_up_words(count: int, draw: random.Random) -> list[str]:
+    """Distinct made-up words of three syllables."""
+    syllables = ["".join(pair) for pair in product(CONSONANTS, VOWELS)]
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join(draw.choices(syllables, k=3)).capitalize()] = None
+    return list(names)
