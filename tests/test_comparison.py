@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sequential_recommendation import arms, compare, options, sequence_models
 from sequential_recommendation.arms import Curve, perform
 from sequential_recommendation.data import split
-from sequential_recommendation.experiments import Arm, Experiment, OtherData, Run
+from sequential_recommendation.experiments import LATER, Arm, Experiment, OtherData, Run
 from sequential_recommendation.kept import find_run
 from sequential_recommendation.options import experiment_of, parse, settings_of, watch_of
 from sequential_recommendation.recommender import Recommender, RecommenderConfig
@@ -119,12 +119,16 @@ def test_every_user_is_tested_and_kinds_of_tests_are_told_apart(tmp_path, capsys
     users = [line.split("\t")[0] for line in next(tmp_path.rglob("predictions.tsv")).read_text().splitlines()[1:]]
     new = {window.user for window in split(Experiment(tmp_path, root, "ml-100k").dataset(), protocol="paper").test}
     later = set(users) - {str(user) for user in range(12)}
-    kinds = {"of the paper's test users, who are new": new, "whose target is later than the history": later}
+    kinds = {"all": set(users), "of the paper's test users, who are new": new, LATER: later}
     for kind, those in kinds.items():
         rank = [rank for user, rank in zip(users, ranks, strict=True) if user in those]
-        (line,) = (line for line in table.splitlines() if kind in line)
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {kind} |"))
         assert line.startswith(f"| {kind} | {len(those)} |")
         assert line.endswith(f"| {rank.count(1) / len(rank):.4f} |")
+    (head,) = (line for line in table.splitlines() if "adapters and gate" in line)
+    assert f"{LATER}: {len(later)} tests" in head
+    (line,) = (line for line in table.splitlines() if line.startswith("| iLoRA, E=4, sequence gate | 1"))
+    assert f"| {rank.count(1) / len(rank):.4f} [" in line  # the first table counts the later ones
     assert "| among all items | HitRatio@10 | NDCG@10 |" in table
     run = find_run(tmp_path / "out")  # trained over a model in bfloat16, used with one in float32
     assert run.load(run.experiment.dataset())[0].lm.dtype == torch.float32

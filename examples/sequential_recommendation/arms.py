@@ -150,7 +150,7 @@ def measure(model: Recommender, prompts: Prompts, val: list[Example], test: list
     }
     if run.texts:
         valid, text_hits = text_ratios(write(model, prompts, test, choice, size), test, prompts.written())
-        found["texts"] = {"valid": valid.hits, "hits": text_hits.hits}
+        found["texts"] = {"valid": valid.hits, "hits": text_hits.hits, "total": valid.total}
     if run.arm.gate not in (None, "uniform"):
         gate = gates(model, prompts, test, choice)
         stats = ilora.gate_stats(gate)

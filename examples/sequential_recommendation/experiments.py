@@ -33,6 +33,7 @@ MADE_UP = "tastes"  # the data set that is made up
 PROMPTS = dict.fromkeys((MADE_UP, *READERS), "neutral")  # the kind of prompt of each data set
 PROMPTS |= {"ml-100k": "movies", "movielens": "movies", "lastfm": "artists", "steam": "games"}
 TINY, SMOLLM2 = "tiny", "smollm2"
+LATER = "whose target is later than the history"  # a kind of tests; of the others the file's order decides what is next
 logging.disable_progress_bar()  # transformers' bars, for files that are read and written in a moment
 
 
@@ -122,7 +123,7 @@ class Experiment:
             kinds["of the paper's test users, who are new"] = [example.user in new for example in test]
         if dataset.tied is not None:
             tied = set(dataset.tied)
-            kinds["whose target is later than the history"] = [example.user not in tied for example in test]
+            kinds[LATER] = [example.user not in tied for example in test]
         return {kind: those for kind, those in kinds.items() if 0 < sum(those) < len(those)}
 
     def fingerprint(self, dataset: Dataset) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .metrics import Ratio, hit_ratio, ndcg, over_seeds, paired
+from .experiments import LATER
+from .metrics import Ratio, described_ranks, hit_ratio, ndcg, over_seeds, paired
 
 Results = dict[str, list[dict[str, Any]]]  # by name, one for each seed
 
@@ -17,8 +18,12 @@ Results = dict[str, list[dict[str, Any]]]  # by name, one for each seed
 def table(name: str, baselines: Results, arms: Results, kinds: dict[str, list[bool]]) -> str:
     """The comparison as a Markdown table, followed by the paired tests and by what is known of some tests alone.
 
-    baselines: from `compare.prepare`. arms: from `arms.perform`. kinds: from `Experiment.kinds_of_tests`.
+    baselines: from `compare.prepare`. arms: from `arms.perform`. kinds: from `Experiment.kinds_of_tests`. If they tell
+    which targets are later than the history, the table counts those alone, and all tests only appear among the kinds.
     """
+    every = baselines | arms
+    if later := kinds.get(LATER):
+        baselines, arms, name = only(baselines, later), only(arms, later), f"{name}, {LATER}"
     total, seeds = next(iter(baselines.values()))[0]["total"], max(map(len, [*baselines.values(), *arms.values()]))
     head = f"| {name}: {total} tests, {seeds} seed{'s' * (seeds != 1)} | adapters and gate | lr "
     head += f"| HitRatio@1 by likelihood{' ± between seeds' * (seeds > 1)} [95% of the tests] "
@@ -27,7 +32,17 @@ def table(name: str, baselines: Results, arms: Results, kinds: dict[str, list[bo
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     lines += [f"| {name} | | | {' | '.join(_figures(each))} |{' | |' * written}" for name, each in baselines.items()]
     lines += [*map(row, arms.values()), *paired_lines(arms), *exchange_lines(arms)]
-    return "\n".join([*lines, *kind_lines(baselines | arms, kinds), *catalogue_lines(baselines | arms)])
+    return "\n".join([*lines, *kind_lines(every, kinds), *catalogue_lines(baselines | arms)])
+
+
+def only(results: Results, those: Sequence[bool]) -> Results:
+    """The results with the figures of those tests alone."""
+
+    def figures(result: dict[str, Any]) -> dict[str, Any]:
+        ranks, among_all = (list(compress(result[name], those)) for name in ("ranks", "catalogue_ranks"))
+        return result | described_ranks(torch.tensor(ranks)) | {"catalogue_ranks": among_all}
+
+    return {name: [figures(result) for result in found] for name, found in results.items()}
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
@@ -41,10 +56,10 @@ def _figures(results: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
 
 def row(results: Sequence[dict[str, Any]]) -> str:
     """The line of one arm, over its seeds."""
-    first, total = results[0], results[0]["total"]
-    texts = []
-    if "texts" in first:
-        texts = [over_seeds([result["texts"][name] / total for result in results]) for name in ("valid", "hits")]
+    first, texts = results[0], []
+    if "texts" in first:  # these always count all tests
+        written = [result["texts"] for result in results]
+        texts = [over_seeds([each[name] / each["total"] for each in written]) for name in ("valid", "hits")]
     trained = first["run"]["arm"]["gate"] is not None
     size, lr = (f"{first['trainable']:,}", f"{first['run']['settings']['lr']:g}") if trained else ("", "")
     name = first["run"]["arm"]["name"]
@@ -52,8 +67,9 @@ def row(results: Sequence[dict[str, Any]]) -> str:
 
 
 def kind_lines(results: Results, kinds: dict[str, list[bool]]) -> Iterator[str]:
-    """A table of HitRatio@1 for each kind of test by itself."""
+    """A table of HitRatio@1 for all tests and for each kind of test by itself."""
     if kinds:
+        kinds = {"all": [True] * len(next(iter(kinds.values())))} | kinds
         yield f"\n| HitRatio@1 of the tests | number | {' | '.join(results)} |\n|---|---{'|---' * len(results)}|"
     for kind, those in kinds.items():
         ranks = ([list(compress(result["ranks"], those)) for result in found] for found in results.values())
