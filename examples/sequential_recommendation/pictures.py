@@ -42,9 +42,10 @@ def _curves(watched: Results, epoch: float) -> Any:
         shortest = min((result["curve"] for result in results), key=len)  # with patience, seeds end at different steps
         steps = [step for step, _ in shortest]
         values = [[result["curve"][i][1] for result in results] for i in range(len(steps))]
-        epochs, style = [step / epoch for step in steps], {"color": f"C{number}"}
-        axes.plot(epochs, [fmean(each) for each in values], marker="o", label=name, **style)
-        axes.fill_between(epochs, [min(each) for each in values], [max(each) for each in values], alpha=0.15, **style)
+        epochs, color = [step / epoch for step in steps], f"C{number}"
+        axes.plot(epochs, [fmean(each) for each in values], marker="o", label=name, color=color)
+        lowest, highest = [min(each) for each in values], [max(each) for each in values]
+        axes.fill_between(epochs, lowest, highest, alpha=0.15, color=color)
     axes.set(xlabel="epoch", ylabel="HitRatio@1, validation users", ylim=(0, None), xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
