@@ -8,10 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import shutil
-import sys
-import uuid
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,34 +156,12 @@ class Experiment:
                 raise FileNotFoundError(f"{self.lm_folder}: the tiny language model of this comparison is missing")
             lm = AutoModelForCausalLM.from_pretrained(self.lm_folder)
             tokenizer = tiny_tokenizer(dataset, PROMPTS[self.data])
+        elif self.model == SMOLLM2:  # from a packed file, which takes half a minute to read
+            lm, tokenizer = importlib.import_module("smollm2_text").load(None)  # examples/smollm2_text.py
         else:
-            name = unpacked(self.folder.parent / SMOLLM2) if self.model == SMOLLM2 else self.model
-            lm = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            lm = AutoModelForCausalLM.from_pretrained(self.model, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
         return lm.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def unpacked(folder: Path) -> Path:
-    """Returns the folder, after writing SmolLM2 to it in float32 as safetensors if it is not there.
-
-    GGUF takes half a minute to read, safetensors do not. The folder appears complete or not at all.
-    """
-    if folder.is_dir():
-        return folder
-    print(f"unpacking SmolLM2 to {folder}, this once: half a gigabyte, about a minute", file=sys.stderr, flush=True)
-    packed, tokenizer = importlib.import_module("smollm2_text").load(None)  # examples/smollm2_text.py
-    config = deepcopy(packed.config)
-    del config.quantization_config  # transformers refuses to save a model that was loaded from quantised weights
-    lm = AutoModelForCausalLM.from_config(config, dtype=packed.dtype)
-    lm.load_state_dict(packed.state_dict())
-    stage = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    try:
-        lm.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
-        stage.rename(folder)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-    return folder
 
 
 class Run(NamedTuple):
