@@ -11,11 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kept_runs import FILMS, kept_run, movielens_files
-from sequential_recommendation import kept, page, recommend
+from sequential_recommendation import kept, page, recommend, scoring
 from sequential_recommendation.data import Dataset
 from sequential_recommendation.experiments import Arm, Experiment
 from sequential_recommendation.kept import find_run, read_run
-from sequential_recommendation.scoring import asked, by_sequence, candidate_likelihoods, gates, shortlist_ranks
+from sequential_recommendation.scoring import (
+    asked,
+    by_sequence,
+    candidate_likelihoods,
+    gates,
+    shortlist,
+    shortlist_ranks,
+)
 from sequential_recommendation.service import Service
 from sequential_recommendation.titles import Titles, UnknownTitles, forms
 
@@ -127,10 +134,20 @@ def test_the_figures_among_all_items_are_those_of_the_answers(service):
     found = shortlist_ranks(service.model, service.prompts, examples, service.choice, size=4, count=5)
     answer = service.answer(LIKED, count=5)
     listed = {recommendation.title: recommendation.rank for recommendation in answer.ranked}
-    for item, rank in zip(order, found.tolist(), strict=True):
-        behind = max(6, order.index(item) + 1)
-        assert rank == (listed[FILMS[item]] if FILMS[item] in listed and rank <= 5 else behind)
-    assert sorted(found.tolist())[:5] == [1, 2, 3, 4, 5]
+    shown = shortlist(service.dataset, ITEMS, order, 5)
+    assert {FILMS[item] for item in shown} == set(listed)
+    expected = [listed[FILMS[item]] if item in shown else max(6, order.index(item) + 1) for item in order]
+    assert found.tolist() == expected
+    assert sorted(expected)[:5] == [1, 2, 3, 4, 5]
+
+
+def test_the_random_gate_is_the_users_own_among_all_items_too(service, monkeypatch):
+    asked_for = []
+    monkeypatch.setattr(scoring, "score", lambda model, prompts, some, *rest: asked_for.extend(some) or (None, 1))
+    order = by_sequence(service.model.encoder.model, ITEMS)
+    examples = [asked(ITEMS, order[:2], order[0], user) for user in ("anna", "bob")]
+    shortlist_ranks(service.model, service.prompts, examples, service.choice, size=4, count=5)
+    assert [example.user for example in asked_for] == ["anna", "bob"]
 
 
 def test_the_gate_is_the_models(service):

@@ -81,7 +81,8 @@ def find_run(folder: Path, root: Path | None = None) -> KeptRun:
     if not runs:
         command = COMPARE if folder == FOLDER else f"{COMPARE} --out {folder}"
         raise ValueError(
-            f"no trained recommender in {folder}. This makes some, for made-up users, in minutes:\n  {command}\n"
+            f"no trained recommender in {folder}. This makes some, for made-up users, in about half an hour\n"
+            f"(with --arms sequence --seed 0 in a few minutes):\n  {command}\n"
             "and its --help says how to train on MovieLens with SmolLM2."
         )
     several = sorted({str(run.experiment.folder) for run in runs})

@@ -143,14 +143,16 @@ def shortlist(dataset: Dataset, history: Sequence[int], order: Sequence[int], co
     return chosen[:count]
 
 
-def asked(history: Sequence[int], candidates: Sequence[int], target: int | None = None) -> Example:
+def asked(
+    history: Sequence[int], candidates: Sequence[int], target: int | None = None, user: str = "somebody"
+) -> Example:
     """A question as an example like those of the training. target: one of the candidates, if it is known.
 
     The candidates are shuffled, so that none gains by its position; the same question always gets the same order.
     """
     shuffled = sorted(candidates)
     random.Random(f"{tuple(history)}/{shuffled}").shuffle(shuffled)
-    return Example("somebody", tuple(history), shuffled[0] if target is None else target, tuple(shuffled))
+    return Example(user, tuple(history), shuffled[0] if target is None else target, tuple(shuffled))
 
 
 def shortlist_ranks(
@@ -165,6 +167,7 @@ def shortlist_ranks(
     shown = {i: shortlist(dataset, e.history, by_sequence(sequence, e.history), count) for i, e in enumerate(examples)}
     within = [i for i, items in shown.items() if examples[i].target in items]
     if within:
-        questions = [asked(examples[i].history, shown[i], examples[i].target) for i in within]
+        # With the user's own name, from which the random gate draws z.
+        questions = [asked(examples[i].history, shown[i], examples[i].target, examples[i].user) for i in within]
         found[within] = score(model, prompts, questions, choice, size)[1]
     return found
